@@ -1,0 +1,84 @@
+"""CLIP and SigLIP."""
+
+from vlm_jax.data import Data, Text
+from vlm_jax.experiment import Experiment, ZeroShot
+from vlm_jax.models import clip
+from vlm_jax.nn.transformer import Transformer
+from vlm_jax.nn.vision import VisionTransformer
+from vlm_jax.train.optim import Optimizer
+
+
+def clip_tiny() -> Experiment:
+    """Emoji and their names, 32x32, trained on a CPU in minutes; the main job of the README."""
+    return Experiment(
+        model=clip.Config(
+            image=VisionTransformer(
+                image_size=32, patch_size=8, transformer=Transformer(width=128, depth=4, heads=4, mlp=512, scan=False)
+            ),
+            text=clip.TextTransformer(
+                vocab_size=2048,
+                context_length=16,
+                eos_id=2,
+                transformer=Transformer(width=128, depth=2, heads=4, mlp=512, scan=False),
+            ),
+            embedding=128,
+        ),
+        data=Data(name="openmoji", image_size=32, crop_min_area=0.7, text=Text(context_length=16, vocab_size=2048)),
+        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=40, weight_decay=0.1, b2=0.98),
+        zero_shot=ZeroShot(name="easy_vqa/color", prompts=("{}", "{} circle", "{} square", "{} triangle")),
+        steps=400,
+        batch_size=256,
+        checkpoint_every=100,
+    )
+
+
+def published(
+    model: clip.Config, *, learning_rate: float, weight_decay: float, b2: float, eps: float, steps: int
+) -> Experiment:
+    """A published size and schedule, on captioned images that TFDS has prepared."""
+    return Experiment(
+        model=model,
+        data=Data(
+            name="coco_captions",
+            test="val",
+            image_size=model.image.image_size,
+            text=Text(
+                context_length=model.text.context_length, vocab_size=model.text.vocab_size, tokenizer="tokenizer.json"
+            ),
+        ),
+        optimizer=Optimizer(learning_rate=learning_rate, warmup_steps=2000, weight_decay=weight_decay, b2=b2, eps=eps),
+        zero_shot=ZeroShot(name="imagenet2012", split="validation"),
+        steps=steps,
+        batch_size=32768,
+        log_every=50,
+        checkpoint_every=2000,
+    )
+
+
+def clip_vit_b32() -> Experiment:
+    """CLIP ViT-B/32 (2103.00020, tables 18 to 20): 151.3M parameters, 32 epochs of 400M pairs, 63.2% on ImageNet.
+
+    Needs CLIP's tokenizer.json (--data.text.tokenizer) and a captioned data set prepared by TFDS (--data.name).
+    """
+    return published(clip.CLIP_VIT_B32, learning_rate=5e-4, weight_decay=0.2, b2=0.98, eps=1e-6, steps=390_000)
+
+
+def clip_vit_b16() -> Experiment:
+    """CLIP ViT-B/16 (2103.00020, tables 18 to 20): 149.6M parameters, 68.6% on ImageNet. Needs what B/32 does."""
+    return published(clip.CLIP_VIT_B16, learning_rate=5e-4, weight_decay=0.2, b2=0.98, eps=1e-6, steps=390_000)
+
+
+def clip_vit_l14() -> Experiment:
+    """CLIP ViT-L/14 (2103.00020, tables 18 to 20): 427.6M parameters, 75.3% on ImageNet. Needs what B/32 does."""
+    return published(clip.CLIP_VIT_L14, learning_rate=4e-4, weight_decay=0.2, b2=0.98, eps=1e-6, steps=390_000)
+
+
+def siglip_vit_b16() -> Experiment:
+    """SigLIP ViT-B/16 (2303.15343): 203.2M parameters, the sigmoid loss.
+
+    Needs SigLIP's tokenizer.json (--data.text.tokenizer) and a captioned data set prepared by TFDS (--data.name).
+    """
+    return published(clip.SIGLIP_VIT_B16, learning_rate=1e-3, weight_decay=1e-4, b2=0.95, eps=1e-8, steps=305_000)
+
+
+PRESETS = (clip_tiny, clip_vit_b32, clip_vit_b16, clip_vit_l14, siglip_vit_b16)

@@ -1,0 +1,105 @@
+"""Draws what a run has learned: `python -m tools.sample WORKDIR --num N --out FILE.png`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from vlm_jax.commandline import command
+from vlm_jax.data import Source, example, open_source
+from vlm_jax.errors import UserError
+from vlm_jax.sheets import Cell, write_sheet
+from vlm_jax.workdir import Loaded, load
+
+COLUMNS = 8
+NEAREST = 5
+
+
+def sample(
+    workdir: Annotated[Path, tyro.conf.Positional],
+    num: int = 16,
+    prompt: tuple[str, ...] = (),
+    out: Path | None = None,
+    split: str | None = None,
+    checkpoint_step: int | None = None,
+    data_dir: str | None = None,
+    seed: int = 0,
+) -> Path:
+    """Writes a labelled contact sheet of samples, of reconstructions, or of the images nearest to captions.
+
+    Args:
+      workdir: The directory of a run.
+      num: Samples to draw, or captions to find images for.
+      prompt: Texts to find images for; none: the held-out captions.
+      out: The PNG to write; None: WORKDIR/samples.png.
+      split: Part of the run's data set to show; None: the run's test split.
+      checkpoint_step: Step of a checkpoint; None: the best by validation loss, else the newest.
+      data_dir: Where prepared data sets are; None: where the run had them.
+      seed: Of the samples.
+    """
+    if num < 1:
+        raise UserError(f"--num is {num}: at least 1 must be drawn")
+    loaded = load(workdir, step=checkpoint_step)
+    model, data = loaded.model, loaded.experiment.data
+    source = open_source(data.name, split or data.test, Path(data_dir or loaded.experiment.data_dir).expanduser())
+    rows: list[tuple[str, list[Cell]]] = []
+    if model.sample is not None:
+        if prompt:
+            raise UserError(f"{workdir} holds a model that takes no texts: leave out --prompt")
+        rows += samples(loaded, num, seed)
+    if model.reconstruct is not None:
+        rows += reconstructions(loaded, source, min(num, COLUMNS))
+    if model.encode_image is not None and model.encode_text is not None:
+        rows += nearest_images(loaded, source, prompt, num)
+    if not rows:
+        raise UserError(f"{workdir} holds a model that neither samples, reconstructs nor compares images with texts")
+    out = workdir / "samples.png" if out is None else out
+    write_sheet(rows, out, levels=model.inputs["image"].limit or 256)
+    return out
+
+
+def samples(loaded: Loaded, num: int, seed: int) -> list[tuple[str, list[Cell]]]:
+    """`num` draws."""
+    assert loaded.model.sample is not None
+    draw = jax.jit(loaded.model.sample, static_argnames="num")
+    images = np.asarray(draw(loaded.variables, jax.random.key(seed), {}, num=num))
+    cells = [(image, str(index)) for index, image in enumerate(images)]
+    return [(f"samples, step {loaded.step}", cells[i : i + COLUMNS]) for i in range(0, num, COLUMNS)]
+
+
+def reconstructions(loaded: Loaded, source: Source, num: int) -> list[tuple[str, list[Cell]]]:
+    """Held-out images above their reconstructions."""
+    assert loaded.model.reconstruct is not None
+    images = np.stack([example(source[i], loaded.experiment.data, None, None)["image"] for i in range(num)])
+    copies = np.asarray(jax.jit(loaded.model.reconstruct)(loaded.variables, images))
+    return [
+        (f"{source.split} images", [(image, "") for image in images]),
+        ("reconstructions", [(image, "") for image in copies]),
+    ]
+
+
+def nearest_images(loaded: Loaded, source: Source, prompts: tuple[str, ...], num: int) -> list[tuple[str, list[Cell]]]:
+    """Each caption with the images of the split nearest to it, the nearest first."""
+    model, data, tokenizer = loaded.model, loaded.experiment.data, loaded.tokenizer
+    assert model.encode_image is not None and model.encode_text is not None and tokenizer is not None
+    records = [source[i] for i in range(len(source))]
+    captions = [record["text"][0] for record in records]
+    texts = list(prompts or captions[:num])
+    images = np.stack([example(record, data, None, None)["image"] for record in records])
+    encode_image, encode_text = jax.jit(model.encode_image), jax.jit(model.encode_text)
+    vectors = jnp.concatenate([encode_image(loaded.variables, part) for part in np.array_split(images, 8)])
+    tokens = tokenizer.encode(texts, model.inputs["tokens"].shape[0])
+    similarity = np.asarray(encode_text(loaded.variables, tokens) @ vectors.T)
+    rows = []
+    for text, line in zip(texts, similarity, strict=True):
+        order = np.argsort(-line)[:NEAREST]
+        rows.append((text, [(images[i], f"{captions[i]} ({line[i]:.2f})") for i in order]))
+    return rows
+
+
+if __name__ == "__main__":
+    with command():
+        print(tyro.cli(sample))

@@ -1,0 +1,20 @@
+"""Data sets by name, tokenizers, and the batches that models read."""
+
+from vlm_jax.data.config import Data, Text
+from vlm_jax.data.loader import evaluation_batches, example, make_tokenizer, train_batches
+from vlm_jax.data.source import Source, open_source
+from vlm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+__all__ = [
+    "Data",
+    "Source",
+    "Text",
+    "Tokenizer",
+    "evaluation_batches",
+    "example",
+    "load_tokenizer",
+    "make_tokenizer",
+    "open_source",
+    "train_batches",
+    "train_tokenizer",
+]

@@ -1,0 +1,139 @@
+"""Records to batches: random access, so that the number of the step is the position in the data."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from vlm_jax.data.config import Data
+from vlm_jax.data.source import Source, open_source
+from vlm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from vlm_jax.data.transforms import random_flip, random_resized_crop, resize, to_channels
+from vlm_jax.errors import UserError
+
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+"""Whole batches: one that is awaited, one that is made meanwhile, and two in store for uneven steps."""
+
+
+def make_tokenizer(data: Data, data_dir: Path) -> Tokenizer | None:
+    """The tokenizer that `data.text` asks for: read from its file, or trained on the captions of `data.train`.
+
+    Raises:
+      UserError: the file cannot be used, or the data set has no captions.
+    """
+    if data.text is None:
+        return None
+    if data.text.tokenizer is not None:
+        return load_tokenizer(Path(data.text.tokenizer))
+    texts = open_source(data.name, data.train, data_dir).texts()
+    first = next(texts, None)
+    if first is None:
+        raise UserError(f"{data.name} has no captions to train a tokenizer on: set text to None or use other data")
+    return train_tokenizer(itertools.chain([first], texts), data.text.vocab_size)
+
+
+def example(
+    record: Mapping[str, Any], data: Data, tokenizer: Tokenizer | None, rng: np.random.Generator | None
+) -> dict[str, np.ndarray]:
+    """What a model reads of one record.
+
+    Args:
+      record: as a `Source` gives it.
+      rng: for the augmentation of a training example and the choice among its captions; None: an evaluation
+        example, which is the whole image and the first caption.
+
+    Returns:
+      Of these what the record has: `image` uint8 [S, S, C], `tokens` int32 [T], `label` int32 [].
+
+    Raises:
+      UserError: the record has an empty list of captions.
+    """
+    if rng is None or data.crop_min_area == 1.0:
+        image = resize(record["image"], data.image_size)
+    else:
+        image = random_resized_crop(record["image"], data.image_size, data.crop_min_area, rng)
+    if rng is not None and data.flip:
+        image = random_flip(image, rng)
+    fields = {"image": to_channels(image, data.channels)}
+    if data.text is not None and tokenizer is not None and "text" in record:
+        captions = record["text"]
+        if not captions:
+            raise UserError(f"{data.name} has an image without captions: set text to None or use other data")
+        choice = 0 if rng is None else rng.integers(len(captions))
+        fields["tokens"] = tokenizer.encode([captions[choice]], data.text.context_length)[0]
+    if "label" in record:
+        fields["label"] = np.asarray(record["label"], np.int32)
+    return fields
+
+
+def train_batches(
+    source: Source,
+    data: Data,
+    tokenizer: Tokenizer | None,
+    *,
+    batch_size: int,
+    rows: slice,
+    seed: int,
+    start: int,
+    stop: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    """This host's part of the batches of the steps `start` to `stop - 1`; nothing before `start` is read.
+
+    The records are shuffled anew every epoch and laid end to end, each with its own augmentation: a fixed sequence
+    for a seed. The global batch of step `s` is the stretch of it from `s * batch_size`, on any number of hosts and
+    wherever the run started.
+
+    Args:
+      batch_size: examples of the global batch.
+      rows: which of them this host reads, as `slice(first, end)`.
+      seed: in `[0, 2**32)`.
+
+    Returns:
+      Dictionaries of the arrays that `example` gives, with an axis of the rows in front. Threads make them ahead.
+
+    Raises:
+      UserError: a record is damaged, or the seed is out of range.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"the seed is {seed}: it must lie in [0, 2**32)")
+    examples = (
+        grain.MapDataset.source(source)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(lambda record, rng: example(record, data, tokenizer, rng))
+    )
+    per_step = rows.stop - rows.start
+
+    def local(index: int) -> dict[str, np.ndarray]:
+        step, row = divmod(index, per_step)
+        return examples[(start + step) * batch_size + rows.start + row]
+
+    return iter(_batches(local, (stop - start) * per_step, per_step))
+
+
+def evaluation_batches(
+    source: Source, data: Data, tokenizer: Tokenizer | None, *, batch_size: int
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """All examples in order, and how many rows of each batch count.
+
+    The last batch is filled up with copies of the last example, so that all have one shape.
+
+    Raises:
+      UserError: a record is damaged.
+    """
+
+    def padded(index: int) -> dict[str, np.ndarray]:
+        return example(source[min(index, len(source) - 1)], data, tokenizer, None)
+
+    steps = -(-len(source) // batch_size)
+    for step, batch in enumerate(_batches(padded, steps * batch_size, batch_size)):
+        yield batch, min(batch_size, len(source) - step * batch_size)
+
+
+def _batches(make: Any, count: int, batch_size: int) -> grain.IterDataset:
+    """`make(0), ..., make(count - 1)` in batches, made by background threads."""
+    return grain.MapDataset.range(count).map(make).batch(batch_size).to_iter_dataset(_READ_OPTIONS)

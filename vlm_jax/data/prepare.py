@@ -1,0 +1,71 @@
+"""The data sets that come with the library: prepared on first use, in TFDS's format, from installed packages."""
+
+import contextlib
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from filelock import FileLock
+
+from vlm_jax.data.digits import Digits
+from vlm_jax.data.easy_vqa import EasyVqa
+from vlm_jax.data.openmoji import OpenMoji
+from vlm_jax.errors import UserError
+
+BUILDERS = {builder.name: builder for builder in (OpenMoji, EasyVqa, Digits)}
+
+
+def own_names() -> list[str]:
+    """The names that `prepare` takes, such as "openmoji" and "easy_vqa/color"."""
+    return [
+        name if config is None else f"{name}/{config}"
+        for name, builder in BUILDERS.items()
+        for config in list(builder.builder_configs) or [None]
+    ]
+
+
+def prepare(name: str, data_dir: Path) -> Path:
+    """The directory of a prepared data set of ours, which takes up to half a minute the first time.
+
+    Any number of processes may call this at once: one prepares and the others wait. The directory appears by one
+    rename when it is complete, so an interrupted preparation is done again.
+
+    Args:
+      name: one of `own_names()`.
+
+    Raises:
+      UserError: `data_dir` cannot be written.
+    """
+    base, _, config = name.partition("/")
+    try:
+        builder = BUILDERS[base](config=config or None, data_dir=data_dir)
+        directory = Path(builder.data_dir)
+        if not directory.exists():
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with FileLock(data_dir / f"{base}.lock"):
+                if not directory.exists():
+                    _remove_interrupted(directory.parent)
+                    with _quiet():
+                        builder.download_and_prepare(file_format="array_record")
+    except OSError as error:
+        raise UserError(f"{name} cannot be prepared in {data_dir} ({error}): choose another data directory") from error
+    return directory
+
+
+def _remove_interrupted(parent: Path) -> None:
+    """Removes what killed preparations left; the caller holds the lock, so none is under way."""
+    for leftover in parent.glob("incomplete.*"):
+        shutil.rmtree(leftover)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS from printing its notices, and its progress bars below the builders' own."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()

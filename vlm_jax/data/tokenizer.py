@@ -1,0 +1,126 @@
+"""Text to token ids and back, over the `tokenizers` library."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from vlm_jax.errors import UserError
+
+PAD, BOS, EOS = (
+    ("<pad>", "[PAD]"),
+    ("<bos>", "<|startoftext|>", "<s>", "[CLS]"),
+    ("<eos>", "<|endoftext|>", "</s>", "[SEP]"),
+)
+"""The usual names of the special tokens; the first of each are those of the tokenizers that we train."""
+
+_BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer of the `tokenizers` library and the ids of its special tokens."""
+
+    tokenizer: tokenizers.Tokenizer
+    pad_id: int
+    bos_id: int
+    eos_id: int
+
+    @property
+    def vocab_size(self) -> int:
+        """All ids are below it."""
+        return self.tokenizer.get_vocab_size()
+
+    def encode(self, texts: Sequence[str], length: int) -> np.ndarray:
+        """int32 [N, length]: for each text `bos`, its tokens, `eos`, then `pad` up to the length.
+
+        A text of more than `length - 2` tokens loses the last of them, never the `eos`. The names of special tokens
+        in a text are ordinary characters.
+        """
+        encoded = np.full((len(texts), length), self.pad_id, np.int32)
+        for row, text in zip(encoded, texts, strict=True):
+            tokens = self.tokenizer.encode(text, add_special_tokens=False).ids[: length - 2]
+            row[: len(tokens) + 2] = [self.bos_id, *tokens, self.eos_id]
+        return encoded
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids [T] up to the first `eos`, without special tokens.
+
+        For a tokenizer that we trained, `decode(encode([text], length)[0])` is the text in lower case, if it fits
+        in the length.
+        """
+        tokens = np.asarray(ids).tolist()
+        if self.eos_id in tokens:
+            tokens = tokens[: tokens.index(self.eos_id)]
+        return self.tokenizer.decode([token for token in tokens if token not in (self.pad_id, self.bos_id)])
+
+    def save(self, path: Path) -> None:
+        """Writes a `tokenizer.json`; `load_tokenizer` reads it, as does the `tokenizers` library."""
+        path.write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) of lower-case text, split at words and punctuation.
+
+    The ids 0, 1 and 2 are `<pad>`, `<bos>` and `<eos>`; the 256 bytes follow, so that any text can be encoded, and
+    then the merges. The same texts give the same tokenizer.
+
+    Args:
+      vocab_size: at most this many tokens, and fewer if the texts are soon used up; at least 259.
+
+    Raises:
+      UserError: `vocab_size` is too small.
+    """
+    smallest = 3 + len(_BYTES)
+    if vocab_size < smallest:
+        raise UserError(
+            f"a vocabulary of {vocab_size} tokens is too small: {smallest} is the least that holds all bytes"
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    # With a space before the first word, a word is the same tokens wherever it stands.
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Prepend(" ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD[0], BOS[0], EOS[0]], initial_alphabet=_BYTES, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrap(tokenizer, "the trained tokenizer")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Reads a `tokenizer.json` whose special tokens have one of the usual names.
+
+    Raises:
+      UserError: the file cannot be read, or is none, or has no token for padding, the beginning or the end.
+    """
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"the tokenizer {path} cannot be read ({error.strerror}): give the path of a tokenizer.json"
+        ) from error
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(
+            f"{path} is not a tokenizer.json ({error}): give one that the tokenizers library wrote"
+        ) from error
+    # Length and special tokens are our caller's business, whatever the file says of them.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return _wrap(tokenizer, str(path))
+
+
+def _wrap(tokenizer: tokenizers.Tokenizer, where: str) -> Tokenizer:
+    tokenizer.encode_special_tokens = True
+    return Tokenizer(tokenizer, *(_special(tokenizer, names, where) for names in (PAD, BOS, EOS)))
+
+
+def _special(tokenizer: tokenizers.Tokenizer, names: tuple[str, ...], where: str) -> int:
+    for name in names:
+        found = tokenizer.token_to_id(name)
+        if found is not None:
+            return found
+    raise UserError(f"{where} has none of the tokens {', '.join(names)}: use a tokenizer with one of them, or none")

@@ -1,0 +1,14 @@
+"""Measurements of whatever a model can do: each names the capabilities that it needs."""
+
+from vlm_jax.evals import likelihood, reconstruction, retrieval, zero_shot
+from vlm_jax.evals.subject import Evaluation, Labelled, Subject
+
+EVALUATIONS: tuple[Evaluation, ...] = (
+    retrieval.EVALUATION,
+    zero_shot.EVALUATION,
+    likelihood.EVALUATION,
+    likelihood.IMPORTANCE_WEIGHTED,
+    reconstruction.EVALUATION,
+)
+
+__all__ = ["EVALUATIONS", "Evaluation", "Labelled", "Subject"]

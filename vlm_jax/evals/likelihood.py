@@ -1,0 +1,58 @@
+"""Bits per dimension of held-out images."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from vlm_jax.contract import Batch
+from vlm_jax.evals.subject import Evaluation, Subject
+from vlm_jax.objectives.likelihood import nats_to_bits_per_dim
+
+BOUND_DRAWS = 8
+"""Draws of the noise that a lower bound is averaged over, for each image."""
+IMPORTANCE_DRAWS = 64
+"""Samples of the importance-weighted bound, for each image."""
+
+
+def draws(subject: Subject, function: Callable[..., jax.Array], count: int) -> Float[np.ndarray, "draws N"]:
+    """`function(variables, batch, key)` for every image of the split, `count` times with fresh noise."""
+    key = jax.random.key(0) if subject.key is None else subject.key
+
+    @jax.jit
+    def repeat(batch: Batch, key: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda key: function(subject.variables, batch, key), jax.random.split(key, count))
+
+    columns = []
+    for index, (batch, valid) in enumerate(subject.batches()):
+        columns.append(np.asarray(repeat(batch, jax.random.fold_in(key, index)))[:, :valid])
+    return np.concatenate(columns, axis=1)
+
+
+def summary(nats: Float[np.ndarray, " N"], image_shape: tuple[int, ...]) -> dict[str, float]:
+    """The mean over images and its standard error, in bits per dimension."""
+    bits = np.asarray(nats_to_bits_per_dim(jnp.asarray(nats), image_shape), np.float64)
+    error = float(bits.std(ddof=1) / np.sqrt(len(bits))) if len(bits) > 1 else float("nan")
+    return {"bits_per_dim": float(bits.mean()), "bits_per_dim_standard_error": error}
+
+
+def run(subject: Subject) -> dict[str, float]:
+    model = subject.model
+    assert model.log_likelihood is not None
+    values = draws(subject, model.log_likelihood, 1 if model.bound == "exact" else BOUND_DRAWS)
+    return summary(values.mean(axis=0), model.inputs["image"].shape)
+
+
+def run_importance_weighted(subject: Subject) -> dict[str, float]:
+    """log 1/K sum_k w_k, the bound of 1509.00519 with K = `IMPORTANCE_DRAWS`."""
+    model = subject.model
+    assert model.log_weight is not None
+    weights = draws(subject, model.log_weight, IMPORTANCE_DRAWS)
+    nats = jax.nn.logsumexp(jnp.asarray(weights), axis=0) - np.log(len(weights))
+    return summary(np.asarray(nats), model.inputs["image"].shape)
+
+
+EVALUATION = Evaluation("likelihood", ("log_likelihood",), run)
+IMPORTANCE_WEIGHTED = Evaluation("importance_weighted", ("log_weight",), run_importance_weighted)

@@ -1,0 +1,189 @@
+"""The variational autoencoder (Kingma & Welling 2013, 1312.6114), convolutional, with a likelihood over levels.
+
+The decoder gives each pixel a mixture of discretised logistics, so that the evidence lower bound is one on the
+probability of the integers in the data, in bits, and comparable with every other family's.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.nn.convolution import CONVOLUTION_RULES, Downsample, GroupNorm, ResidualBlock, Upsample
+from vlm_jax.objectives.likelihood import (
+    from_unit_range,
+    gaussian_kl,
+    gaussian_log_density,
+    logistic_mixture_log_prob,
+    logistic_mixture_mean,
+    mixture_channels,
+    nats_to_bits_per_dim,
+    sample_logistic_mixture,
+    to_unit_range,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A Gaussian latent vector between a convolutional encoder and decoder."""
+
+    image_size: int
+    channels: int = 3
+    levels: int = 256
+    """Values of a sub-pixel: 0 ... levels - 1."""
+    latent: int
+    """Dimensions of the latent vector."""
+    widths: tuple[int, ...]
+    """Channels at each resolution, the finest first; each next has half the height and width."""
+    blocks: int = 1
+    """Residual blocks at each resolution."""
+    mixtures: int = 5
+    """Logistics in each pixel's mixture."""
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the convolutions; parameters, latents and likelihoods are float32."""
+
+
+class Encoder(nn.Module):
+    """Image in [-1, 1] -> mean and log-variance of the latent vector."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], *, train: bool = False
+    ) -> tuple[Float[Array, "B Z"], Float[Array, "B Z"]]:
+        c = self.config
+        x = nn.Conv(c.widths[0], (3, 3), dtype=c.dtype, name="first")(x)
+        for level, width in enumerate(c.widths):
+            if level:
+                x = Downsample(width, c.dtype, name=f"down_{level}")(x)
+            for i in range(c.blocks):
+                x = ResidualBlock(width, dropout=c.dropout, dtype=c.dtype, name=f"block_{level}_{i}")(x, train=train)
+        x = nn.silu(GroupNorm(8, c.dtype, name="norm_out")(x))
+        x = nn.Dense(2 * c.latent, name="posterior")(x.reshape(len(x), -1).astype(jnp.float32))
+        mean, log_variance = jnp.split(x, 2, axis=-1)
+        return mean, log_variance
+
+
+class Decoder(nn.Module):
+    """Latent vector -> parameters of each pixel's mixture of logistics."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "B Z"], *, train: bool = False) -> Float[Array, "B H W O"]:
+        c = self.config
+        smallest = c.image_size // 2 ** (len(c.widths) - 1)
+        x = nn.Dense(smallest * smallest * c.widths[-1], dtype=c.dtype, name="latent")(z)
+        x = x.reshape(len(z), smallest, smallest, c.widths[-1])
+        for level, width in reversed(list(enumerate(c.widths))):
+            for i in range(c.blocks):
+                x = ResidualBlock(width, dropout=c.dropout, dtype=c.dtype, name=f"block_{level}_{i}")(x, train=train)
+            if level:
+                x = Upsample(c.widths[level - 1], c.dtype, name=f"up_{level}")(x)
+        x = nn.silu(GroupNorm(8, c.dtype, name="norm_out")(x)).astype(jnp.float32)
+        return nn.Dense(mixture_channels(c.mixtures, c.channels), name="mixture")(x)
+
+
+class VAE(nn.Module):
+    """Encoder and decoder. Noise is the caller's."""
+
+    config: Config
+
+    def setup(self) -> None:
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    def encode(
+        self, image: Int[Array, "B H W C"], *, train: bool = False
+    ) -> tuple[Float[Array, "B Z"], Float[Array, "B Z"]]:
+        return self.encoder(to_unit_range(image, self.config.levels), train=train)
+
+    def decode(self, z: Float[Array, "B Z"], *, train: bool = False) -> Float[Array, "B H W O"]:
+        return self.decoder(z, train=train)
+
+    def __call__(
+        self, image: Int[Array, "B H W C"], noise: Float[Array, "B Z"], *, train: bool = False
+    ) -> tuple[Float[Array, "B Z"], Float[Array, "B Z"], Float[Array, "B Z"], Float[Array, " B"]]:
+        """Mean and log-variance of q(z | x), z = mean + deviation * noise, and log p(x | z)."""
+        mean, log_variance = self.encode(image, train=train)
+        z = mean + jnp.exp(0.5 * log_variance) * noise
+        log_probs = logistic_mixture_log_prob(self.decode(z, train=train), image, self.config.levels)
+        return mean, log_variance, z, jnp.sum(log_probs, axis=(1, 2))
+
+
+def build(config: Config) -> Model:
+    """A latent-variable model of images: its likelihood is bounded from below."""
+    module: Any = VAE(config)  # linen types what `apply` returns as a union
+    shape = (config.image_size, config.image_size, config.channels)
+
+    def noise_like(image: Int[Array, "B H W C"], key: Array) -> Float[Array, "B Z"]:
+        return jax.random.normal(key, (len(image), config.latent))
+
+    def init(key: Array, batch: Batch) -> Variables:
+        return module.init(key, batch["image"], noise_like(batch["image"], key))
+
+    def loss(
+        variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
+    ) -> tuple[Float[Array, ""], Aux]:
+        """The negative evidence lower bound in bits a dimension, with one posterior sample an image."""
+        del step
+        noise_key, dropout_key = jax.random.split(key)
+        image = batch["image"]
+        mean, log_variance, _, log_prob = module.apply(
+            variables, image, noise_like(image, noise_key), train=train, rngs={"dropout": dropout_key}
+        )
+        rate = nats_to_bits_per_dim(-jnp.mean(jnp.sum(gaussian_kl(mean, log_variance), axis=-1)), shape)
+        distortion = nats_to_bits_per_dim(jnp.mean(log_prob), shape)
+        metrics = {"rate_bits_per_dim": rate, "distortion_bits_per_dim": distortion}
+        return rate + distortion, Aux(metrics, weight=jnp.float32(len(image)))
+
+    def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
+        """E_q log p(x | z) - KL(q || p), the divergence in closed form."""
+        image = batch["image"]
+        mean, log_variance, _, log_prob = module.apply(variables, image, noise_like(image, key))
+        return log_prob - jnp.sum(gaussian_kl(mean, log_variance), axis=-1)
+
+    def log_weight(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
+        """log p(x, z) / q(z | x)."""
+        image = batch["image"]
+        mean, log_variance, z, log_prob = module.apply(variables, image, noise_like(image, key))
+        prior = gaussian_log_density(z, jnp.zeros_like(z), jnp.zeros_like(z))
+        return log_prob + jnp.sum(prior - gaussian_log_density(z, mean, log_variance), axis=-1)
+
+    def reconstruct(variables: Variables, image: Int[Array, "B H W C"]) -> Int[Array, "B H W C"]:
+        """The decoder's mean at the posterior's mean."""
+        mean, _ = module.apply(variables, image, method="encode")
+        outputs = module.apply(variables, mean, method="decode")
+        return from_unit_range(logistic_mixture_mean(outputs, config.channels), config.levels)
+
+    def sample(variables: Variables, key: Array, conditioning: Batch, *, num: int) -> Int[Array, "num H W C"]:
+        del conditioning
+        latent_key, pixel_key = jax.random.split(key)
+        outputs = module.apply(variables, jax.random.normal(latent_key, (num, config.latent)), method="decode")
+        return sample_logistic_mixture(pixel_key, outputs, config.channels, config.levels)
+
+    rules = (
+        (r"first/kernel$", (None, "filters")),
+        (r"posterior/kernel$", ("embed", None)),
+        (r"latent/kernel$", (None, "embed")),
+        (r"(mixture|skip)/kernel$", (None, None)),
+        (r"(first|posterior|latent|mixture|skip)/bias$", (None,)),
+        *CONVOLUTION_RULES,
+    )
+    return Model(
+        inputs={"image": Input(shape, "uint8", config.levels)},
+        init=init,
+        loss=loss,
+        rules=rules,
+        log_likelihood=log_likelihood,
+        bound="lower",
+        log_weight=log_weight,
+        reconstruct=reconstruct,
+        sample=sample,
+    )

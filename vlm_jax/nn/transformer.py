@@ -1,0 +1,135 @@
+"""The transformer stack that every transformer family uses."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax.nn.attention import ATTENTION_RULES, Attention, Cache
+from vlm_jax.sharding import constrain
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": nn.gelu,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer:
+    """Sizes of a stack of pre-norm blocks."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    """Hidden units of each feed-forward layer."""
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu_tanh"
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    """Share of each residual branch's output that is dropped in training."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters are float32."""
+    scan: bool = True
+    """Compile one block and loop over the layers; False unrolls them."""
+    remat: bool = False
+    """Recompute each block's activations in the backward pass instead of keeping them."""
+
+
+class MLP(nn.Module):
+    """Two layers with an activation between them."""
+
+    width: int
+    hidden: int
+    activation: str
+    output_scale: float = 1.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x = constrain(nn.Dense(self.hidden, dtype=self.dtype, name="up")(x), "batch", None, "mlp")
+        init = nn.initializers.variance_scaling(self.output_scale, "fan_in", "normal")
+        return nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="down")(ACTIVATIONS[self.activation](x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: Transformer
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cache: Cache | None,
+        mask: Bool[Array, "#B #H T S"] | None,
+        position: Int[Array, ""] | int,
+        causal: bool,
+        train: bool,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        c = self.config
+        # Each of the 2 * depth branches adds its share of variance, so that the sum's does not grow with depth.
+        scale = 1 / (2 * c.depth)
+        dropout = nn.Dropout(c.dropout, deterministic=not train)
+        x = constrain(x, "batch", None, None)
+        y = nn.LayerNorm(c.norm_eps, dtype=c.dtype, name="attention_norm")(x)
+        attention = Attention(c.width, c.heads, scale, c.dtype, name="attention")
+        y, cache = attention(y, mask=mask, causal=causal, cache=cache, position=position)
+        x = x + dropout(y)
+        y = nn.LayerNorm(c.norm_eps, dtype=c.dtype, name="mlp_norm")(x)
+        x = x + dropout(MLP(c.width, c.mlp, c.activation, scale, c.dtype, name="mlp")(y))
+        return x, cache
+
+
+class TransformerStack(nn.Module):
+    """`depth` blocks and a final norm."""
+
+    config: Transformer
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        mask: Bool[Array, "#B #H T S"] | None = None,
+        causal: bool = False,
+        cache: Cache | None = None,
+        position: Int[Array, ""] | int = 0,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """With a `cache` of `depth` layers, `x` is the one token at `position`."""
+        c = self.config
+        x = x.astype(c.dtype)
+        # prevent_cse guards rematerialisation against being undone outside a loop; inside one it only costs.
+        block = nn.remat(Block, prevent_cse=not c.scan, static_argnums=(5, 6)) if c.remat else Block
+        if c.scan:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=c.depth,
+            )
+            x, cache = scanned(c, name="blocks")(x, cache, mask, position, causal, train)
+        else:
+            caches = []
+            for i in range(c.depth):
+                layer = jax.tree.map(lambda leaf, i=i: leaf[i], cache)
+                x, layer = block(c, name=f"block_{i}")(x, layer, mask, position, causal, train)
+                caches.append(layer)
+            cache = None if cache is None else jax.tree.map(lambda *layers: jnp.stack(layers), *caches)
+        return nn.LayerNorm(c.norm_eps, dtype=c.dtype, name="final_norm")(constrain(x, "batch", None, None)), cache
+
+
+TRANSFORMER_RULES = (
+    *ATTENTION_RULES,
+    (r"up/kernel$", ("embed", "mlp")),
+    (r"up/bias$", ("mlp",)),
+    (r"down/kernel$", ("mlp", "embed")),
+    (r"down/bias$", (None,)),
+    (r"norm/(scale|bias)$", (None,)),
+)

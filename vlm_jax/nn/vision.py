@@ -1,0 +1,88 @@
+"""The vision transformer."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from vlm_jax.nn.attention import Attention
+from vlm_jax.nn.transformer import MLP, TRANSFORMER_RULES, Transformer, TransformerStack
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTransformer:
+    """Sizes of an image tower (2010.11929)."""
+
+    image_size: int
+    patch_size: int
+    channels: int = 3
+    pool: Literal["class", "attention"] = "class"
+    """A class token beside the patches, or an attention-pooling head over them (2106.04560)."""
+    pre_norm: bool = False
+    """Normalise the embedded patches before the first block, as CLIP does."""
+    patch_bias: bool = True
+    transformer: Transformer
+
+
+def patchify(image: Num[Array, "B H W C"], size: int) -> Num[Array, "B T D"]:
+    """Non-overlapping patches in raster order, each flattened as rows, columns, channels."""
+    batch, height, width, channels = image.shape
+    x = image.reshape(batch, height // size, size, width // size, size, channels)
+    return x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
+
+
+def unpatchify(patches: Num[Array, "B T D"], size: int, channels: int) -> Num[Array, "B H W C"]:
+    """The square image that `patchify` cut up."""
+    batch, count, _ = patches.shape
+    side = math.isqrt(count)
+    x = patches.reshape(batch, side, side, size, size, channels)
+    return x.swapaxes(2, 3).reshape(batch, side * size, side * size, channels)
+
+
+class VisionTower(nn.Module):
+    """Image in [-1, 1] -> one vector."""
+
+    config: VisionTransformer
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B H W C"], *, train: bool = False) -> Float[Array, "B D"]:
+        c, t = self.config, self.config.transformer
+        # A reshape and a product: the gradient of the equivalent strided convolution takes twice as long on the CPU.
+        x = nn.Dense(t.width, use_bias=c.patch_bias, dtype=t.dtype, name="patch")(patchify(image, c.patch_size))
+        if c.pool == "class":
+            token = self.param("class_token", nn.initializers.normal(t.width**-0.5), (1, 1, t.width))
+            x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, t.width)).astype(x.dtype), x], axis=1)
+        x = x + self.param("position", nn.initializers.normal(t.width**-0.5), (1, x.shape[1], t.width))
+        if c.pre_norm:
+            x = nn.LayerNorm(t.norm_eps, dtype=t.dtype, name="pre_norm")(x)
+        x, _ = TransformerStack(t, name="transformer")(x, train=train)
+        return x[:, 0] if c.pool == "class" else AttentionPool(t, name="pool")(x)
+
+
+class AttentionPool(nn.Module):
+    """Multi-head attention pooling: a learned probe attends to the sequence, then a residual MLP (2106.04560)."""
+
+    config: Transformer
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        c = self.config
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, c.width))
+        probe = jnp.broadcast_to(probe, (len(x), 1, c.width)).astype(x.dtype)
+        x, _ = Attention(c.width, c.heads, dtype=c.dtype, name="attention")(probe, x)
+        y = nn.LayerNorm(c.norm_eps, dtype=c.dtype, name="mlp_norm")(x)
+        x = x + MLP(c.width, c.mlp, c.activation, dtype=c.dtype, name="mlp")(y)
+        return x[:, 0]
+
+
+def vision_rules(config: VisionTransformer) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+    """Sharding rules of a `VisionTower`."""
+    return (
+        (r"patch/kernel$", (None, "embed")),
+        *(((r"patch/bias$", (None,)),) if config.patch_bias else ()),
+        (r"(class_token|position|probe)$", (None, None, None)),
+        *TRANSFORMER_RULES,
+    )

@@ -1,0 +1,33 @@
+"""Contact sheets: rows of labelled images in one PNG."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+Cell = tuple[np.ndarray, str]
+"""An image, uint8 [H, W, C], and the label above it."""
+
+
+def write_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], path: Path, *, levels: int = 256) -> None:
+    """Draws rows of images, each row with its title at the left, enlarged without interpolation.
+
+    Args:
+      levels: values of a sub-pixel; the highest is drawn white.
+    """
+    columns = max(len(cells) for _, cells in rows)
+    figure = Figure(figsize=(1.2 * columns + 1.8, 1.3 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=[1.5, *[1] * columns])
+    for axes in grid.flat:
+        axes.axis("off")
+    for line, (title, cells) in zip(grid, rows, strict=True):
+        line[0].text(0, 0.5, textwrap.fill(title, 18), va="center", fontsize=8)
+        for axes, (image, label) in zip(line[1:], cells, strict=False):
+            grey = image.shape[-1] == 1
+            pixels = np.repeat(image, 3, axis=-1) if grey else image
+            axes.imshow(pixels.astype(float) / (levels - 1), interpolation="nearest")
+            axes.set_title(textwrap.fill(label, 20), fontsize=6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

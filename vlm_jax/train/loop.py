@@ -1,0 +1,214 @@
+"""The training loop: the one place where the step is jitted, and where training meets the disk and the terminal."""
+
+import contextlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from vlm_jax.contract import Model, Variables, abstract_batch, check_batch
+from vlm_jax.errors import UserError
+from vlm_jax.experiment import Experiment
+from vlm_jax.sharding import check_batch_size, make_mesh, process_rows, replicated, to_global
+from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.metrics import MetricsLog
+from vlm_jax.train.optim import learning_rate_schedule, make_optimizer
+from vlm_jax.train.step import TrainState, eval_variables, init_train_state, make_train_step, train_state_shardings
+
+HostBatch = Mapping[str, np.ndarray]
+TrainBatches = Callable[[slice, int], Iterator[HostBatch]]
+"""`(rows, start)`: from step `start` on, these rows of each global batch."""
+ValidationBatches = Callable[[int], Iterator[tuple[HostBatch, int]]]
+"""`(batch size)`: the split in order, whole global batches, each with its number of valid rows."""
+
+
+def fit(
+    model: Model,
+    experiment: Experiment,
+    workdir: Path,
+    train_batches: TrainBatches,
+    validation_batches: ValidationBatches | None = None,
+) -> TrainState:
+    """Trains to `experiment.steps` from the newest good checkpoint in `workdir`, or from the beginning.
+
+    Each step is the same whether or not the run was interrupted before it, and on any mesh and number of processes.
+    SIGTERM or Ctrl-C saves, says so and ends the process with status 0.
+
+    Raises:
+      UserError: the mesh, the batches or the checkpoints do not fit, or the loss is no longer finite.
+    """
+    mesh = make_mesh(experiment.mesh)
+    check_batch_size(experiment.batch_size, mesh, experiment.micro_steps)
+    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
+    learning_rate = learning_rate_schedule(experiment.optimizer, experiment.steps)
+    rows = process_rows(experiment.batch_size, mesh)
+    init_key, step_key, validation_key = jax.random.split(jax.random.key(experiment.seed), 3)
+
+    def init(key: jax.Array, batch: Any) -> TrainState:
+        return init_train_state(model, optimizer, key, batch, ema_decay=experiment.ema_decay)
+
+    def to_device(batch: HostBatch) -> dict[str, jax.Array]:
+        return to_global(check_batch(model.inputs, batch), experiment.batch_size, mesh)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep_last=experiment.keep_last))
+        abstract = jax.eval_shape(init, init_key, abstract_batch(model.inputs, experiment.batch_size))
+        shardings = train_state_shardings(model, optimizer, abstract, mesh)
+        state = restore(checkpoints, abstract, shardings)
+        if state is None:
+            first = to_device(next(train_batches(rows, 0)))  # some families initialise from data
+            state = jax.jit(init, out_shardings=shardings)(init_key, first)
+        start = int(state.step)
+        if start >= experiment.steps:
+            say(f"{workdir} already holds step {start} of {experiment.steps}: nothing is left to do")
+            return state
+
+        step_function = jax.jit(
+            make_train_step(model, optimizer, micro_steps=experiment.micro_steps, ema_decay=experiment.ema_decay),
+            donate_argnums=0,
+            out_shardings=(shardings, replicated(mesh)),
+        )
+        log = stack.enter_context(MetricsLog(workdir, start, enabled=jax.process_index() == 0))
+        stop = stack.enter_context(StopSignal())
+        bar = stack.enter_context(progress_bar(start, experiment.steps))
+        batches = train_batches(rows, start)
+        pending: list[tuple[int, dict[str, jax.Array]]] = []
+        since = time.perf_counter()
+        for step in range(start + 1, experiment.steps + 1):
+            state, metrics = step_function(state, to_device(next(batches)), step_key)
+            pending.append((step, metrics))
+            stopping = stop.requested(step)
+            saving = step % experiment.checkpoint_every == 0 or step == experiment.steps or stopping
+            logging = step % experiment.log_every == 0 or saving
+            if logging or step == start + 1:  # the first step compiles: the rate of the following ones is without it
+                values = fetch_finite(pending, checkpoints)
+                elapsed = time.perf_counter() - since
+            if logging:
+                values["learning_rate"] = float(learning_rate(step - 1))
+                values["examples_per_second"] = len(pending) * experiment.batch_size / elapsed
+                if saving and validation_batches is not None:
+                    variables = eval_variables(model, state)
+                    batch_size = experiment.batch_size
+                    values |= validate(model, variables, validation_batches, batch_size, mesh, validation_key)
+                log.write(step, values)
+                bar.set_postfix_str(f"loss {values['loss']:.4g}, {values['examples_per_second']:.0f} examples/s")
+            if saving:
+                checkpoints.save(step, state._asdict(), validation_loss=values.get("validation_loss"))
+            if logging or step == start + 1:
+                pending.clear()
+                since = time.perf_counter()
+            bar.update()
+            if stopping:
+                break
+
+        checkpoints.wait()
+    if stopping:
+        say(f"stopped by a signal: step {step} of {experiment.steps} is saved in {workdir}; the same command goes on")
+        sys.exit(0)
+    return state
+
+
+def restore(checkpoints: Checkpoints, abstract: TrainState, shardings: TrainState) -> TrainState | None:
+    """The newest good state, laid out on this mesh."""
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+    restored = checkpoints.restore(placed._asdict())
+    return None if restored is None else TrainState(**restored[1])
+
+
+def fetch_finite(pending: list[tuple[int, dict[str, jax.Array]]], checkpoints: Checkpoints) -> dict[str, float]:
+    """The newest of the pending steps' metrics as numbers, once all of them are known to be sound.
+
+    Looked at together and not step by step, so that the device never waits for the host; before each save, so that
+    what is saved is sound.
+
+    Raises:
+      UserError: a loss or the norm of a gradient is not finite.
+    """
+    values: dict[str, float] = {}
+    for step, metrics in jax.device_get(pending):
+        values = {name: float(value) for name, value in metrics.items()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                checkpoints.wait()
+                steps = checkpoints.steps()
+                kept = f"the last good checkpoint is {steps[-1]}" if steps else "no checkpoint was written yet"
+                raise UserError(
+                    f"the {name} became {values[name]} at step {step} and nothing was saved since ({kept}): "
+                    f"lower optimizer.learning_rate, clip gradients, or look at the data of that step"
+                )
+    return values
+
+
+def validate(
+    model: Model,
+    variables: Variables,
+    batches: ValidationBatches,
+    batch_size: int,
+    mesh: Mesh,
+    key: jax.Array,
+) -> dict[str, float]:
+    """The mean loss over the full batches of the validation split, with the same noise at each call."""
+    loss = jax.jit(lambda variables, batch, key: model.loss(variables, batch, key, 0, train=False)[0])
+    rows = process_rows(batch_size, mesh)
+    losses = []
+    for index, (batch, valid) in enumerate(batches(batch_size)):
+        if valid == batch_size:
+            mine = {name: values[rows] for name, values in check_batch(model.inputs, batch).items()}
+            losses.append(loss(variables, to_global(mine, batch_size, mesh), jax.random.fold_in(key, index)))
+    return {"validation_loss": float(np.mean(jax.device_get(losses)))}
+
+
+class StopSignal:
+    """Notices SIGTERM and Ctrl-C, for the loop to end between two steps; several processes end at the same one."""
+
+    def __enter__(self) -> "StopSignal":
+        self.received = False
+        self.previous: dict[int, Any] = {}
+        # With several processes jax.distributed listens for SIGTERM itself, and agrees on the step.
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self.receive)
+        return self
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def requested(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.received
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def progress_bar(start: int, steps: int) -> tqdm:
+    """Steps done, time left, and what the loop adds; on the first process alone."""
+    return tqdm(
+        total=steps,
+        initial=start,
+        unit="step",
+        dynamic_ncols=True,
+        disable=jax.process_index() != 0,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    )
+
+
+def say(message: str) -> None:
+    """A line for the person who started the run, once."""
+    if jax.process_index() == 0:
+        print(message, flush=True)

@@ -1,0 +1,55 @@
+"""Trees of parameters addressed by path: `"image/blocks/attention/query/kernel"`."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """A key path of `jax.tree_util` as names joined by slashes."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaves_by_path(tree: PyTree) -> dict[str, Any]:
+    """Every leaf under its path."""
+    return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_with_path(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    """`tree` with each leaf replaced by `function(path, leaf)`."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_string(path), leaf), tree)
+
+
+def partition(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits a nested mapping into the leaves whose path matches any of `patterns` and the others.
+
+    Each part keeps the nesting and drops the branches that it has no leaf in, so that optimizers and averages over
+    one part hold nothing for the other.
+    """
+    patterns = tuple(patterns)
+    matching: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    for path, leaf in leaves_by_path(tree).items():
+        target = matching if any(re.search(pattern, path) for pattern in patterns) else others
+        *parents, name = path.split("/")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[name] = leaf
+    return matching, others
+
+
+def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Joins the two parts that `partition` made."""
+    merged = dict(first)
+    for name, branch in second.items():
+        merged[name] = merge(merged[name], branch) if name in merged else branch
+    return merged
+
+
+def count_parameters(tree: PyTree) -> int:
+    """The number of scalars in all leaves, arrays or `jax.ShapeDtypeStruct`."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
