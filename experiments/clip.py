@@ -24,7 +24,7 @@ def clip_tiny() -> Experiment:
             embedding=128,
         ),
         data=Data(name="openmoji", image_size=32, crop_min_area=0.7, text=Text(context_length=16, vocab_size=2048)),
-        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=40, weight_decay=0.1, b2=0.98),
+        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=40, weight_decay=0.1, b2=0.98, eps=1e-6),
         zero_shot=ZeroShot(name="easy_vqa/color", prompts=("{}", "{} circle", "{} square", "{} triangle")),
         steps=400,
         batch_size=256,

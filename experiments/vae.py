@@ -11,7 +11,7 @@ def vae_tiny() -> Experiment:
     return Experiment(
         model=vae.Config(image_size=8, channels=1, levels=17, latent=16, widths=(32, 64), dropout=0.1),
         data=Data(name="digits", validation="validation", image_size=8, channels=1),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.01),
+        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.01, eps=1e-6),
         ema_decay=0.995,
         steps=1000,
         batch_size=128,
@@ -24,7 +24,7 @@ def vae_tiny_openmoji() -> Experiment:
     return Experiment(
         model=vae.Config(image_size=32, latent=128, widths=(32, 64, 128), mixtures=5),
         data=Data(name="openmoji", train="train[:95%]", validation="train[95%:]", image_size=32),
-        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=100, weight_decay=0.01),
+        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=100, weight_decay=0.01, eps=1e-6),
         ema_decay=0.995,
         steps=3000,
         batch_size=64,

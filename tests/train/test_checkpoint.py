@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -134,7 +135,7 @@ def test_a_step_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path
 
 def test_the_newest_and_the_best_are_kept_across_restarts(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep_last=2, keep_best=1) as checkpoints:
-        save_small(checkpoints, {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: None})
+        save_small(checkpoints, {1: float("nan"), 2: 1.0, 3: 2.0, 4: 3.0, 5: None})
         assert checkpoints.steps() == (2, 4, 5)
     with Checkpoints(tmp_path, keep_last=2, keep_best=1) as checkpoints:
         assert checkpoints.best_step() == 2
@@ -157,6 +158,13 @@ def test_a_step_that_would_not_be_the_newest_is_a_programming_error(tmp_path: Pa
             checkpoints.save(step, small(step))
         save_small(checkpoints, {6: None})
         assert checkpoints.steps() == (5, 6)
+
+
+def test_orbax_skips_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ocp.CheckpointManager, "should_save", lambda *_: False)
+    with Checkpoints(tmp_path) as checkpoints:
+        save_small(checkpoints, {1: None})
+        assert checkpoints.steps() == (1,)
 
 
 def test_a_reader_cannot_save(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
             features |= {"question": tfds.features.Text(), "answer": tfds.features.Text()}
         else:
             features |= {"label": tfds.features.ClassLabel(names=LABELS[config])}
-        return self.dataset_info_from_configs(
+        return tfds.core.DatasetInfo(
+            builder=self,
             description=EasyVqa.__doc__,
             homepage="https://github.com/vzhou842/easy-VQA",
             license="MIT",
@@ -82,5 +83,8 @@ def _labels(questions: tuple[list[str], list[str], list[int]], names: tuple[str,
             asserted[image] |= {*words, answer} & set(names)
         elif (answer == "yes") != negated:
             asserted[image] |= set(words) & set(names)
-    # Unpacking refuses an image of which two names are asserted; there is none.
-    return {image: label for image, found in asserted.items() if found for (label,) in [found]}
+    labels = {}
+    for image, found in asserted.items():
+        if found:
+            (labels[image],) = found  # refuses two names of one image; there are none
+    return labels

@@ -1,7 +1,8 @@
 """Records to batches: random access, so that the number of the step is the position in the data."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from vlm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from vlm_jax.data.transforms import random_flip, random_resized_crop, resize, to_channels
 from vlm_jax.errors import UserError
 
-_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-"""Whole batches: one that is awaited, one that is made meanwhile, and two in store for uneven steps."""
+# A thread makes whole batches. Half the cores are left to the model; and of small images a second thread on two cores
+# makes none more, since both wait for Python's lock.
+_THREADS = max(1, (os.cpu_count() or 1) // 2)
+_READ_OPTIONS = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS + 1)
 
 
 def make_tokenizer(data: Data, data_dir: Path) -> Tokenizer | None:
@@ -134,6 +137,6 @@ def evaluation_batches(
         yield batch, min(batch_size, len(source) - step * batch_size)
 
 
-def _batches(make: Any, count: int, batch_size: int) -> grain.IterDataset:
+def _batches(make: Callable[[int], dict[str, np.ndarray]], count: int, batch_size: int) -> grain.IterDataset:
     """`make(0), ..., make(count - 1)` in batches, made by background threads."""
     return grain.MapDataset.range(count).map(make).batch(batch_size).to_iter_dataset(_READ_OPTIONS)

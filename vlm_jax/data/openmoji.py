@@ -40,7 +40,8 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(
+        return tfds.core.DatasetInfo(
+            builder=self,
             description=OpenMoji.__doc__,
             homepage="https://openmoji.org",
             license="CC BY-SA 4.0 (drawings)",

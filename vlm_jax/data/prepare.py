@@ -44,11 +44,10 @@ def prepare(name: str, data_dir: Path) -> Path:
         directory = Path(builder.data_dir)
         if not directory.exists():
             data_dir.mkdir(parents=True, exist_ok=True)
-            with FileLock(data_dir / f"{base}.lock"):
-                if not directory.exists():
-                    _remove_interrupted(directory.parent)
-                    with _quiet():
-                        builder.download_and_prepare(file_format="array_record")
+            with FileLock(data_dir / f"{base}.lock"), _quiet():
+                _remove_interrupted(directory.parent)
+                # Does nothing if another process has just done it.
+                builder.download_and_prepare(file_format="array_record")
     except OSError as error:
         raise UserError(f"{name} cannot be prepared in {data_dir} ({error}): choose another data directory") from error
     return directory

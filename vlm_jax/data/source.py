@@ -102,7 +102,7 @@ def open_source(name: str, split: str, data_dir: Path) -> Source:
       split: a split or part of one in TFDS's notation, such as "train[:90%]" or "train+validation".
 
     Raises:
-      UserError: there is no such data set or split, or it is not prepared as array_record, or it has no images.
+      UserError: there is no such data set or split, or it is not prepared as array_record, or it has no 8-bit images.
     """
     directory = find_data_set(name, data_dir)
     try:
@@ -121,6 +121,9 @@ def open_source(name: str, split: str, data_dir: Path) -> Source:
     keys = _keys(features)
     if "image" not in keys:
         raise UserError(f"{name} has no images but {sorted(features)}: choose a data set that has")
+    dtype = features[keys["image"]].np_dtype
+    if dtype != np.uint8:
+        raise UserError(f"{name} has images of {np.dtype(dtype)}: choose a data set with images of 8 bits a channel")
     return Source(
         name=name,
         split=split,

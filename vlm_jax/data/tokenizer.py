@@ -35,7 +35,7 @@ class Tokenizer:
         return self.tokenizer.get_vocab_size()
 
     def encode(self, texts: Sequence[str], length: int) -> np.ndarray:
-        """int32 [N, length]: for each text `bos`, its tokens, `eos`, then `pad` up to the length.
+        """int32 [N, length]: for each text `bos`, its tokens, `eos`, then `pad` up to the length (2 or more).
 
         A text of more than `length - 2` tokens loses the last of them, never the `eos`. The names of special tokens
         in a text are ordinary characters.

@@ -60,7 +60,8 @@ class PatchHead(nn.Module):
 
     def setup(self) -> None:
         c, size = self.config, patch_length(self.config)
-        self.table = PatchEmbedding(size, c.levels, c.transformer.width)
+        if size > 1:  # nothing comes after the last sub-pixel
+            self.table = PatchEmbedding(size - 1, c.levels, c.transformer.width)
         self.query = self.param("query", nn.initializers.normal(0.02), (size, c.transformer.width))
         self.norm = nn.LayerNorm(c.transformer.norm_eps, dtype=c.transformer.dtype)
         self.up = nn.Dense(c.transformer.width, dtype=c.transformer.dtype)
@@ -68,17 +69,19 @@ class PatchHead(nn.Module):
 
     def __call__(self, x: Float[Array, "*B D"], patches: Int[Array, "*B N"]) -> Float[Array, "*B N V"]:
         """Logits of every sub-pixel, those before it read from `patches`."""
-        embedded = self.table(patches)
-        before = jnp.cumsum(embedded, axis=-2) - embedded
-        return self.predict(x[..., None, :] + before + self.query)
+        x = x[..., None, :] + self.query
+        if patches.shape[-1] > 1:
+            x = x.at[..., 1:, :].add(jnp.cumsum(self.table(patches[..., :-1]), axis=-2))
+        return self.predict(x)
 
     def draw(self, x: Float[Array, "B D"], key: Array) -> Int[Array, "B N"]:
         """A patch, sub-pixel by sub-pixel."""
         patch = []
         for i, query in enumerate(self.query):
+            if i:
+                x = x + self.table.at(i - 1, patch[-1])
             logits = self.predict(x + query).astype(jnp.float32)
             patch.append(jax.random.categorical(jax.random.fold_in(key, i), logits))
-            x = x + self.table.at(i, patch[-1])
         return jnp.stack(patch, axis=-1)
 
     def predict(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

@@ -25,6 +25,7 @@ from vlm_jax.objectives.likelihood import (
     sample_logistic_mixture,
     to_unit_range,
 )
+from vlm_jax.sharding import constrain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +59,15 @@ class Encoder(nn.Module):
         self, x: Float[Array, "B H W C"], *, train: bool = False
     ) -> tuple[Float[Array, "B Z"], Float[Array, "B Z"]]:
         c = self.config
-        x = nn.Conv(c.widths[0], (3, 3), dtype=c.dtype, name="first")(x)
+        x = constrain(nn.Conv(c.widths[0], (3, 3), dtype=c.dtype, name="first")(x), "batch", None, None, None)
         for level, width in enumerate(c.widths):
             if level:
                 x = Downsample(width, c.dtype, name=f"down_{level}")(x)
             for i in range(c.blocks):
                 x = ResidualBlock(width, dropout=c.dropout, dtype=c.dtype, name=f"block_{level}_{i}")(x, train=train)
         x = nn.silu(GroupNorm(8, c.dtype, name="norm_out")(x))
-        x = nn.Dense(2 * c.latent, name="posterior")(x.reshape(len(x), -1).astype(jnp.float32))
+        x = constrain(x.reshape(len(x), -1).astype(jnp.float32), "batch", None)
+        x = nn.Dense(2 * c.latent, name="posterior")(x)
         mean, log_variance = jnp.split(x, 2, axis=-1)
         return mean, log_variance
 
@@ -79,7 +81,7 @@ class Decoder(nn.Module):
     def __call__(self, z: Float[Array, "B Z"], *, train: bool = False) -> Float[Array, "B H W O"]:
         c = self.config
         smallest = c.image_size // 2 ** (len(c.widths) - 1)
-        x = nn.Dense(smallest * smallest * c.widths[-1], dtype=c.dtype, name="latent")(z)
+        x = constrain(nn.Dense(smallest * smallest * c.widths[-1], dtype=c.dtype, name="latent")(z), "batch", None)
         x = x.reshape(len(z), smallest, smallest, c.widths[-1])
         for level, width in reversed(list(enumerate(c.widths))):
             for i in range(c.blocks):

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlm_jax.sharding import constrain
+
 
 class GroupNorm(nn.Module):
     """Group normalisation (1803.08494) over positions and the channels of a group, statistics in fp32."""
@@ -18,11 +20,13 @@ class GroupNorm(nn.Module):
         batch, *_, channels = x.shape
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
+        x = x.astype(jnp.float32)  # before it is squared: a variance is a small difference of large squares
         # Sums over positions first and over a group's channels after: five times faster on the CPU in this layout.
-        moments = jnp.stack([jnp.mean(x, (1, 2), jnp.float32), jnp.mean(jnp.square(x), (1, 2), jnp.float32)])
+        moments = jnp.stack([jnp.mean(x, (1, 2)), jnp.mean(jnp.square(x), (1, 2))])
         moments = jnp.mean(moments.reshape(2, batch, self.groups, -1), axis=-1, keepdims=True)
         mean, mean_square = jnp.broadcast_to(moments, (2, batch, self.groups, channels // self.groups))
-        gain = jax.lax.rsqrt(mean_square - jnp.square(mean) + self.epsilon).reshape(batch, channels) * scale
+        variance = jnp.maximum(mean_square - jnp.square(mean), 0)  # rounding may take it below zero
+        gain = jax.lax.rsqrt(variance + self.epsilon).reshape(batch, channels) * scale
         shift = bias - mean.reshape(batch, channels) * gain
         return (x * gain[:, None, None] + shift[:, None, None]).astype(self.dtype)
 
@@ -37,14 +41,16 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], *, train: bool = False) -> Float[Array, "B H W D"]:
+        x = constrain(x, "batch", None, None, None)
         y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_in")(x))
-        y = nn.Conv(self.width, (3, 3), dtype=self.dtype, name="conv_in")(y)
+        # Without a bias: the norm that follows takes most of it away again, and leaves its gradient to rounding.
+        y = nn.Conv(self.width, (3, 3), use_bias=False, dtype=self.dtype, name="conv_in")(y)
         y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_out")(y))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         y = nn.Conv(self.width, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv_out")(y)
         if x.shape[-1] != self.width:
             x = nn.Dense(self.width, dtype=self.dtype, name="skip")(x)
-        return x + y
+        return constrain(x + y, "batch", None, None, None)
 
 
 class Downsample(nn.Module):
@@ -55,7 +61,8 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        return nn.Conv(self.width, (3, 3), (2, 2), dtype=self.dtype, name="conv")(x)
+        x = nn.Conv(self.width, (3, 3), (2, 2), dtype=self.dtype, name="conv")(x)
+        return constrain(x, "batch", None, None, None)
 
 
 class Upsample(nn.Module):
@@ -67,11 +74,12 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-        return nn.Conv(self.width, (3, 3), dtype=self.dtype, name="conv")(x)
+        x = nn.Conv(self.width, (3, 3), dtype=self.dtype, name="conv")(x)
+        return constrain(x, "batch", None, None, None)
 
 
 CONVOLUTION_RULES = (
     (r"(conv_in|conv_out|conv)/kernel$", (None, "filters")),
-    (r"(conv_in|conv_out|conv)/bias$", (None,)),
+    (r"(conv_out|conv)/bias$", (None,)),
     (r"(norm_in|norm_out)/(scale|bias)$", (None,)),
 )

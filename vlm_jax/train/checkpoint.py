@@ -49,7 +49,7 @@ class Checkpoints:
         self._directory = directory.absolute()
         self._keep_last = keep_last
         self._keep_best = keep_best
-        self._saving: tuple[int, float | None] = (0, None)
+        self._saving = 0
         self._losses: dict[int, float] = {}
         self._manager = None if read_only else self._open()
 
@@ -89,11 +89,9 @@ class Checkpoints:
         if saved and step <= saved[-1]:
             raise ValueError(f"checkpoint {step} would not be the newest in {self._directory}, {saved[-1]} is")
         self._check_room(step, items)
-        if validation_loss is not None and math.isnan(validation_loss):
-            validation_loss = None
-        if validation_loss is not None:
+        if validation_loss is not None and not math.isnan(validation_loss):
             self._losses[step] = validation_loss
-        self._saving = (step, validation_loss)
+        self._saving = step
         # Within a dictionary a tree may be empty or a single array, which orbax refuses otherwise, and the path of
         # each leaf begins with its item.
         args = {name: ocp.args.StandardSave({name: tree}) for name, tree in items.items()}
@@ -165,14 +163,14 @@ class Checkpoints:
     def _write_manifest(self) -> None:
         # Orbax calls this in its background thread on process 0, when all processes have written their files and
         # before the temporary directory gets its final name: what bears that name has a manifest.
-        step, validation_loss = self._saving
-        checksums.write_manifest(self._directory / f"{step}{ocp.utils.TMP_DIR_SUFFIX}", validation_loss)
+        step = self._saving
+        checksums.write_manifest(self._directory / f"{step}{ocp.utils.TMP_DIR_SUFFIX}", self._losses.get(step))
 
     def _check_room(self, step: int, items: Mapping[str, PyTree]) -> None:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(items)))
         free = shutil.disk_usage(self._directory).free
         # Processes look at different moments and must still decide alike.
-        if any(_gather("full" if free < needed else "")):
+        if _agreed("full" if free < needed else ""):
             problem = f"it needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; free space"
             raise UserError(self._unwritten(step, problem))
 
@@ -186,7 +184,7 @@ class Checkpoints:
             if number is None:
                 raise
             mend = "free space" if number in (errno.ENOSPC, errno.EDQUOT) else "mend that"
-            raise UserError(self._unwritten(self._saving[0], f"{os.strerror(number)}; {mend}")) from error
+            raise UserError(self._unwritten(self._saving, f"{os.strerror(number)}; {mend}")) from error
 
     def _give_up(self) -> None:
         # The first error may come while other files are still being written.
@@ -196,8 +194,8 @@ class Checkpoints:
                 manager.close()
 
     def _unwritten(self, step: int, problem: str) -> str:
-        earlier = [other for other in _steps(self._directory) if other < step]
-        last = f"the last good checkpoint is {earlier[-1]}" if earlier else "there is no checkpoint before it"
+        complete = _steps(self._directory)
+        last = f"the last good checkpoint is {complete[-1]}" if complete else "there is no checkpoint before it"
         return (
             f"checkpoint {step} could not be written to {self._directory}: {problem} and run the same command again, "
             f"{last}"
@@ -208,13 +206,13 @@ class Checkpoints:
     ) -> tuple[int, dict[str, PyTree]] | None:
         damaged: dict[int, str] = {}
         for step in reversed(steps):
-            damage = _damage(self._directory / str(step), abstract)
-            if damage is None:
-                restored = _restore(self._directory / str(step), abstract)
-                if damaged:
-                    self._pass_over(damaged, step)
-                return step, restored
-            damaged[step] = damage
+            if damage := _damage(self._directory / str(step), abstract):
+                damaged[step] = damage
+                continue
+            restored = _restore(self._directory / str(step), abstract)
+            if damaged:
+                self._pass_over(damaged, step)
+            return step, restored
         if not damaged:
             return None
         # They all stay where they are: were they moved away, the same command would start from nothing.
@@ -282,21 +280,21 @@ def _validation_losses(directory: Path, steps: Sequence[int]) -> dict[int, float
     return {step: loss for step, loss in losses.items() if loss is not None}
 
 
-def _damage(checkpoint: Path, items: Mapping[str, PyTree]) -> str | None:
-    """What is wrong with the files of these items, None if nothing; each process reads its share, all agree.
+def _damage(checkpoint: Path, items: Mapping[str, PyTree]) -> str:
+    """What is wrong with the files of these items, empty if nothing; each process reads its share, all agree.
 
     Raises:
       UserError: there is a symbolic link, through which orbax would read and delete things elsewhere.
     """
-    links = [str(path) for path in (checkpoint, *checkpoint.glob("**/*")) if path.is_symlink()]
-    if links := list(filter(None, _gather("".join(links[:1])))):
-        raise UserError(f"{links[0]} is a symbolic link: a checkpoint holds none, put the file itself there")
+    link = next((str(path) for path in (checkpoint, *checkpoint.glob("**/*")) if path.is_symlink()), "")
+    if link := _agreed(link):
+        raise UserError(f"{link} is a symbolic link: a checkpoint holds none, put the file itself there")
     damage = ""
     try:
         checksums.verify(checkpoint, items, share=jax.process_index(), shares=jax.process_count())
     except checksums.DamagedError as error:
         damage = str(error)
-    return next(filter(None, _gather(damage)), None)
+    return _agreed(damage)
 
 
 def _restore(checkpoint: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -325,6 +323,11 @@ def _check_leaves(checkpoint: Path, saved: Mapping[str, Any], expected: Mapping[
                 f"{checkpoint} holds {found} for {path} where {wanted} is expected: use the settings that it was "
                 f"saved with, or another directory"
             )
+
+
+def _agreed(problem: str) -> str:
+    """The first problem that a process sees, on all of them; empty if none sees any."""
+    return next(filter(None, _gather(problem)), "")
 
 
 def _gather(text: str) -> list[str]:

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import optax
 
-from vlm_jax.errors import UserError
 from vlm_jax.trees import map_with_path
 
 PyTree = Any
@@ -36,18 +35,9 @@ class Optimizer:
 
 
 def learning_rate_schedule(config: Optimizer, steps: int) -> optax.Schedule:
-    """Step (0-based) -> learning rate.
-
-    Raises:
-      UserError: the warm-up does not end before the decay does.
-    """
-    decay_steps = config.decay_steps or steps
-    if not 0 <= config.warmup_steps < max(decay_steps, 1):
-        raise UserError(
-            f"optimizer.warmup_steps {config.warmup_steps} must lie below the {decay_steps} steps of the schedule: "
-            f"lower it, or train longer"
-        )
-    peak, rest = config.learning_rate, decay_steps - config.warmup_steps
+    """Step (0-based) -> learning rate. A run shorter than its warm-up, such as a trial, ends within it."""
+    peak = config.learning_rate
+    rest = max((config.decay_steps or steps) - config.warmup_steps, 1)
     after = {
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, 0.0, rest),
@@ -55,7 +45,7 @@ def learning_rate_schedule(config: Optimizer, steps: int) -> optax.Schedule:
     }[config.schedule]
     if not config.warmup_steps:
         return after
-    # One step early, so that the first update is not wasted on a rate of zero.
+    # From one part in `warmup_steps`, so that the first update is not wasted on a rate of zero.
     warmup = optax.linear_schedule(peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1))
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 

@@ -105,7 +105,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, live)
         live = optax.apply_updates(live, updates)
         ema = state.ema if ema_decay is None else average(state.ema, live, ema_decay, state.step)
-        metrics = {**aux.metrics, "loss": value, "grad_norm": optax.global_norm(gradients)}
+        metrics = {**aux.metrics, "loss": value, "grad_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, merge(live, frozen), opt_state, ema, aux.state), metrics
 
     return step

@@ -1,0 +1,230 @@
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+
+from vlm_jax.data import (
+    Data,
+    Text,
+    evaluation_batches,
+    example,
+    make_tokenizer,
+    open_source,
+    train_batches,
+    train_tokenizer,
+)
+from vlm_jax.errors import UserError
+
+DIGITS = Data(name="digits", image_size=8, channels=1)
+AUGMENTED = Data(
+    name="openmoji",
+    train="train[:50]",
+    image_size=16,
+    flip=True,
+    crop_min_area=0.5,
+    text=Text(context_length=12, vocab_size=400),
+)
+
+
+def _train(source, data, tokenizer=None, *, batch_size, start=0, stop, rows=None, seed=0):
+    rows = rows or slice(0, batch_size)
+    return list(
+        train_batches(source, data, tokenizer, batch_size=batch_size, rows=rows, seed=seed, start=start, stop=stop)
+    )
+
+
+def _assert_equal(one, other):
+    assert set(one) == set(other)
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+def _images(batches):
+    return [image.tobytes() for batch in batches for image in batch["image"]]
+
+
+@pytest.fixture(scope="module")
+def emoji(data_dir):
+    return open_source("openmoji", AUGMENTED.train, data_dir)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data_dir):
+    return make_tokenizer(AUGMENTED, data_dir)
+
+
+class Counted:
+    """A source that writes down which records are read."""
+
+    def __init__(self, source):
+        self.source, self.read = source, []
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return self.source[index]
+
+
+def test_fields(data_dir, emoji, tokenizer):
+    (batch,) = _train(emoji, AUGMENTED, tokenizer, batch_size=4, stop=1)
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        "image": ((4, 16, 16, 3), np.uint8),
+        "tokens": ((4, 12), np.int32),
+    }
+    (batch,) = _train(open_source("digits", "test", data_dir), DIGITS, batch_size=4, stop=1)
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        "image": ((4, 8, 8, 1), np.uint8),
+        "label": ((4,), np.int32),
+    }
+
+
+def test_any_step_can_be_the_first(emoji, tokenizer):
+    whole = _train(emoji, AUGMENTED, tokenizer, batch_size=16, stop=8)
+    for start in (1, 3, 7):
+        for one, other in zip(
+            _train(emoji, AUGMENTED, tokenizer, batch_size=16, start=start, stop=8), whole[start:], strict=True
+        ):
+            _assert_equal(one, other)
+    assert _train(emoji, AUGMENTED, tokenizer, batch_size=16, start=8, stop=8) == []
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_read_their_rows_of_the_same_batch(emoji, tokenizer, hosts):
+    whole = _train(emoji, AUGMENTED, tokenizer, batch_size=16, start=2, stop=5)
+    share = 16 // hosts
+    parts = [
+        _train(
+            emoji, AUGMENTED, tokenizer, batch_size=16, start=2, stop=5, rows=slice(host * share, (host + 1) * share)
+        )
+        for host in range(hosts)
+    ]
+    for step, batch in enumerate(whole):
+        _assert_equal({name: np.concatenate([part[step][name] for part in parts]) for name in batch}, batch)
+
+
+def test_nothing_but_the_rows_is_read(data_dir):
+    source = Counted(open_source("digits", "train", data_dir))
+    _train(source, DIGITS, batch_size=64, rows=slice(16, 20), start=1000, stop=1001)
+    assert len(source.read) == 4
+
+
+def test_an_epoch_is_a_permutation_and_the_next_is_another(data_dir):
+    source = open_source("digits", "train[:50]", data_dir)
+    images = _images(_train(source, DIGITS, batch_size=8, stop=19))  # 152 examples: batches straddle the epochs
+    epochs = [images[:50], images[50:100], images[100:150]]
+    stored = {record["image"].tobytes() for record in source}
+    for epoch in epochs:
+        assert len(epoch) == 50
+        assert set(epoch) == stored
+    for one, other in itertools.combinations([*epochs, [record["image"].tobytes() for record in source]], 2):
+        assert one != other
+
+
+def test_images_and_labels_stay_together(data_dir):
+    source = open_source("digits", "test", data_dir)
+    labels = {record["image"].tobytes(): record["label"] for record in source}
+    for batch in _train(source, DIGITS, batch_size=32, stop=3):
+        assert [labels[image.tobytes()] for image in batch["image"]] == batch["label"].tolist()
+
+
+def test_a_batch_larger_than_the_data_set(data_dir):
+    images = _images(_train(open_source("digits", "train[:10]", data_dir), DIGITS, batch_size=64, stop=1))
+    assert sorted(images.count(image) for image in set(images)) == [6] * 6 + [7] * 4
+
+
+def test_seeds_differ(data_dir):
+    source = open_source("digits", "train", data_dir)
+    batches = [_images(_train(source, DIGITS, batch_size=32, stop=1, seed=seed)) for seed in (0, 1, 2**32 - 1)]
+    for one, other in itertools.combinations(batches, 2):
+        assert one != other
+    for seed in (-1, 2**32):
+        with pytest.raises(UserError, match=f"the seed is {seed}: it must lie in"):
+            _train(source, DIGITS, batch_size=32, stop=1, seed=seed)
+
+
+def test_each_visit_of_an_image_has_its_own_augmentation(data_dir):
+    source = open_source("openmoji", "train[:1]", data_dir)
+    crops = Data(name="openmoji", image_size=16, crop_min_area=0.5)
+    assert len(set(_images(_train(source, crops, batch_size=16, stop=1)))) == 16
+    flips = Data(name="openmoji", image_size=16, flip=True)
+    assert len(set(_images(_train(source, flips, batch_size=16, stop=1)))) == 2
+    plain = Data(name="openmoji", image_size=16)
+    assert len(set(_images(_train(source, plain, batch_size=16, stop=1)))) == 1
+
+
+def test_without_crops_training_sees_the_centre_too():
+    record = {"image": np.random.default_rng(0).integers(0, 256, (20, 50, 3), np.uint8)}
+    plain = Data(name="openmoji", image_size=16)
+    rng = np.random.default_rng(0)
+    _assert_equal(example(record, plain, None, rng), example(record, plain, None, None))
+
+
+def test_training_chooses_among_the_captions_and_evaluation_takes_the_first(tokenizer):
+    record = {"image": np.zeros((16, 16, 3), np.uint8), "text": ("dog", "cat", "horse")}
+    rng = np.random.default_rng(0)
+    chosen = [tokenizer.decode(example(record, AUGMENTED, tokenizer, rng)["tokens"]) for _ in range(60)]
+    assert set(chosen) == {"dog", "cat", "horse"}
+    assert tokenizer.decode(example(record, AUGMENTED, tokenizer, None)["tokens"]) == "dog"
+
+
+def test_an_image_without_captions(tokenizer):
+    record = {"image": np.zeros((16, 16, 3), np.uint8), "text": ()}
+    assert set(example(record, DIGITS, None, None)) == {"image"}
+    with pytest.raises(UserError, match="openmoji has an image without captions"):
+        example(record, AUGMENTED, tokenizer, None)
+
+
+@pytest.mark.parametrize("batch_size", [7, 30, 64])
+def test_evaluation_covers_all_examples_in_order(data_dir, batch_size):
+    source = open_source("digits", "test[:30]", data_dir)
+    stored = [record["image"].tobytes() for record in source]
+    images, sizes = [], []
+    for batch, valid in evaluation_batches(source, DIGITS, None, batch_size=batch_size):
+        rows = _images([batch])
+        assert len(rows) == batch_size
+        assert set(rows[valid:]) <= {stored[-1]}
+        images += rows[:valid]
+        sizes.append(valid)
+    assert images == stored
+    assert len(sizes) == -(-30 // batch_size)
+
+
+def test_evaluation_does_not_augment(emoji, tokenizer):
+    ((batch, _),) = evaluation_batches(emoji, AUGMENTED, tokenizer, batch_size=50)
+    plain = Data(name="openmoji", image_size=16, text=AUGMENTED.text)
+    for index, record in enumerate(emoji):
+        _assert_equal({name: array[index] for name, array in batch.items()}, example(record, plain, tokenizer, None))
+
+
+def test_a_damaged_record_stops_training_with_its_message(data_dir, tmp_path):
+    shutil.copytree(open_source("digits", "test", data_dir).directory, tmp_path / "digits" / "1.0.0")
+    (shard,) = (tmp_path / "digits" / "1.0.0").glob("digits-test*")
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"record \d+ of digits, split test"):
+        _train(open_source("digits", "test", tmp_path), DIGITS, batch_size=4, stop=1)
+
+
+def test_make_tokenizer(data_dir, tokenizer, tmp_path):
+    assert make_tokenizer(DIGITS, data_dir) is None
+    assert tokenizer.vocab_size == 400
+
+    tokenizer.save(tmp_path / "tokenizer.json")
+    text = Text(context_length=12, vocab_size=400, tokenizer=str(tmp_path / "tokenizer.json"))
+    loaded = make_tokenizer(Data(name="openmoji", image_size=16, text=text), data_dir)
+    np.testing.assert_array_equal(loaded.encode(["woman"], 8), tokenizer.encode(["woman"], 8))
+
+    wordless = Data(name="digits", image_size=8, text=Text(context_length=12, vocab_size=400))
+    with pytest.raises(UserError, match="digits has no captions to train a tokenizer on"):
+        make_tokenizer(wordless, data_dir)
+
+
+@pytest.mark.parametrize("train", ["train[:1]", "train[7:20]"])
+def test_the_tokenizer_is_trained_on_the_training_captions(data_dir, train):
+    data = Data(name="openmoji", train=train, image_size=16, text=Text(context_length=12, vocab_size=300))
+    captions = [text for record in open_source("openmoji", train, data_dir) for text in record["text"]]
+    expected = train_tokenizer(captions, 300)
+    assert expected.vocab_size > 259
+    assert make_tokenizer(data, data_dir).tokenizer.to_str() == expected.tokenizer.to_str()

@@ -1,0 +1,80 @@
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from vlm_jax.data import open_source
+from vlm_jax.data.digits import Digits
+from vlm_jax.data.prepare import own_names, prepare
+from vlm_jax.errors import UserError
+
+KILLED_MIDWAY = """
+import os, signal, sys
+from pathlib import Path
+from vlm_jax.data.digits import Digits
+from vlm_jax.data.prepare import prepare
+
+generate = Digits._generate_examples
+
+def die_after_100(self, images, labels, indices):
+    for number, example in enumerate(generate(self, images, labels, indices)):
+        if number == 100:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield example
+
+Digits._generate_examples = die_after_100
+prepare("digits", Path(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """The sizes of the splits of digits that were generated."""
+    sizes = []
+    generate = Digits._generate_examples
+
+    def counted(self, images, labels, indices):
+        sizes.append(len(indices))
+        return generate(self, images, labels, indices)
+
+    monkeypatch.setattr(Digits, "_generate_examples", counted)
+    return sizes
+
+
+def test_own_names():
+    assert own_names() == ["openmoji", "easy_vqa/questions", "easy_vqa/color", "easy_vqa/shape", "digits"]
+
+
+def test_a_data_set_is_prepared_once(tmp_path, generated):
+    assert prepare("digits", tmp_path) == prepare("digits", tmp_path) == tmp_path / "digits" / "1.0.0"
+    assert sorted(generated) == [180, 360, 1257]
+
+
+def test_simultaneous_first_uses_prepare_once(tmp_path, generated):
+    with ThreadPoolExecutor(4) as threads:
+        sizes = list(threads.map(lambda _: len(open_source("digits", "test", tmp_path)), range(4)))
+    assert sizes == [360] * 4
+    assert sorted(generated) == [180, 360, 1257]
+
+
+def test_a_killed_preparation_is_done_again(tmp_path):
+    run = subprocess.run([sys.executable, "-c", KILLED_MIDWAY, str(tmp_path)], capture_output=True, timeout=120)
+    assert run.returncode == -signal.SIGKILL
+    (leftover,) = (tmp_path / "digits").iterdir()
+    assert leftover.name.startswith("incomplete")
+
+    assert len(open_source("digits", "train", tmp_path)) == 1257
+    assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]
+
+
+def test_preparing_is_silent_on_stdout(tmp_path, capfd):
+    prepare("digits", tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_data_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"digits cannot be prepared in .*/file \(.*\): choose another data directory"):
+        prepare("digits", tmp_path / "file")

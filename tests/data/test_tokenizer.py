@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+
+from vlm_jax.data import load_tokenizer, train_tokenizer
+from vlm_jax.errors import UserError
+
+TEXTS = ["Woman technologist, light skin tone", "woman running", "light bulb", "skin tone"] * 5
+UNSEEN = [
+    "",
+    " ",
+    "  two  spaces ",
+    "Ünïcode Ωμέγα 日本 😀",
+    "tab\tand\nline",
+    "<pad> is no <eos>",
+    "\x00\x7f",
+    "don't!?",
+]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_tokenizer(TEXTS, 290)
+
+
+def _other(tmp_path, specials, declared=True):
+    vocabulary = {token: index for index, token in enumerate([*specials, "a", "b", "[UNK]"])}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    if declared:
+        tokenizer.add_special_tokens(list(specials))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def test_the_same_texts_give_the_same_file(trained, tmp_path):
+    trained.save(tmp_path / "one.json")
+    train_tokenizer(iter(TEXTS), 290).save(tmp_path / "other.json")
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "other.json").read_bytes()
+
+
+def test_special_ids_and_vocabulary(trained):
+    assert (trained.pad_id, trained.bos_id, trained.eos_id) == (0, 1, 2)
+    assert trained.vocab_size == 290
+    assert train_tokenizer([], 300).vocab_size == 259
+    assert trained.encode(TEXTS + UNSEEN, 64).max() < 290
+
+
+@pytest.mark.parametrize("text", TEXTS[:2] + UNSEEN)
+def test_any_text_comes_back_in_lower_case(trained, text):
+    assert trained.decode(trained.encode([text], 64)[0]) == text.lower()
+
+
+def test_a_saved_tokenizer_is_the_same(trained, tmp_path):
+    trained.save(tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    np.testing.assert_array_equal(loaded.encode(TEXTS + UNSEEN, 32), trained.encode(TEXTS + UNSEEN, 32))
+    assert (loaded.pad_id, loaded.bos_id, loaded.eos_id) == (0, 1, 2)
+
+
+def test_layout(trained):
+    long, short, empty = trained.encode(["woman woman woman woman", "woman", ""], 4)
+    woman = short[1]
+    assert woman > 258  # a merge: the word is one token, also at the beginning of a text
+    assert long.tolist() == [1, woman, woman, 2]
+    assert short.tolist() == [1, woman, 2, 0]
+    assert empty.tolist() == [1, 2, 0, 0]
+    assert long.dtype == np.int32
+    assert trained.encode([], 4).shape == (0, 4)
+
+
+def test_decoding_stops_at_the_end(trained):
+    tokens = trained.encode(["woman", "light"], 3)
+    assert trained.decode(np.concatenate(tokens)) == "woman"
+
+
+@pytest.mark.parametrize(
+    "specials",
+    [
+        ("<pad>", "<s>", "</s>"),
+        ("[PAD]", "[CLS]", "[SEP]"),
+        ("<pad>", "<|startoftext|>", "<|endoftext|>"),
+        ("<pad>", "<bos>", "<eos>"),
+    ],
+)
+def test_other_tokenizers(tmp_path, specials):
+    path = _other(tmp_path, specials)
+    file = tokenizers.Tokenizer.from_file(str(path))
+    file.enable_truncation(1)
+    file.enable_padding(length=20)
+    file.post_processor = processors.TemplateProcessing(single="$A b", special_tokens=[("b", 4)])
+    file.save(str(path))
+
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode(["a b a"], 8).tolist() == [[1, 3, 4, 3, 2, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_decoding_leaves_special_tokens_out(tmp_path, declared):
+    tokenizer = load_tokenizer(_other(tmp_path, ("<pad>", "<s>", "</s>"), declared))
+    assert tokenizer.decode([0, 1, 3, 0, 4, 2, 3]) == "a b"
+
+
+@pytest.mark.parametrize(
+    ("specials", "missing"),
+    [
+        (("<s>", "</s>"), r"<pad>, \[PAD\]"),
+        (("<pad>", "</s>"), r"<bos>, <\|startoftext\|>, <s>, \[CLS\]"),
+        (("<pad>", "<s>"), r"<eos>, <\|endoftext\|>, </s>, \[SEP\]"),
+    ],
+)
+def test_a_tokenizer_without_a_special_token(tmp_path, specials, missing):
+    with pytest.raises(UserError, match=rf"tokenizer\.json has none of the tokens {missing}"):
+        load_tokenizer(_other(tmp_path, specials))
+
+
+def test_unusable_files(tmp_path):
+    with pytest.raises(UserError, match=r"none\.json cannot be read \(No such file"):
+        load_tokenizer(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text('{"version": "1.0"')
+    with pytest.raises(UserError, match=r"bad\.json is not a tokenizer\.json"):
+        load_tokenizer(tmp_path / "bad.json")
+
+
+def test_a_vocabulary_below_the_bytes():
+    with pytest.raises(UserError, match="a vocabulary of 258 tokens is too small: 259"):
+        train_tokenizer(TEXTS, 258)

@@ -1,0 +1,87 @@
+"""Attention: beside jax's own, its causality, and decoding as the full pass a position at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.nn.attention import Attention, Cache, dot_product_attention, empty_cache
+
+BATCH, LENGTH, HEADS, WIDTH = 2, 5, 2, 8
+RANDOM = np.random.default_rng(0)
+MODULE = Attention(width=WIDTH, heads=HEADS)
+X = RANDOM.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
+CONTEXT = RANDOM.normal(size=(BATCH, 3, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    shapes = jax.eval_shape(MODULE.init, jax.random.key(0), X)
+    return jax.tree.map(lambda leaf: (0.5 * RANDOM.normal(size=leaf.shape)).astype(np.float32), shapes)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_that_of_jax(causal: bool, masked: bool):
+    query, key, value = RANDOM.normal(size=(3, BATCH, LENGTH, HEADS, 4)).astype(np.float32)
+    mask = None
+    if masked:
+        mask = RANDOM.random((BATCH, 1, LENGTH, LENGTH)) < 0.5
+        mask |= np.eye(LENGTH, dtype=bool)  # a row that attends to nothing has no defined value
+    y = jax.jit(dot_product_attention, static_argnames="causal")(query, key, value, mask, causal=causal)
+    expected = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+
+
+def test_the_logits_and_softmax_of_bfloat16_attention_are_float32():
+    """At logits of some tens, whose rounding to bfloat16 would change the weights by a tenth."""
+    query, key, value = jnp.asarray(RANDOM.normal(size=(3, 1, 16, 1, 16)), jnp.bfloat16)
+    query = query * 16
+    exact = jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in (query, key, value)))
+    y = jax.jit(dot_product_attention)(query, key, value)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=2**-6)
+
+
+def test_causal_attention_sees_nothing_that_comes_later(variables):
+    apply = jax.jit(lambda x: MODULE.apply(variables, x, causal=True)[0])
+    for changed in range(LENGTH):
+        later = X.copy()
+        later[:, changed] += 1
+        before, after = apply(X), apply(later)
+        np.testing.assert_array_equal(before[:, :changed], after[:, :changed])
+        assert (before[:, changed:] != after[:, changed:]).any(axis=(0, 2)).all()
+
+
+def test_decoding_a_position_at_a_time_is_the_full_causal_pass(variables):
+    """Whatever the room that is not filled yet may hold."""
+    full, _ = jax.jit(lambda x: MODULE.apply(variables, x, causal=True))(X)
+    step = jax.jit(lambda x, cache, position: MODULE.apply(variables, x, cache=cache, position=position))
+    empty = empty_cache(BATCH, LENGTH + 2, HEADS, WIDTH // HEADS, layers=1, dtype="float32")
+    assert empty.key.shape == empty.value.shape == (1, BATCH, LENGTH + 2, HEADS, WIDTH // HEADS)
+    cache = Cache(empty.key[0] + 100, empty.value[0] + 100)
+    for position in range(LENGTH):
+        y, cache = step(X[:, position : position + 1], cache, position)
+        np.testing.assert_allclose(y[:, 0], full[:, position], atol=1e-6)
+
+
+def test_queries_attend_to_a_context_through_their_own_projections(variables):
+    def project(name: str, inputs: np.ndarray) -> np.ndarray:
+        layer = variables["params"][name]
+        return (inputs @ layer["kernel"] + layer["bias"]).reshape(BATCH, -1, HEADS, WIDTH // HEADS)
+
+    query, key, value = project("query", X), project("key", CONTEXT), project("value", CONTEXT)
+    logits = np.einsum("bthd,bshd->bhts", query, key) / np.sqrt(WIDTH // HEADS)
+    weights = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    attended = np.einsum("bhts,bshd->bthd", weights, value).reshape(BATCH, LENGTH, WIDTH)
+    out = variables["params"]["out"]
+    y, cache = jax.jit(MODULE.apply)(variables, X, CONTEXT)
+    np.testing.assert_allclose(y, attended @ out["kernel"] + out["bias"], atol=1e-5)
+    assert cache is None
+
+
+def test_the_output_projection_starts_with_the_stated_share_of_variance():
+    x = np.zeros((1, 1, 128), np.float32)
+    params = jax.jit(Attention(width=128, heads=2, output_scale=0.1).init)(jax.random.key(0), x)["params"]
+    np.testing.assert_allclose(params["out"]["kernel"].std() ** 2, 0.1 / 128, rtol=0.05)
+    np.testing.assert_allclose(params["query"]["kernel"].std() ** 2, 1 / 128, rtol=0.05)

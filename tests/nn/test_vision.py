@@ -1,0 +1,83 @@
+"""Patches and the image tower: the cut is exact, the embedding is a convolution, and order counts by position alone."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.nn.transformer import Transformer
+from vlm_jax.nn.vision import VisionTower, VisionTransformer, patchify, unpatchify
+
+RANDOM = np.random.default_rng(0)
+IMAGE = RANDOM.normal(size=(2, 8, 8, 3)).astype(np.float32)
+CLASS = VisionTransformer(
+    image_size=8, patch_size=4, pre_norm=True, transformer=Transformer(width=8, depth=1, heads=2, mlp=16, scan=False)
+)
+TOWERS = {"class": CLASS, "attention": replace(CLASS, pool="attention", pre_norm=False, patch_bias=False)}
+
+
+def random_params(config: VisionTransformer) -> Any:
+    shapes = jax.eval_shape(VisionTower(config).init, jax.random.key(0), IMAGE)["params"]
+    return jax.tree.map(lambda leaf: RANDOM.normal(size=leaf.shape).astype(np.float32), shapes)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_patches_are_in_raster_order_and_come_back(size: int):
+    patches, side = patchify(IMAGE, size), 8 // size
+    for row in range(side):
+        for column in range(side):
+            patch = IMAGE[:, row * size : (row + 1) * size, column * size : (column + 1) * size]
+            np.testing.assert_array_equal(patches[:, row * side + column], patch.reshape(2, -1))
+    np.testing.assert_array_equal(unpatchify(patches, size, 3), IMAGE)
+
+
+def test_a_linear_map_of_patches_is_a_strided_convolution():
+    """Its kernel, reshaped, is the one that published checkpoints hold."""
+    kernel = RANDOM.normal(size=(4 * 4 * 3, 5)).astype(np.float32)
+    convolved = jax.lax.conv_general_dilated(
+        IMAGE, kernel.reshape(4, 4, 3, 5), (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(patchify(IMAGE, 4) @ kernel, convolved.reshape(2, 4, 5), atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", TOWERS)
+def test_only_the_position_embedding_tells_patches_apart(pool: str):
+    config = TOWERS[pool]
+    assert config.pool == pool
+    params = random_params(config)
+    apply = jax.jit(lambda params, image: VisionTower(config).apply({"params": params}, image))
+    shuffled = unpatchify(patchify(IMAGE, 4)[:, np.array([2, 0, 3, 1])], 4, 3)
+    assert apply(params, IMAGE).shape == (2, 8)
+    assert np.abs(apply(params, shuffled) - apply(params, IMAGE)).max() > 0.01
+    blind = {**params, "position": np.zeros_like(params["position"])}
+    np.testing.assert_allclose(apply(blind, shuffled), apply(blind, IMAGE), atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", TOWERS)
+def test_a_tower_has_the_parameters_that_its_config_names(pool: str):
+    config = TOWERS[pool]
+    names = set(jax.eval_shape(VisionTower(config).init, jax.random.key(0), IMAGE)["params"])
+    expected = {"patch", "position", "transformer"}
+    assert names == expected | ({"class_token", "pre_norm"} if pool == "class" else {"pool"})
+
+
+def test_the_patch_bias_is_optional():
+    for name, config in TOWERS.items():
+        params = jax.eval_shape(VisionTower(config).init, jax.random.key(0), IMAGE)["params"]
+        assert ("bias" in params["patch"]) == config.patch_bias == (name == "class")
+
+
+@pytest.mark.parametrize("pool", TOWERS)
+def test_bfloat16_computes_every_product_in_bfloat16(pool: str):
+    """A parameter in float32 that is added to the activations would promote all that follows."""
+    config = replace(TOWERS[pool], transformer=replace(CLASS.transformer, dtype="bfloat16"))
+    module = VisionTower(config)
+    variables = jax.eval_shape(module.init, jax.random.key(0), IMAGE)
+    lines = str(jax.make_jaxpr(module.apply)(variables, IMAGE)).split("dot_general")
+    products = [line.rpartition(":")[2].partition("[")[0] for line in lines[:-1]]
+    attentions = 1 if pool == "class" else 2
+    assert sorted(products) == ["bf16"] * (len(products) - attentions) + ["f32"] * attentions
+    assert jax.eval_shape(module.apply, variables, IMAGE).dtype == jnp.bfloat16

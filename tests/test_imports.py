@@ -1,0 +1,99 @@
+"""The architecture, read from the sources: imports point one way, and files are short and say what they hold."""
+
+import ast
+import graphlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path for package in ("vlm_jax", "experiments", "tools") for path in (ROOT / package).rglob("*.py"))
+LINES = 400
+
+
+def name_of(path: Path) -> str:
+    """The module that a file is: `vlm_jax.nn.attention`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imports(path: Path) -> set[str]:
+    """What a file imports, anywhere in it: modules where the name is one of ours, else what stands after `from`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: imports are absolute"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in inner}
+    return found
+
+
+IMPORTS = {name: imports(path) for name, path in MODULES.items()}
+
+
+def inside(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+FOUNDATION = ("vlm_jax.contract", "vlm_jax.errors", "vlm_jax.sharding", "vlm_jax.trees")
+
+
+@pytest.mark.parametrize(
+    ("package", "ours", "others"),
+    [
+        ("vlm_jax.errors", (), ()),
+        ("vlm_jax.trees", (), ("jax",)),
+        ("vlm_jax.contract", ("vlm_jax.errors",), ("jax", "numpy")),
+        ("vlm_jax.sharding", FOUNDATION, ("jax",)),
+        ("vlm_jax.objectives", ("vlm_jax.objectives",), ("jax", "jaxtyping")),
+        ("vlm_jax.sampling", ("vlm_jax.sampling",), ("jax", "jaxtyping")),
+        ("vlm_jax.nn", ("vlm_jax.nn", *FOUNDATION), ("jax", "jaxtyping", "flax")),
+    ],
+)
+def test_the_lower_layers_import_nothing_else(package: str, ours: tuple[str, ...], others: tuple[str, ...]):
+    assert inside(package, tuple(MODULES))
+    allowed = (*ours, *others, *sys.stdlib_module_names)
+    found = {(name, imported) for name in MODULES if inside(name, (package,)) for imported in IMPORTS[name]}
+    assert {pair for pair in found if not inside(pair[1], allowed)} == set()
+
+
+@pytest.mark.parametrize(
+    ("importer", "forbidden"),
+    [
+        ("vlm_jax.models", ("vlm_jax.train", "vlm_jax.data", "vlm_jax.evals")),
+        ("vlm_jax.train", ("vlm_jax.nn", "vlm_jax.models")),
+        ("vlm_jax.evals", ("vlm_jax.nn", "vlm_jax.models")),
+        ("vlm_jax.data", ("jax", "flax", "optax", "vlm_jax.nn", "vlm_jax.models", "vlm_jax.train", "vlm_jax.evals")),
+        ("vlm_jax", ("experiments", "tools")),
+        ("experiments", ("tools",)),
+    ],
+)
+def test_the_upper_layers_keep_off(importer: str, forbidden: tuple[str, ...]):
+    assert inside(importer, tuple(MODULES))
+    found = {(name, imported) for name in MODULES if inside(name, (importer,)) for imported in IMPORTS[name]}
+    assert {pair for pair in found if inside(pair[1], forbidden)} == set()
+
+
+def test_only_networks_import_flax():
+    users = {name for name, found in IMPORTS.items() if any(inside(imported, ("flax",)) for imported in found)}
+    assert users
+    assert {name for name in users if not inside(name, ("vlm_jax.nn", "vlm_jax.models"))} == set()
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {name: {imported for imported in found if imported in MODULES} for name, found in IMPORTS.items()}
+    assert sum(map(len, graph.values())) > len(graph) / 2
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_states_its_subject_and_stays_short(path: Path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= LINES
+    assert not source.strip() or ast.get_docstring(ast.parse(source))

@@ -1,0 +1,219 @@
+"""The train step: one trajectory on any mesh, exact accumulation, averages, frozen subsets, mutable state."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vlm_jax.contract import Aux, Input, Model
+from vlm_jax.errors import UserError
+from vlm_jax.models import build, clip, vae
+from vlm_jax.nn.transformer import Transformer
+from vlm_jax.nn.vision import VisionTransformer
+from vlm_jax.objectives.language import cross_entropy
+from vlm_jax.sharding import MeshShape, make_mesh, to_global
+from vlm_jax.train.optim import Optimizer, learning_rate_schedule, make_optimizer
+from vlm_jax.train.step import eval_variables, init_train_state, make_train_step, train_state_shardings
+from vlm_jax.trees import leaves_by_path
+
+TOWER = Transformer(width=16, depth=1, heads=2, mlp=32)
+CLIP = clip.Config(
+    image=VisionTransformer(image_size=8, patch_size=4, transformer=TOWER),
+    text=clip.TextTransformer(vocab_size=24, context_length=6, eos_id=2, transformer=TOWER),
+    embedding=16,
+)
+VAE = vae.Config(image_size=8, channels=1, levels=17, latent=8, widths=(16, 32), mixtures=2)
+
+
+def batch_of(config: object, size: int, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    batch = {"image": rng.integers(0, 17, (size, 8, 8, 1 if config is VAE else 3), np.uint8)}
+    if config is CLIP:
+        batch["tokens"] = rng.integers(3, 24, (size, 6), np.int32)
+        batch["tokens"][:, 4] = 2
+    return batch
+
+
+def trajectory(config: object, mesh: MeshShape, devices: int, steps: int = 10) -> dict[str, np.ndarray]:
+    """Parameters after `steps` steps on a mesh."""
+    model = build(config)
+    optimizer = make_optimizer(Optimizer(learning_rate=1e-3, weight_decay=0.1, eps=1e-6), steps)
+    on = make_mesh(mesh, jax.devices()[:devices])
+    with jax.set_mesh(on):
+        init = partial(init_train_state, model, optimizer, ema_decay=0.9)
+        first = to_global(batch_of(config, 16, 0), 16, on)
+        shardings = train_state_shardings(model, optimizer, jax.eval_shape(init, jax.random.key(0), first), on)
+        state = jax.jit(init, out_shardings=shardings)(jax.random.key(0), first)
+        step = jax.jit(
+            make_train_step(model, optimizer, ema_decay=0.9), donate_argnums=0, out_shardings=(shardings, None)
+        )
+        for i in range(steps):
+            state, _ = step(state, to_global(batch_of(config, 16, i), 16, on), jax.random.key(1))
+    return {path: np.asarray(leaf) for path, leaf in leaves_by_path(state._asdict()).items()}
+
+
+@pytest.mark.parametrize("config", [CLIP, VAE], ids=["clip", "vae"])
+def test_one_trajectory_on_one_and_eight_devices(config: object) -> None:
+    """The contrastive loss spans the global batch, and the VAE draws noise inside the loss."""
+    expected = trajectory(config, MeshShape(), 1)
+    actual = trajectory(config, MeshShape(data=2, fsdp=2, tensor=2), 8)
+    assert actual.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_allclose(actual[path], value, atol=1e-4, err_msg=path)
+
+
+def language_model(weight: bool = True) -> Model:
+    """A linear next-token model, without randomness, whose targets are masked unequally."""
+
+    def init(key: jax.Array, batch: object) -> dict:
+        return {"params": {"table": 0.1 * jax.random.normal(key, (5, 5))}, "counts": {"calls": jnp.zeros(())}}
+
+    def loss(variables: dict, batch: dict, key: jax.Array, step: jax.Array, *, train: bool) -> tuple[jax.Array, Aux]:
+        logits = variables["params"]["table"][batch["tokens"]]
+        value, metrics, count = cross_entropy(logits, batch["targets"], batch["mask"])
+        state = {"counts": {"calls": variables["counts"]["calls"] + 1}}
+        return value, Aux(metrics, count if weight else None, state)
+
+    field = Input((6,), "int32", 5)
+    rules = (("table$", (None, None)),)
+    return Model(inputs={"tokens": field, "targets": field}, init=init, loss=loss, rules=rules)
+
+
+def language_batch() -> dict[str, jax.Array]:
+    tokens, targets, mask = jax.random.split(jax.random.key(3), 3)
+    lengths = jnp.array([6, 1, 0, 2, 5, 1, 3, 6])
+    return {
+        "tokens": jax.random.randint(tokens, (8, 6), 0, 5),
+        "targets": jax.random.randint(targets, (8, 6), 0, 5),
+        "mask": jnp.arange(6) < lengths[:, None],
+    }
+
+
+def run_language(micro_steps: int) -> tuple:
+    model, optimizer = language_model(), optax.sgd(1.0)
+    state = init_train_state(model, optimizer, jax.random.key(0), language_batch())
+    step = jax.jit(make_train_step(model, optimizer, micro_steps=micro_steps))
+    return step(state, language_batch(), jax.random.key(1))
+
+
+@pytest.mark.parametrize("micro_steps", [2, 4, 8])
+def test_accumulation_is_exact_with_unequal_masks(micro_steps: int) -> None:
+    """Also where a part has no target at all. With plain SGD the parameters are the gradient."""
+    whole, whole_metrics = run_language(1)
+    parts, parts_metrics = run_language(micro_steps)
+    np.testing.assert_allclose(parts.params["table"], whole.params["table"], atol=1e-6)
+    for name, value in whole_metrics.items():
+        np.testing.assert_allclose(parts_metrics[name], value, atol=1e-6, err_msg=name)
+    assert parts.state["counts"]["calls"] == micro_steps
+
+
+def test_parts_are_strided() -> None:
+    """Contiguous parts would each lie on a few of the devices."""
+    model = replace(
+        language_model(),
+        loss=lambda variables, batch, key, step, train: (
+            0.0 * variables["params"]["table"].sum(),
+            Aux({}, jnp.float32(1), {"counts": {"calls": variables["counts"]["calls"] * 100 + batch["index"].sum()}}),
+        ),
+    )
+    state = init_train_state(model, optax.sgd(1.0), jax.random.key(0), {})
+    step = make_train_step(model, optax.sgd(1.0), micro_steps=2)
+    state, _ = step(state, {"index": jnp.arange(4)}, jax.random.key(0))
+    assert state.state["counts"]["calls"] == (0 + 2) * 100 + (1 + 3)
+
+
+def test_accumulation_refuses_a_loss_that_spans_the_batch() -> None:
+    model = build(CLIP)
+    optimizer = optax.sgd(1.0)
+    batch = batch_of(CLIP, 4, 0)
+    state = jax.eval_shape(lambda key: init_train_state(model, optimizer, key, batch), jax.random.key(0))
+    step = make_train_step(model, optimizer, micro_steps=2)
+    with pytest.raises(UserError, match="spans the whole batch.*set micro_steps to 1"):
+        jax.eval_shape(step, state, batch, jax.random.key(0))
+
+
+def test_accumulation_refuses_parts_that_do_not_divide() -> None:
+    with pytest.raises(UserError, match="micro_steps=3 does not divide the batch of 8"):
+        run_language(3)
+
+
+def test_frozen_leaves_stay_and_have_no_moments_or_average() -> None:
+    frozen = replace(build(VAE), frozen=("^encoder/",))
+    optimizer = make_optimizer(Optimizer(learning_rate=0.1, weight_decay=0.1), 5)
+    batch = batch_of(VAE, 4, 0)
+    before = jax.jit(lambda key: init_train_state(frozen, optimizer, key, batch, ema_decay=0.5))(jax.random.key(0))
+    after, _ = jax.jit(make_train_step(frozen, optimizer, ema_decay=0.5))(before, batch, jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, after.params["encoder"], before.params["encoder"])
+    assert np.any(after.params["decoder"]["latent"]["kernel"] != before.params["decoder"]["latent"]["kernel"])
+    kept = [path for path in leaves_by_path((after.opt_state, after.ema)) if "encoder" in path]
+    assert kept == []
+    averaged = eval_variables(frozen, after)["params"]
+    jax.tree.map(np.testing.assert_array_equal, averaged["encoder"], before.params["encoder"])
+    jax.tree.map(np.testing.assert_array_equal, averaged["decoder"], after.ema["decoder"])
+
+
+def test_average_follows_its_recursion() -> None:
+    """min(decay, (1 + t) / (10 + t)), t counted from 0."""
+    model, optimizer = language_model(), optax.sgd(0.5)
+    state = init_train_state(model, optimizer, jax.random.key(0), language_batch(), ema_decay=0.15)
+    step = jax.jit(make_train_step(model, optimizer, ema_decay=0.15))
+    expected = np.asarray(state.params["table"])
+    for decay in (0.1, 0.15, 0.15):
+        state, _ = step(state, language_batch(), jax.random.key(1))
+        expected = decay * expected + (1 - decay) * np.asarray(state.params["table"])
+        np.testing.assert_allclose(state.ema["table"], expected, rtol=1e-5)
+
+
+def test_randomness_depends_on_the_step_alone() -> None:
+    """The same state and batch draw other noise at another step, and the same at the same step."""
+    model, optimizer = build(VAE), optax.sgd(0.0)
+    batch = batch_of(VAE, 4, 0)
+    state = jax.jit(lambda key: init_train_state(model, optimizer, key, batch))(jax.random.key(0))
+    step = jax.jit(make_train_step(model, optimizer))
+    losses = [float(step(state._replace(step=jnp.int32(i)), batch, jax.random.key(1))[1]["loss"]) for i in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_gradients_are_clipped_by_their_global_norm_and_reported_before() -> None:
+    model = language_model()
+    optimizer = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))
+    state = init_train_state(model, optimizer, jax.random.key(0), language_batch())
+    after, metrics = make_train_step(model, optimizer)(state, language_batch(), jax.random.key(1))
+    moved = np.linalg.norm(after.params["table"] - state.params["table"])
+    assert metrics["grad_norm"] > 0.01
+    np.testing.assert_allclose(moved, 1e-3, rtol=1e-3)
+
+
+def test_schedules_warm_up_and_end_at_zero() -> None:
+    cosine = learning_rate_schedule(Optimizer(learning_rate=2.0, warmup_steps=4), 20)
+    np.testing.assert_allclose([cosine(i) for i in range(4)], [0.5, 1.0, 1.5, 2.0], rtol=1e-6)
+    np.testing.assert_allclose([cosine(4), cosine(12), cosine(20)], [2.0, 1.0, 0.0], atol=1e-6)
+    linear = learning_rate_schedule(Optimizer(learning_rate=2.0, schedule="linear", decay_steps=10), 20)
+    np.testing.assert_allclose([linear(0), linear(5), linear(10), linear(15)], [2.0, 1.0, 0.0, 0.0], atol=1e-6)
+    constant = learning_rate_schedule(Optimizer(learning_rate=2.0, schedule="constant"), 20)
+    assert constant(0) == constant(100) == 2.0
+
+
+def test_a_run_shorter_than_its_warm_up_ends_within_it() -> None:
+    schedule = learning_rate_schedule(Optimizer(learning_rate=1.0, warmup_steps=50), 10)
+    np.testing.assert_allclose([schedule(i) for i in range(10)], [(i + 1) / 50 for i in range(10)], rtol=1e-6)
+
+
+def test_weight_decay_spares_gains_biases_and_temperatures() -> None:
+    """With a gradient of zero, AdamW moves what decays and nothing else."""
+    optimizer = make_optimizer(Optimizer(learning_rate=0.1, schedule="constant", weight_decay=0.5), 5)
+    params = {"a": {"kernel": 1.0, "bias": 1.0}, "norm": {"scale": 1.0}, "embedding": 1.0, "log_scale": 1.0}
+    params = jax.tree.map(jnp.float32, params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = {path: float(update) for path, update in leaves_by_path(updates).items()}
+    assert moved == {
+        "a/bias": 0,
+        "a/kernel": pytest.approx(-0.05),
+        "embedding": pytest.approx(-0.05),
+        "log_scale": 0,
+        "norm/scale": 0,
+    }
