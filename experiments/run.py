@@ -1,5 +1,6 @@
 """Trains a preset: `python -m experiments.run PRESET [--field.subfield VALUE ...]`."""
 
+import contextlib
 import difflib
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import tyro
 
 from experiments.presets import presets
 from vlm_jax.commandline import command
-from vlm_jax.data import evaluation_batches, load_tokenizer, make_tokenizer, open_source, train_batches
+from vlm_jax.data import Tokenizer, evaluation_batches, load_tokenizer, make_tokenizer, open_source, train_batches
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Distributed, Experiment, claimed_workdir, has_checkpoints, to_record
 from vlm_jax.models import build
@@ -49,13 +50,15 @@ def run(preset: str, experiment: Experiment) -> None:
     )
     model, data = build(experiment.model), experiment.data
     source = open_source(data.name, data.train, data_dir)
-    with claimed_workdir(workdir, to_record(preset, experiment)):
-        tokenizer = None
+    # The first process alone claims the directory; where it is refused, it ends and the others with it.
+    first = jax.process_index() == 0
+    with claimed_workdir(workdir, to_record(preset, experiment)) if first else contextlib.nullcontext():
+        tokenizer: Tokenizer | None = None
         if data.text is not None:
             # A run keeps the tokenizer that it began with, whatever another version would make of the captions.
             saved = workdir / "tokenizer.json"
             tokenizer = load_tokenizer(saved) if has_checkpoints(workdir) else make_tokenizer(data, data_dir)
-            if jax.process_index() == 0:
+            if first and tokenizer is not None:
                 tokenizer.save(saved)
 
         def batches(rows: slice, start: int) -> Iterator[dict[str, np.ndarray]]:

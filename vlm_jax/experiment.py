@@ -104,7 +104,7 @@ def to_record(preset: str, experiment: Experiment) -> dict[str, Any]:
     optimizer = experiment.optimizer
     if optimizer.schedule != "constant" and optimizer.decay_steps is None:
         experiment = replace(experiment, optimizer=replace(optimizer, decay_steps=experiment.steps))
-    fields = msgspec.to_builtins(experiment)
+    fields = msgspec.json.decode(msgspec.json.encode(experiment))
     return {"preset": preset, "family": family_of(experiment.model), **fields}
 
 

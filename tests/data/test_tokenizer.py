@@ -103,17 +103,25 @@ def test_decoding_leaves_special_tokens_out(tmp_path, declared):
     assert tokenizer.decode([0, 1, 3, 0, 4, 2, 3]) == "a b"
 
 
-@pytest.mark.parametrize(
-    ("specials", "missing"),
-    [
-        (("<s>", "</s>"), r"<pad>, \[PAD\]"),
-        (("<pad>", "</s>"), r"<bos>, <\|startoftext\|>, <s>, \[CLS\]"),
-        (("<pad>", "<s>"), r"<eos>, <\|endoftext\|>, </s>, \[SEP\]"),
-    ],
-)
-def test_a_tokenizer_without_a_special_token(tmp_path, specials, missing):
-    with pytest.raises(UserError, match=rf"tokenizer\.json has none of the tokens {missing}"):
-        load_tokenizer(_other(tmp_path, specials))
+def test_without_padding_the_end_is_repeated(tmp_path):
+    """As in CLIP's tokenizer."""
+    tokenizer = load_tokenizer(_other(tmp_path, ("<s>", "</s>")))
+    start, end = tokenizer.bos_id, tokenizer.eos_id
+    assert tokenizer.encode(["a"], 5).tolist() == [[start, tokenizer.tokenizer.token_to_id("a"), end, end, end]]
+    assert tokenizer.decode(tokenizer.encode(["a b"], 6)[0]) == "a b"
+
+
+def test_without_a_beginning_there_is_none(tmp_path):
+    """As in T5's tokenizer. The end stays when the text is cut."""
+    tokenizer = load_tokenizer(_other(tmp_path, ("<pad>", "</s>")))
+    a, b = (tokenizer.tokenizer.token_to_id(token) for token in "ab")
+    assert tokenizer.encode(["a b a b"], 3).tolist() == [[a, b, tokenizer.eos_id]]
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    missing = r"<eos>, <\|endoftext\|>, </s>, \[SEP\]"
+    with pytest.raises(UserError, match=rf"tokenizer\.json has none of the tokens {missing} to end a text"):
+        load_tokenizer(_other(tmp_path, ("<pad>", "<s>")))
 
 
 def test_unusable_files(tmp_path):

@@ -84,7 +84,7 @@ def language_model(weight: bool = True) -> Model:
 
 
 def language_batch() -> dict[str, jax.Array]:
-    tokens, targets, mask = jax.random.split(jax.random.key(3), 3)
+    tokens, targets = jax.random.split(jax.random.key(3))
     lengths = jnp.array([6, 1, 0, 2, 5, 1, 3, 6])
     return {
         "tokens": jax.random.randint(tokens, (8, 6), 0, 5),
@@ -132,7 +132,7 @@ def test_accumulation_refuses_a_loss_that_spans_the_batch() -> None:
     batch = batch_of(CLIP, 4, 0)
     state = jax.eval_shape(lambda key: init_train_state(model, optimizer, key, batch), jax.random.key(0))
     step = make_train_step(model, optimizer, micro_steps=2)
-    with pytest.raises(UserError, match="spans the whole batch.*set micro_steps to 1"):
+    with pytest.raises(UserError, match=r"spans the whole batch.*set micro_steps to 1"):
         jax.eval_shape(step, state, batch, jax.random.key(0))
 
 

@@ -26,7 +26,7 @@ class Tokenizer:
 
     tokenizer: tokenizers.Tokenizer
     pad_id: int
-    bos_id: int
+    bos_id: int | None
     eos_id: int
 
     @property
@@ -35,15 +35,16 @@ class Tokenizer:
         return self.tokenizer.get_vocab_size()
 
     def encode(self, texts: Sequence[str], length: int) -> np.ndarray:
-        """int32 [N, length]: for each text `bos`, its tokens, `eos`, then `pad` up to the length (2 or more).
+        """int32 [N, length]: for each text `bos` if there is one, its tokens, `eos`, then `pad` up to the length.
 
-        A text of more than `length - 2` tokens loses the last of them, never the `eos`. The names of special tokens
+        A text that is too long loses its last tokens, never the `eos`. The names of special tokens
         in a text are ordinary characters.
         """
         encoded = np.full((len(texts), length), self.pad_id, np.int32)
         for row, text in zip(encoded, texts, strict=True):
-            tokens = self.tokenizer.encode(text, add_special_tokens=False).ids[: length - 2]
-            row[: len(tokens) + 2] = [self.bos_id, *tokens, self.eos_id]
+            start = [] if self.bos_id is None else [self.bos_id]
+            tokens = self.tokenizer.encode(text, add_special_tokens=False).ids[: length - len(start) - 1]
+            row[: len(start) + len(tokens) + 1] = [*start, *tokens, self.eos_id]
         return encoded
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -94,8 +95,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Reads a `tokenizer.json` whose special tokens have one of the usual names.
 
+    Without a token for padding, the end of the text is repeated; without one for the beginning, there is none.
+
     Raises:
-      UserError: the file cannot be read, or is none, or has no token for padding, the beginning or the end.
+      UserError: the file cannot be read, or is none, or has no token that ends a text.
     """
     try:
         tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -115,12 +118,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def _wrap(tokenizer: tokenizers.Tokenizer, where: str) -> Tokenizer:
     tokenizer.encode_special_tokens = True
-    return Tokenizer(tokenizer, *(_special(tokenizer, names, where) for names in (PAD, BOS, EOS)))
+    pad, bos, eos = (_special(tokenizer, names) for names in (PAD, BOS, EOS))
+    if eos is None:
+        raise UserError(f"{where} has none of the tokens {', '.join(EOS)} to end a text: use a tokenizer that has one")
+    # CLIP's tokenizer has no token for padding and repeats the end; SigLIP's and T5's have none for the beginning.
+    return Tokenizer(tokenizer, eos if pad is None else pad, bos, eos)
 
 
-def _special(tokenizer: tokenizers.Tokenizer, names: tuple[str, ...], where: str) -> int:
-    for name in names:
-        found = tokenizer.token_to_id(name)
-        if found is not None:
-            return found
-    raise UserError(f"{where} has none of the tokens {', '.join(names)}: use a tokenizer with one of them, or none")
+def _special(tokenizer: tokenizers.Tokenizer, names: tuple[str, ...]) -> int | None:
+    return next((found for name in names if (found := tokenizer.token_to_id(name)) is not None), None)

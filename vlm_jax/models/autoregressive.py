@@ -76,7 +76,7 @@ class PatchHead(nn.Module):
 
     def draw(self, x: Float[Array, "B D"], key: Array) -> Int[Array, "B N"]:
         """A patch, sub-pixel by sub-pixel."""
-        patch = []
+        patch: list[Array] = []
         for i, query in enumerate(self.query):
             if i:
                 x = x + self.table.at(i - 1, patch[-1])

@@ -1,0 +1,135 @@
+"""The variational autoencoder: on 2x2 images of 3 levels all 81 probabilities are known, and every bound is checked."""
+
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.models import vae
+
+CONFIG = vae.Config(image_size=2, channels=1, levels=3, latent=2, widths=(8,), mixtures=2)
+MODEL = vae.build(CONFIG)
+IMAGES = np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)
+BATCH = {"image": IMAGES}
+DRAWS = 4096
+KEY = jax.random.key(1)
+
+
+@pytest.fixture(scope="module")
+def variables() -> Any:
+    """Random values for every parameter, so that latents, posteriors and pixels depend on one another.
+
+    The posteriors are kept wide: those much narrower than the true ones have importance weights of infinite variance.
+    """
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(MODEL.init, KEY, BATCH)
+    variables = jax.tree.map(lambda leaf: (0.5 * random.normal(size=leaf.shape)).astype(np.float32), shapes)
+    posterior = variables["params"]["encoder"]["posterior"]
+    posterior["kernel"] *= 0.3
+    posterior["bias"] = posterior["bias"] * 0.3 + np.array([0, 0, 0.5, 0.5], np.float32)
+    return variables
+
+
+def draws(function: Any, variables: Any) -> np.ndarray:
+    """[draws, images], nats"""
+    keys = jax.random.split(KEY, DRAWS)
+    values = jax.jit(lambda keys: jax.lax.map(lambda key: function(variables, BATCH, key), keys, batch_size=64))(keys)
+    return np.asarray(values, np.float64)
+
+
+@pytest.fixture(scope="module")
+def bounds(variables) -> np.ndarray:
+    return draws(MODEL.log_likelihood, variables)
+
+
+@pytest.fixture(scope="module")
+def log_weights(variables) -> np.ndarray:
+    return draws(MODEL.log_weight, variables)
+
+
+def test_importance_weights_are_unbiased(log_weights):
+    """Their means, estimates of each image's probability, sum to one."""
+    totals = np.exp(log_weights).sum(axis=1)
+    error = totals.std(ddof=1) / math.sqrt(DRAWS)
+    assert error < 0.004
+    assert abs(totals.mean() - 1) < 4 * error
+
+
+def test_the_bound_is_below_every_probability_and_sums_to_at_most_one(bounds, log_weights):
+    bound, probability = bounds.mean(axis=0), np.exp(log_weights).mean(axis=0)
+    assert np.exp(bound).sum() <= 1 + 1e-5
+    assert (np.exp(bound) < probability).all()
+    # It is a bound that says something: a constant below all would pass what stands above.
+    assert np.exp(bound).sum() > 0.5
+
+
+def test_the_bound_is_the_mean_of_the_log_weights(bounds, log_weights):
+    """The divergence in closed form beside its estimate by samples."""
+    difference = bounds - log_weights
+    error = difference.std(axis=0, ddof=1) / math.sqrt(DRAWS)
+    assert difference.std() > 0.1
+    assert (np.abs(difference.mean(axis=0)) < 5 * error).all()
+
+
+def test_samples_have_the_probabilities_of_the_importance_weights(variables, log_weights):
+    count = 20_000
+    samples = np.asarray(jax.jit(lambda key: MODEL.sample(variables, key, {}, num=count))(KEY))
+    assert samples.dtype == np.uint8 and samples.shape == (count, 2, 2, 1)
+    observed = np.bincount(samples.reshape(count, 4) @ [27, 9, 3, 1], minlength=81) / count
+    weights = np.exp(log_weights)
+    expected = weights.mean(axis=0)
+    error = np.sqrt(expected / count + weights.var(axis=0) / DRAWS)
+    assert (np.abs(observed - expected) < 5 * error).all()
+
+
+def test_the_loss_is_the_negative_bound_in_bits_per_dimension(variables):
+    loss, aux = jax.jit(lambda key: MODEL.loss(variables, BATCH, key, 0, train=False))(KEY)
+    noise_key, _ = jax.random.split(KEY)
+    bound = jax.jit(MODEL.log_likelihood)(variables, BATCH, noise_key)
+    np.testing.assert_allclose(loss, -bound.mean() / (4 * math.log(2)), rtol=1e-5)
+    np.testing.assert_allclose(sum(aux.metrics.values()), loss, rtol=1e-6)
+    assert aux.metrics["rate_bits_per_dim"] > 0
+    assert aux.weight == 81
+
+
+def test_reconstructions_become_their_originals():
+    """Trained on two images alone, the model tells them apart and copies them."""
+    config = vae.Config(image_size=2, channels=1, levels=3, latent=2, widths=(8,), mixtures=1)
+    model = vae.build(config)
+    images = np.array([[0, 2, 2, 0], [2, 0, 1, 2]], np.uint8).reshape(2, 2, 2, 1)
+
+    @jax.jit
+    def train(key: jax.Array) -> Any:
+        def step(params: Any, key: jax.Array) -> tuple[Any, None]:
+            def loss(params: Any) -> jax.Array:
+                return model.loss({"params": params}, {"image": images}, key, 0, train=True)[0]
+
+            return jax.tree.map(lambda p, g: p - 0.05 * g, params, jax.grad(loss)(params)), None
+
+        params = model.init(key, {"image": images})["params"]
+        return jax.lax.scan(step, params, jax.random.split(key, 500))[0]
+
+    copies = jax.jit(model.reconstruct)({"params": train(KEY)}, images)
+    np.testing.assert_array_equal(copies, images, strict=True)
+
+
+def test_dropout_is_for_training_alone(variables):
+    model = vae.build(vae.Config(image_size=2, channels=1, levels=3, latent=2, widths=(8,), mixtures=2, dropout=0.5))
+    loss = jax.jit(lambda train: model.loss(variables, BATCH, KEY, 0, train=train)[0], static_argnums=0)
+    expected = jax.jit(lambda: MODEL.loss(variables, BATCH, KEY, 0, train=True)[0])()
+    assert loss(False) == expected
+    assert loss(True) != expected
+
+
+def test_images_that_halve_as_often_as_there_are_widths():
+    config = vae.Config(image_size=8, channels=3, latent=4, widths=(8, 16, 24), blocks=2)
+    model = vae.build(config)
+    batch = {"image": jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.uint8)}
+    variables = jax.eval_shape(model.init, KEY, batch)
+    assert jax.eval_shape(model.reconstruct, variables, batch["image"]) == batch["image"]
+    sample = jax.eval_shape(lambda variables: model.sample(variables, KEY, {}, num=3), variables)
+    assert (sample.shape, sample.dtype) == ((3, 8, 8, 3), jnp.uint8)

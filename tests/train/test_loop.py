@@ -1,0 +1,203 @@
+"""The loop: exact resumption, the record of metrics, validation, signals, and refusals."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.contract import Aux, Input, Model
+from vlm_jax.data import Data
+from vlm_jax.errors import UserError
+from vlm_jax.experiment import Experiment
+from vlm_jax.sharding import MeshShape
+from vlm_jax.train.loop import fit
+from vlm_jax.train.optim import Optimizer
+from vlm_jax.trees import leaves_by_path
+
+
+def noisy_regression() -> Model:
+    """A linear model with noise in its loss: as small as a model gets that draws randomness."""
+
+    def init(key: jax.Array, batch: dict) -> dict:
+        return {"params": {"kernel": jax.random.normal(key, (8, 8))}}
+
+    def loss(variables: dict, batch: dict, key: jax.Array, step: jax.Array, *, train: bool) -> tuple[jax.Array, Aux]:
+        noise = jax.random.normal(key, batch["x"].shape)
+        error = batch["x"] @ variables["params"]["kernel"] - batch["x"] + 0.1 * noise
+        return jnp.mean(jnp.square(error)), Aux({"noise": noise[0, 0]}, jnp.float32(len(error)))
+
+    return Model(inputs={"x": Input((8,), "float32")}, init=init, loss=loss, rules=(("kernel$", ("embed", None)),))
+
+
+def train_batches(rows: slice, start: int) -> Iterator[dict[str, np.ndarray]]:
+    step = start
+    while True:
+        yield {"x": np.random.default_rng(step).normal(size=(16, 8)).astype(np.float32)[rows]}
+        step += 1
+
+
+def experiment(**fields: object) -> Experiment:
+    settings = {"steps": 12, "batch_size": 16, "checkpoint_every": 4, "log_every": 1, "ema_decay": 0.9} | fields
+    optimizer = Optimizer(learning_rate=0.01, decay_steps=12)
+    return Experiment(model=None, data=Data(name="none", image_size=8), optimizer=optimizer, **settings)
+
+
+def leaves(state: object) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in leaves_by_path(state._asdict()).items()}
+
+
+def logged(workdir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of the loop's handles it."""
+
+
+def killed_at(step: int) -> object:
+    def batches(rows: slice, start: int) -> Iterator[dict[str, np.ndarray]]:
+        for index, batch in enumerate(train_batches(rows, start), start):
+            if index == step:
+                raise Killed
+            yield batch
+
+    return batches
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list]:
+    """The final state and the metrics of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole")
+    state = fit(noisy_regression(), experiment(), workdir, train_batches)
+    return leaves(state), logged(workdir)
+
+
+def test_interrupted_twice_is_bit_identical_and_logs_each_step_once(whole: tuple, tmp_path: Path) -> None:
+    for step in (6, 11):
+        with pytest.raises(Killed):
+            fit(noisy_regression(), experiment(), tmp_path, killed_at(step))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # a kill can cut a line short
+    actual = leaves(fit(noisy_regression(), experiment(), tmp_path, train_batches))
+    expected, metrics = whole
+    for path, value in expected.items():
+        np.testing.assert_array_equal(actual[path], value, err_msg=path)
+    timing = "examples_per_second"
+    without_timing = [
+        [{k: v for k, v in line.items() if k != timing} for line in run] for run in (logged(tmp_path), metrics)
+    ]
+    assert without_timing[0] == without_timing[1]
+    assert [line["step"] for line in metrics] == list(range(1, 13))
+
+
+def test_goes_on_with_another_mesh_and_longer(whole: tuple, tmp_path: Path) -> None:
+    mesh = MeshShape(data=2, fsdp=2, tensor=2)
+    fit(noisy_regression(), experiment(steps=6, mesh=mesh), tmp_path, train_batches)
+    actual = leaves(fit(noisy_regression(), experiment(mesh=MeshShape(data=1, fsdp=8)), tmp_path, train_batches))
+    for path, value in whole[0].items():
+        np.testing.assert_allclose(actual[path], value, atol=1e-5, err_msg=path)
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    fit(noisy_regression(), experiment(steps=4), tmp_path, train_batches)
+    before = logged(tmp_path)
+    fit(noisy_regression(), experiment(steps=4), tmp_path, killed_at(0))
+    assert "already holds step 4 of 4" in capsys.readouterr().out
+    assert logged(tmp_path) == before
+
+
+def test_termination_saves_the_step_and_the_same_call_goes_on(
+    whole: tuple, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def terminated(rows: slice, start: int) -> Iterator[dict[str, np.ndarray]]:
+        for index, batch in enumerate(train_batches(rows, start), start):
+            if index == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        fit(noisy_regression(), experiment(), tmp_path, terminated)
+    assert stopped.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "step 6 of 12 is saved" in capsys.readouterr().out
+    actual = leaves(fit(noisy_regression(), experiment(), tmp_path, killed_at(12)))
+    for path, value in whole[0].items():
+        np.testing.assert_array_equal(actual[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path, log_every: int) -> None:
+    """Also when it appears between two lines of the log."""
+
+    def poisoned(rows: slice, start: int) -> Iterator[dict[str, np.ndarray]]:
+        for index, batch in enumerate(train_batches(rows, start), start):
+            yield {"x": batch["x"] * (np.nan if index == 5 else 1)}
+
+    with pytest.raises(UserError, match=r"became nan at step 6 .*the last good checkpoint is 4.*learning_rate"):
+        fit(noisy_regression(), experiment(log_every=log_every), tmp_path, poisoned)
+    state = fit(noisy_regression(), experiment(steps=5), tmp_path, train_batches)
+    assert all(np.isfinite(leaf).all() for leaf in leaves(state).values())
+
+
+def test_a_gradient_that_is_not_finite_stops_too(tmp_path: Path) -> None:
+    """A finite loss with such a gradient spoils the parameters that the same step saves."""
+    model = noisy_regression()
+
+    def loss(variables: dict, batch: dict, key: jax.Array, step: jax.Array, *, train: bool) -> tuple[jax.Array, Aux]:
+        return jnp.sqrt(jnp.sum(jnp.square(0 * variables["params"]["kernel"]))), Aux({}, jnp.float32(1))
+
+    with pytest.raises(UserError, match=r"grad_norm became nan at step 1 .*no checkpoint was written yet"):
+        fit(replace(model, loss=loss), experiment(checkpoint_every=1), tmp_path, train_batches)
+    assert not list(tmp_path.glob("checkpoints/1"))
+
+
+def test_validation_scores_each_checkpoint_and_keeps_the_best(tmp_path: Path) -> None:
+    """The noise of a validation is the same each time, the last batch that is not full is left out."""
+    model = noisy_regression()
+
+    def loss(variables: dict, batch: dict, key: jax.Array, step: jax.Array, *, train: bool) -> tuple[jax.Array, Aux]:
+        value, aux = model.loss(variables, batch, key, step, train=train)
+        worse_after_step_4 = jnp.abs(jnp.sum(variables["params"]["kernel"]) * 0 + batch["x"][0, 0])
+        return (value if train else worse_after_step_4), aux
+
+    calls = []
+
+    def validation(batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        calls.append(batch_size)
+        score = {1: 3.0, 2: 1.0, 3: 2.0}[len(calls)]
+        yield {"x": np.full((batch_size, 8), score, np.float32)}, batch_size
+        yield {"x": np.full((batch_size, 8), 99, np.float32)}, batch_size - 1
+
+    fit(replace(model, loss=loss), experiment(keep_last=1), tmp_path, train_batches, validation)
+    scores = {line["step"]: line["validation_loss"] for line in logged(tmp_path) if "validation_loss" in line}
+    assert scores == {4: 3.0, 8: 1.0, 12: 2.0}
+    assert sorted(path.name for path in tmp_path.glob("checkpoints/[0-9]*")) == ["12", "8"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 12}, "batch size 12 cannot be split over 8 devices .*multiple of 8"),
+        ({"micro_steps": 3}, "8 devices .* times 3 micro-steps: choose a multiple of 24"),
+        ({"mesh": MeshShape(data=3)}, "needs 3 devices and there are 8"),
+        ({"mesh": MeshShape(fsdp=16)}, "needs 16 devices and there are 8"),
+    ],
+)
+def test_refuses_what_the_mesh_cannot_split(tmp_path: Path, fields: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        fit(noisy_regression(), experiment(**fields), tmp_path, train_batches)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_values_outside_the_vocabulary(tmp_path: Path) -> None:
+    model = replace(noisy_regression(), inputs={"x": Input((8,), "float32", 2)})
+    with pytest.raises(UserError, match=r"the field 'x' holds the value .*, outside \[0, 2\)"):
+        fit(model, experiment(), tmp_path, train_batches)
