@@ -1,10 +1,15 @@
-"""Eight CPU devices, the compile cache, and a data directory that outlives the run."""
+"""Eight CPU devices, caches that outlive the run, and two small runs for the tests of what reads them."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
+
+from experiments.presets import presets
+from experiments.run import run
+from vlm_jax.sharding import MeshShape
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vlm_jax"
 
@@ -23,3 +28,27 @@ def data_dir() -> Path:
     path = CACHE / "data"
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@pytest.fixture(scope="session")
+def vae_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a few steps of a small VAE on the digits."""
+    workdir = tmp_path_factory.mktemp("vae") / "run"
+    preset = presets()["vae-tiny"][1]
+    model = replace(preset.model, latent=4, widths=(16,), mixtures=2)
+    small = replace(preset, model=model, workdir=str(workdir), data_dir=str(data_dir), mesh=MeshShape(fsdp=2))
+    run("vae-tiny", replace(small, steps=4, batch_size=16, checkpoint_every=2, log_every=2))
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def clip_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a few steps of a small CLIP on the emoji."""
+    workdir = tmp_path_factory.mktemp("clip") / "run"
+    preset = presets()["clip-tiny"][1]
+    tower = replace(preset.model.image.transformer, width=16, depth=1, heads=2, mlp=32)
+    image = replace(preset.model.image, transformer=tower)
+    model = replace(preset.model, image=image, text=replace(preset.model.text, transformer=tower), embedding=16)
+    small = replace(preset, model=model, workdir=str(workdir), data_dir=str(data_dir))
+    run("clip-tiny", replace(small, steps=3, batch_size=16, checkpoint_every=2, log_every=1))
+    return workdir

@@ -61,10 +61,10 @@ def test_a_directory_belongs_to_a_configuration_from_its_first_checkpoint_on(tmp
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     """Locks are the operating system's, so that they end with a killed process."""
     record = to_record("vae-tiny", PRESETS["vae-tiny"])
-    hold = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
+    hold = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
     command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
     with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
+        assert holder.stdout.readline() == "\n"
         with (
             pytest.raises(UserError, match=f"another process is writing to {tmp_path}"),
             claimed_workdir(tmp_path, record),

@@ -15,7 +15,7 @@ CONFIG = vae.Config(image_size=2, channels=1, levels=3, latent=2, widths=(8,), m
 MODEL = vae.build(CONFIG)
 IMAGES = np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)
 BATCH = {"image": IMAGES}
-DRAWS = 4096
+DRAWS = 1024
 KEY = jax.random.key(1)
 
 
@@ -55,7 +55,7 @@ def test_importance_weights_are_unbiased(log_weights):
     """Their means, estimates of each image's probability, sum to one."""
     totals = np.exp(log_weights).sum(axis=1)
     error = totals.std(ddof=1) / math.sqrt(DRAWS)
-    assert error < 0.004
+    assert error < 0.006
     assert abs(totals.mean() - 1) < 4 * error
 
 

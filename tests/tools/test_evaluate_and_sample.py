@@ -1,0 +1,111 @@
+"""The tools on small runs: what they measure, write and refuse."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools.evaluate import evaluate, print_table
+from tools.sample import sample
+from vlm_jax.errors import UserError
+
+
+def test_a_vae_is_measured_by_what_it_can_do(vae_run: Path, capsys: pytest.CaptureFixture) -> None:
+    results = evaluate(vae_run)
+    assert results == json.loads((vae_run / "eval.json").read_text())
+    assert (results["split"], results["examples"], results["bound"]) == ("test", 360, "lower")
+    assert {name.split("/")[0] for name in results} == {
+        "step", "split", "examples", "bound", "likelihood", "importance_weighted", "reconstruction",
+    }  # fmt: skip
+    assert 0 < results["importance_weighted/bits_per_dim"] < results["likelihood/bits_per_dim"] < 10
+    assert 0 < results["likelihood/bits_per_dim_standard_error"] < 0.1
+    print_table(results)
+    assert "likelihood/bits_per_dim " in capsys.readouterr().out
+
+
+def test_evaluation_is_the_same_whatever_the_batch_size_and_reads_without_writing(vae_run: Path) -> None:
+    """The last batch is padded, and the padding must not count. Noise is drawn per batch, so only what has none."""
+    before = {path: path.stat().st_mtime_ns for path in (vae_run / "checkpoints").rglob("*")}
+    first, second = evaluate(vae_run, batch_size=360), evaluate(vae_run, batch_size=250)
+    for name in ("reconstruction/psnr", "reconstruction/ssim"):
+        assert first[name] == pytest.approx(second[name], rel=1e-5)
+    assert before == {path: path.stat().st_mtime_ns for path in (vae_run / "checkpoints").rglob("*")}
+
+
+def test_clip_is_measured_by_retrieval_and_zero_shot(clip_run: Path) -> None:
+    results = evaluate(clip_run)
+    assert results["examples"] == 400
+    for direction in ("text_to_image", "image_to_text"):
+        recalls = [results[f"retrieval/{direction}_recall@{k}"] for k in (1, 5, 10)]
+        assert 0 <= recalls[0] <= recalls[1] <= recalls[2] <= 0.5
+    assert results["zero_shot/chance"] == 1 / 8
+    assert results["zero_shot/examples"] > 900
+    assert "likelihood/bits_per_dim" not in results
+
+
+def test_another_split_checkpoint_and_task_can_be_asked_for(clip_run: Path) -> None:
+    results = evaluate(
+        clip_run, split="train[:50]", checkpoint_step=2, zero_shot="easy_vqa/shape", prompts=("a {}", "{} shape")
+    )
+    assert (results["step"], results["split"], results["examples"]) == (2, "train[:50]", 50)
+    assert results["zero_shot/chance"] == pytest.approx(1 / 3)
+
+
+def test_damage_in_the_newest_checkpoint_is_told_and_the_one_before_is_used(
+    clip_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    workdir = shutil.copytree(clip_run, tmp_path / "run")
+    victim = max((workdir / "checkpoints" / "3" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    assert evaluate(workdir)["step"] == 2
+    assert "checkpoint 3 is damaged" in caplog.text
+    assert (workdir / "checkpoints" / "3").exists()  # a reader moves nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "tset"}, "tset"),
+        ({"checkpoint_step": 77}, "there is no checkpoint 77"),
+        ({"zero_shot": "openmoji"}, "openmoji has no labels to classify"),
+        ({"zero_shot": "esy_vqa/color"}, "easy_vqa/color"),
+    ],
+)
+def test_refusals_name_the_offender(clip_run: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate(clip_run, **options)
+
+
+def test_refuses_a_directory_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not the directory of a run"):
+        evaluate(tmp_path)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_sheets_are_pictures_that_depend_on_the_seed(vae_run: Path, tmp_path: Path) -> None:
+    paths = [sample(vae_run, num=3, seed=seed, out=tmp_path / f"{i}.png") for i, seed in enumerate((0, 0, 1))]
+    sheets = [pixels(path) for path in paths]
+    np.testing.assert_array_equal(sheets[0], sheets[1])
+    assert (sheets[0] != sheets[2]).any()
+
+
+def test_captions_or_prompts_find_images(clip_run: Path, tmp_path: Path) -> None:
+    by_caption = sample(clip_run, num=2, out=tmp_path / "captions.png")
+    by_prompt = sample(clip_run, prompt=("red circle",), out=tmp_path / "prompt.png")
+    assert len(pixels(by_caption)) > len(pixels(by_prompt))
+
+
+def test_sampling_refusals(vae_run: Path) -> None:
+    with pytest.raises(UserError, match="takes no texts: leave out --prompt"):
+        sample(vae_run, prompt=("red circle",))
+    with pytest.raises(UserError, match="--num is 0"):
+        sample(vae_run, num=0)
