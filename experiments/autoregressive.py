@@ -31,10 +31,10 @@ def autoregressive_tiny_openmoji() -> Experiment:
         model=autoregressive.Config(
             image_size=32,
             patch_size=2,
-            transformer=Transformer(width=128, depth=4, heads=4, mlp=512, dropout=0.05, scan=False),
+            transformer=Transformer(width=128, depth=4, heads=4, mlp=512, scan=False),
         ),
         data=Data(name="openmoji", train="train[:95%]", validation="train[95%:]", image_size=32),
-        optimizer=Optimizer(learning_rate=1.5e-3, warmup_steps=100, weight_decay=0.05, eps=1e-6),
+        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, eps=1e-6),
         ema_decay=0.995,
         steps=1500,
         batch_size=16,

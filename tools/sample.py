@@ -27,6 +27,7 @@ def sample(
     checkpoint_step: int | None = None,
     data_dir: str | None = None,
     seed: int = 0,
+    temperature: float = 1.0,
 ) -> Path:
     """Writes a labelled contact sheet of samples, of reconstructions, or of the images nearest to captions.
 
@@ -39,9 +40,12 @@ def sample(
       checkpoint_step: Step of a checkpoint; None: the best by validation loss, else the newest.
       data_dir: Where prepared data sets are; None: where the run had them.
       seed: Of the samples.
+      temperature: 1: draw from the model; lower: with less noise, down to 0.
     """
     if num < 1:
         raise UserError(f"--num is {num}: at least 1 must be drawn")
+    if temperature < 0:
+        raise UserError(f"--temperature is {temperature}: it must be at least 0")
     loaded = load(workdir, step=checkpoint_step)
     model, data = loaded.model, loaded.experiment.data
     source = open_source(data.name, split or data.test, Path(data_dir or loaded.experiment.data_dir).expanduser())
@@ -49,7 +53,7 @@ def sample(
     if model.sample is not None:
         if prompt:
             raise UserError(f"{workdir} holds a model that takes no texts: leave out --prompt")
-        rows += samples(loaded, num, seed)
+        rows += samples(loaded, num, seed, temperature)
     if model.reconstruct is not None:
         rows += reconstructions(loaded, source, min(num, COLUMNS))
     if model.encode_image is not None and model.encode_text is not None:
@@ -61,11 +65,11 @@ def sample(
     return out
 
 
-def samples(loaded: Loaded, num: int, seed: int) -> list[tuple[str, list[Cell]]]:
+def samples(loaded: Loaded, num: int, seed: int, temperature: float) -> list[tuple[str, list[Cell]]]:
     """`num` draws."""
     assert loaded.model.sample is not None
-    draw = jax.jit(loaded.model.sample, static_argnames="num")
-    images = np.asarray(draw(loaded.variables, jax.random.key(seed), {}, num=num))
+    draw = jax.jit(loaded.model.sample, static_argnames=("num", "temperature"))
+    images = np.asarray(draw(loaded.variables, jax.random.key(seed), {}, num=num, temperature=temperature))
     cells = [(image, str(index)) for index, image in enumerate(images)]
     return [(f"samples, step {loaded.step}", cells[i : i + COLUMNS]) for i in range(0, num, COLUMNS)]
 

@@ -75,7 +75,8 @@ class Model:
     reconstruct: Callable[..., jax.Array] | None = None
     """`(variables, image) -> image` of the same shape and dtype"""
     sample: Callable[..., jax.Array] | None = None
-    """`(variables, key, conditioning, *, num) -> [num, H, W, C]`; `conditioning` is a mapping, empty for none"""
+    """`(variables, key, conditioning, *, num, temperature=1.0) -> [num, H, W, C]`; `conditioning` is a mapping, empty
+    for none; at temperature 1 a draw from the model, below it one with less noise"""
     generate: Callable[..., jax.Array] | None = None
     """`(variables, batch, key, **static) -> tokens`"""
 

@@ -109,6 +109,21 @@ def test_samples_have_the_probabilities_of_the_likelihood():
     assert np.sum((observed - expected) ** 2 / expected) < 80 + 4 * math.sqrt(160)
 
 
+def test_a_temperature_raises_probabilities_to_a_power():
+    """An image of one sub-pixel: at 0 always the likeliest level, at a half each with the square of its probability."""
+    count, c = 20_000, config(1, 1, 3, 1)
+    model, variables = autoregressive.build(c), random_variables(c, 0.3)
+    probabilities = np.exp(jax.jit(model.log_likelihood)(variables, {"image": all_images(c)}, KEY))
+    draw = jax.jit(model.sample, static_argnames=("num", "temperature"))
+    frequencies = [
+        np.bincount(np.ravel(draw(variables, KEY, {}, num=count, temperature=temperature)), minlength=3) / count
+        for temperature in (0.5, 0.0)
+    ]
+    np.testing.assert_allclose(frequencies[0], probabilities**2 / np.sum(probabilities**2), atol=4 * 0.5 / count**0.5)
+    np.testing.assert_array_equal(frequencies[1], np.eye(3)[probabilities.argmax()])
+    assert probabilities.max() < 0.8
+
+
 def test_the_loss_is_the_negative_log_likelihood_in_bits_per_dimension():
     c = config(2, 1, 3, 1)
     model, variables, batch = autoregressive.build(c), random_variables(c), {"image": all_images(c)}

@@ -86,6 +86,19 @@ def test_samples_have_the_probabilities_of_the_importance_weights(variables, log
     assert (np.abs(observed - expected) < 5 * error).all()
 
 
+def test_at_temperature_zero_pixels_are_the_mean_given_the_latent():
+    """The limit of low temperatures where a pixel has a single logistic; the latent is drawn as at any other."""
+    model = vae.build(vae.Config(image_size=2, channels=1, levels=256, latent=2, widths=(8,), mixtures=1))
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, KEY, BATCH)
+    variables = jax.tree.map(lambda leaf: (0.3 * random.normal(size=leaf.shape)).astype(np.float32), shapes)
+    draw = jax.jit(model.sample, static_argnames=("num", "temperature"))
+    zero, low, one = (np.int32(draw(variables, KEY, {}, num=100, temperature=t)) for t in (0.0, 1e-6, 1.0))
+    assert np.abs(zero - low).max() <= 1
+    assert np.abs(zero - one).max() > 10
+    assert len(np.unique(zero, axis=0)) > 50
+
+
 def test_the_loss_is_the_negative_bound_in_bits_per_dimension(variables):
     loss, aux = jax.jit(lambda key: MODEL.loss(variables, BATCH, key, 0, train=False))(KEY)
     noise_key, _ = jax.random.split(KEY)

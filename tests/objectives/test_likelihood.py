@@ -116,6 +116,19 @@ def test_samples_have_the_frequencies_of_the_likelihood(channels: int, levels: i
     assert np.sum((observed - expected) ** 2 / expected) < freedom + 4 * math.sqrt(2 * freedom)
 
 
+def test_a_temperature_sharpens_the_weights_and_narrows_the_scales():
+    """It is the same draw from the mixture of those weights and scales."""
+    temperature, key = 0.5, jax.random.key(0)
+    outputs = random_outputs(3, log_scale=-2.0, count=1000).reshape(-1, MIXTURES, 10)
+    cooled = outputs.copy()
+    cooled[..., 0] /= temperature
+    cooled[..., 4:7] = np.maximum(cooled[..., 4:7], -6) + math.log(temperature)
+    outputs[..., 4:7] = np.maximum(outputs[..., 4:7], -6)
+    draw = jax.jit(sample_logistic_mixture, static_argnums=(2, 3, 4))
+    expected = draw(key, cooled.reshape(1000, -1), 3, 17, 1.0)
+    np.testing.assert_array_equal(draw(key, outputs.reshape(1000, -1), 3, 17, temperature), expected)
+
+
 def test_the_mean_of_a_mixture_follows_the_coefficients_between_channels():
     outputs = random_outputs(3, mean=0.1).reshape(-1, MIXTURES, 10).astype(np.float64)
     weights = scipy.special.softmax(outputs[..., 0], axis=-1)

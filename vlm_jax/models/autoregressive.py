@@ -22,6 +22,7 @@ from vlm_jax.nn.vision import patchify, unpatchify
 from vlm_jax.objectives.language import token_log_probs
 from vlm_jax.objectives.likelihood import nats_to_bits_per_dim
 from vlm_jax.sampling.autoregressive import decode
+from vlm_jax.sharding import constrain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,19 @@ class Config:
     transformer: Transformer
 
 
+def smooth_tables(key: Array, shape: tuple[int, int, int]) -> Float[Array, "N V D"]:
+    """Initial vectors of variance 1 / N that are near each other for near levels: random waves over the level.
+
+    Independent ones would have to learn from scratch, for every rare level, that it looks like its neighbours.
+    """
+    size, levels, width = shape
+    frequencies = jnp.arange(1, 9)
+    angles = jnp.pi * frequencies * jnp.linspace(0, 1, levels)[:, None]
+    waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1) / jnp.tile(frequencies, 2)
+    waves = waves / jnp.linalg.norm(waves, axis=1, keepdims=True)
+    return jnp.einsum("vk,nkd->nvd", waves, jax.random.normal(key, (size, 16, width))) * size**-0.5
+
+
 class PatchEmbedding(nn.Module):
     """A table of vectors for each sub-pixel of a patch."""
 
@@ -44,7 +58,10 @@ class PatchEmbedding(nn.Module):
     width: int
 
     def setup(self) -> None:
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), (self.size, self.levels, self.width))
+        embedding = self.param("embedding", smooth_tables, (self.size, self.levels, self.width))
+        # Its width is gathered before the lookup: of a table split by width the partitioner would look up the whole
+        # batch on every device.
+        self.embedding = constrain(embedding, None, None, None)
 
     def __call__(self, patches: Int[Array, "*B N"]) -> Float[Array, "*B N D"]:
         return self.embedding[jnp.arange(self.size), patches]
@@ -74,14 +91,17 @@ class PatchHead(nn.Module):
             x = x.at[..., 1:, :].add(jnp.cumsum(self.table(patches[..., :-1]), axis=-2))
         return self.predict(x)
 
-    def draw(self, x: Float[Array, "B D"], key: Array) -> Int[Array, "B N"]:
+    def draw(self, x: Float[Array, "B D"], key: Array, temperature: float) -> Int[Array, "B N"]:
         """A patch, sub-pixel by sub-pixel."""
         patch: list[Array] = []
         for i, query in enumerate(self.query):
             if i:
                 x = x + self.table.at(i - 1, patch[-1])
             logits = self.predict(x + query).astype(jnp.float32)
-            patch.append(jax.random.categorical(jax.random.fold_in(key, i), logits))
+            if temperature == 0:
+                patch.append(jnp.argmax(logits, axis=-1))
+            else:
+                patch.append(jax.random.categorical(jax.random.fold_in(key, i), logits / temperature))
         return jnp.stack(patch, axis=-1)
 
     def predict(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -116,12 +136,17 @@ class Autoregressive(nn.Module):
         return token_log_probs(self.head(x, patches), patches)
 
     def decode(
-        self, cache: Cache, previous: Int[Array, "B N"], position: Int[Array, ""], key: Array
+        self,
+        cache: Cache,
+        previous: Int[Array, "B N"],
+        position: Int[Array, ""],
+        key: Array,
+        temperature: float = 1.0,
     ) -> tuple[Cache | None, Int[Array, "B N"]]:
         """Draws the patch at `position` given the one before it and the cache of those before that."""
         x = jnp.where(position == 0, self.start, jnp.sum(self.table(previous), axis=-2)) + self.positions()[position]
         x, filled = self.transformer(x[:, None], cache=cache, position=position)
-        return filled, self.head.draw(x[:, 0], key)
+        return filled, self.head.draw(x[:, 0], key, temperature)
 
 
 def patch_length(config: Config) -> int:
@@ -150,13 +175,16 @@ def build(config: Config) -> Model:
         del key
         return jnp.sum(module.apply(variables, batch["image"]), axis=(1, 2))
 
-    def sample(variables: Variables, key: Array, conditioning: Batch, *, num: int) -> Int[Array, "num H W C"]:
+    def sample(
+        variables: Variables, key: Array, conditioning: Batch, *, num: int, temperature: float = 1.0
+    ) -> Int[Array, "num H W C"]:
+        """The temperature is that of each sub-pixel's softmax."""
         del conditioning
         t, length = config.transformer, (config.image_size // config.patch_size) ** 2
         cache = empty_cache(num, length, t.heads, t.width // t.heads, layers=t.depth, dtype=t.dtype)
 
         def step(cache: Cache, previous: Array, position: Array, key: Array) -> tuple[Cache, Array]:
-            return module.apply(variables, cache, previous, position, key, method="decode")
+            return module.apply(variables, cache, previous, position, key, temperature, method="decode")
 
         first = jnp.zeros((num, patch_length(config)), jnp.int32)
         patches = decode(step, cache, first, length, key)

@@ -17,6 +17,7 @@ from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.nn.transformer import Transformer, TransformerStack
 from vlm_jax.nn.vision import VisionTower, VisionTransformer, vision_rules
 from vlm_jax.objectives.contrastive import info_nce, sigmoid
+from vlm_jax.sharding import constrain
 
 MAX_SCALE = 100.0
 """The inverse temperature is clipped here (2103.00020, section 2.5)."""
@@ -112,7 +113,10 @@ class TextTower(nn.Module):
     def __call__(self, tokens: Int[Array, "B T"], *, train: bool = False) -> Float[Array, "B D"]:
         c, t = self.config, self.config.transformer
         init = nn.initializers.normal(0.02)
-        x = nn.Embed(c.vocab_size, t.width, embedding_init=init, dtype=t.dtype, name="token")(tokens)
+        table = nn.Embed(c.vocab_size, t.width, embedding_init=init, name="token").embedding
+        # Its width is gathered before the lookup: of a table split by width the partitioner would look up the tokens of
+        # the whole batch on every device.
+        x = constrain(constrain(table.astype(t.dtype), "vocab", None)[tokens], "batch", None, None)
         x = x + self.param("position", nn.initializers.normal(0.01), (1, c.context_length, t.width))
         x, _ = TransformerStack(t, name="transformer")(x, causal=c.pool == "eos", train=train)
         if c.pool == "eos":

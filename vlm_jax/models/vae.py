@@ -164,11 +164,16 @@ def build(config: Config) -> Model:
         outputs = module.apply(variables, mean, method="decode")
         return from_unit_range(logistic_mixture_mean(outputs, config.channels), config.levels)
 
-    def sample(variables: Variables, key: Array, conditioning: Batch, *, num: int) -> Int[Array, "num H W C"]:
+    def sample(
+        variables: Variables, key: Array, conditioning: Batch, *, num: int, temperature: float = 1.0
+    ) -> Int[Array, "num H W C"]:
+        """The temperature is that of the pixels given the latent vector; at 0 they are the decoder's mean."""
         del conditioning
         latent_key, pixel_key = jax.random.split(key)
         outputs = module.apply(variables, jax.random.normal(latent_key, (num, config.latent)), method="decode")
-        return sample_logistic_mixture(pixel_key, outputs, config.channels, config.levels)
+        if temperature == 0:
+            return from_unit_range(logistic_mixture_mean(outputs, config.channels), config.levels)
+        return sample_logistic_mixture(pixel_key, outputs, config.channels, config.levels, temperature)
 
     rules = (
         (r"first/kernel$", (None, "filters")),

@@ -98,16 +98,16 @@ def logistic_mixture_log_prob(
 
 
 def sample_logistic_mixture(
-    key: Array, outputs: Float[Array, "*B O"], channels: int, levels: int
+    key: Array, outputs: Float[Array, "*B O"], channels: int, levels: int, temperature: float = 1.0
 ) -> Int[Array, "*B C"]:
-    """A pixel drawn from the distribution of `logistic_mixture_log_prob`."""
+    """A pixel drawn from the distribution of `logistic_mixture_log_prob`, at temperature 1."""
     choice_key, noise_key = jax.random.split(key)
     log_weights, means, log_scales, coefficients = split_mixture(outputs, channels)
-    choice = jax.random.categorical(choice_key, log_weights)[..., None, None]
+    choice = jax.random.categorical(choice_key, log_weights / temperature)[..., None, None]
     means, log_scales, coefficients = (
         jnp.take_along_axis(values, choice, axis=-2) for values in (means, log_scales, coefficients)
     )
-    noise = jnp.exp(log_scales) * jax.random.logistic(noise_key, means.shape)
+    noise = temperature * jnp.exp(log_scales) * jax.random.logistic(noise_key, means.shape)
     pixel = jnp.zeros((*outputs.shape[:-1], channels), jnp.uint8)
     # Channel by channel, each rounded before the next: the likelihood conditions on levels.
     for channel in range(channels):

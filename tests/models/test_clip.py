@@ -1,0 +1,157 @@
+"""CLIP and SigLIP: where the temperature starts and stops, what a text is read at, and unit vectors."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.models import clip
+from vlm_jax.nn.transformer import Transformer
+from vlm_jax.nn.vision import VisionTower, VisionTransformer
+from vlm_jax.objectives.contrastive import info_nce, sigmoid
+
+BATCH, CONTEXT, EOS, VOCAB = 4, 6, 2, 11
+TRANSFORMER = Transformer(width=8, depth=1, heads=2, mlp=16, scan=False)
+CLIP = clip.Config(
+    image=VisionTransformer(image_size=4, patch_size=2, pre_norm=True, patch_bias=False, transformer=TRANSFORMER),
+    text=clip.TextTransformer(vocab_size=VOCAB, context_length=CONTEXT, eos_id=EOS, transformer=TRANSFORMER),
+    embedding=12,
+)
+SIGLIP = clip.Config(
+    objective="sigmoid",
+    image=replace(CLIP.image, pool="attention", pre_norm=False, patch_bias=True),
+    text=replace(CLIP.text, pool="last"),
+    embedding=8,
+    projection=False,
+)
+CONFIGS = {"clip": CLIP, "siglip": SIGLIP}
+KEY = jax.random.key(0)
+RANDOM = np.random.default_rng(0)
+IMAGE = RANDOM.integers(0, 256, (BATCH, 4, 4, 3)).astype(np.uint8)
+TOKENS = np.array([[5, 4, 3, 7, EOS, 0], [3, EOS, 0, 0, 0, 0], [EOS, 4, EOS, 9, 0, 0], [9, 8, 7, 6, 5, EOS]], np.int32)
+BATCH_OF_PAIRS = {"image": IMAGE, "tokens": TOKENS}
+
+
+def random_variables(config: clip.Config) -> Any:
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(clip.build(config).init, KEY, BATCH_OF_PAIRS)
+    variables = jax.tree.map(lambda leaf: jnp.asarray(0.5 * random.normal(size=leaf.shape), jnp.float32), shapes)
+    variables["params"]["log_scale"] = jnp.log(3.0)
+    return variables
+
+
+encode_image = jax.jit(
+    lambda name, variables: clip.build(CONFIGS[name]).encode_image(variables, IMAGE), static_argnums=0
+)
+encode_text = jax.jit(
+    lambda name, variables, tokens: clip.build(CONFIGS[name]).encode_text(variables, tokens), static_argnums=0
+)
+loss_of = jax.jit(
+    lambda name, variables: clip.build(CONFIGS[name]).loss(variables, BATCH_OF_PAIRS, KEY, 0, train=True),
+    static_argnums=0,
+)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_embeddings_are_unit_vectors_in_float32(name: str):
+    config = CONFIGS[name]
+    variables = random_variables(config)
+    for embedding in (encode_image(name, variables), encode_text(name, variables, TOKENS)):
+        assert embedding.shape == (BATCH, config.embedding) and embedding.dtype == jnp.float32
+        np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-5)
+        assert np.ptp(embedding, axis=0).min() > 1e-3
+
+
+def test_a_vector_of_zeros_has_a_finite_gradient():
+    gradient = jax.grad(lambda x: jnp.sum(clip.unit(x)))(jnp.zeros((1, 4)))
+    assert jnp.isfinite(gradient).all()
+
+
+def test_clip_starts_at_its_published_temperature():
+    params = jax.jit(clip.build(CLIP).init)(KEY, BATCH_OF_PAIRS)["params"]
+    np.testing.assert_allclose(params["log_scale"], math.log(1 / 0.07), rtol=1e-6)
+    assert "logit_bias" not in params
+
+
+def test_siglip_starts_at_its_published_temperature_and_bias():
+    params = jax.jit(clip.build(SIGLIP).init)(KEY, BATCH_OF_PAIRS)["params"]
+    np.testing.assert_allclose(params["log_scale"], math.log(10), rtol=1e-6)
+    assert params["logit_bias"] == -10
+    assert "image_projection" not in params
+
+
+@pytest.mark.parametrize(
+    ("name", "log_scale", "scale"),
+    [
+        ("clip", math.log(1 / 0.07), 1 / 0.07),
+        ("clip", math.log(100), 100),
+        ("clip", 5.0, 100),
+        ("siglip", 5.0, math.exp(5)),
+    ],
+)
+def test_the_loss_compares_the_embeddings_at_the_effective_scale(name: str, log_scale: float, scale: float):
+    """CLIP's is clipped at 100, and SigLIP's is not."""
+    variables = random_variables(CONFIGS[name])
+    variables["params"]["log_scale"] = jnp.float32(log_scale)
+    loss, aux = loss_of(name, variables)
+    image, text = encode_image(name, variables), encode_text(name, variables, TOKENS)
+    if name == "clip":
+        expected, metrics = info_nce(image, text, scale)
+    else:
+        expected, metrics = sigmoid(image, text, scale, variables["params"]["logit_bias"])
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    np.testing.assert_allclose(aux.metrics["scale"], scale, rtol=1e-5)
+    assert aux.metrics["accuracy"] == metrics["accuracy"]
+    # The loss spans the batch: a mean over parts of it would be another.
+    assert aux.weight is None
+
+
+def test_clip_reads_a_text_at_its_first_end_token():
+    """Under a causal mask, so that nothing after it counts, and everything before does."""
+    variables = random_variables(CLIP)
+    end = np.argmax(TOKENS == EOS, axis=1)
+    original = encode_text("clip", variables, TOKENS)
+    for position in range(CONTEXT):
+        changed = TOKENS.copy()
+        changed[:, position] = np.where(end == position, EOS, VOCAB - 1)
+        same = (encode_text("clip", variables, changed) == original).all(axis=1)
+        np.testing.assert_array_equal(same, end <= position)
+
+
+def test_siglip_reads_the_whole_text():
+    variables = random_variables(SIGLIP)
+    original = encode_text("siglip", variables, TOKENS)
+    for position in range(CONTEXT):
+        changed = TOKENS.copy()
+        changed[:, position] = VOCAB - 1
+        difference = np.abs(encode_text("siglip", variables, changed) - original).max(axis=1)
+        assert (difference > 1e-4).all()
+
+
+def test_levels_are_put_on_the_unit_range_before_the_tower():
+    """0 is -1 and 255 is 1."""
+    variables = random_variables(CLIP)
+    params = variables["params"]
+    x = jax.jit(VisionTower(CLIP.image).apply)({"params": params["image"]}, IMAGE.astype(np.float32) / 255 * 2 - 1)
+    x = x @ params["image_projection"]["kernel"]
+    expected = x / np.linalg.norm(x, axis=1, keepdims=True)
+    np.testing.assert_allclose(encode_image("clip", variables), expected, atol=1e-5)
+
+
+def test_a_text_without_end_is_refused_only_where_it_is_read_there():
+    assert clip.build(CLIP).inputs["tokens"].contains == EOS
+    assert clip.build(SIGLIP).inputs["tokens"].contains is None
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_dropout_reaches_each_tower_in_training_alone(tower: str):
+    dropping = replace(getattr(CLIP, tower), transformer=replace(TRANSFORMER, dropout=0.5))
+    model, variables = clip.build(replace(CLIP, **{tower: dropping})), random_variables(CLIP)
+    loss = jax.jit(lambda train: model.loss(variables, BATCH_OF_PAIRS, KEY, 0, train=train)[0], static_argnums=0)
+    plain, _ = loss_of("clip", variables)
+    np.testing.assert_allclose(loss(False), plain, rtol=1e-5)
+    assert abs(loss(True) - plain) > 1e-3

@@ -1,0 +1,64 @@
+"""The command line as a stranger meets it: help, suggestions, one line for what the user did wrong."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments import run
+from experiments.presets import presets
+from vlm_jax.errors import UserError
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["run", *arguments])
+    run.main()
+
+
+def test_an_unknown_preset_is_answered_with_the_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="there is no preset 'clip-tny': did you mean clip-tiny"):
+        call(monkeypatch, "clip-tny")
+    with pytest.raises(UserError, match="there is no preset 'zzz': --help lists all"):
+        call(monkeypatch, "zzz")
+
+
+def test_an_unknown_field_is_answered_with_the_right_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        call(monkeypatch, "clip-tiny", "--optimizer.learning-rat", "1")
+    assert refused.value.code == 2
+    assert "--optimizer.learning-rate" in "".join(capsys.readouterr())
+
+
+def test_a_value_of_the_wrong_type_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as refused:
+        call(monkeypatch, "clip-tiny", "--steps", "many")
+    assert refused.value.code == 2
+    assert "--steps" in "".join(capsys.readouterr())
+
+
+def test_help_lists_every_preset(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, "--help")
+    assert ended.value.code == 0
+    output = capsys.readouterr().out
+    assert all(name in output for name in presets())
+
+
+def test_a_refused_start_leaves_nothing_behind(tmp_path: Path) -> None:
+    """So that the corrected command is not told that the directory belongs to another configuration."""
+    preset = presets()["vae-tiny"][1]
+    with pytest.raises(UserError, match="batch size 12 cannot be split"):
+        run.run("vae-tiny", replace(preset, batch_size=12, workdir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module", ["tools.evaluate", "tools.sample"])
+def test_errors_are_one_line_and_status_2(module: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", module, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path} is not the directory of a run: it has no config.json\n"

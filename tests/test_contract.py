@@ -1,0 +1,282 @@
+"""What every family owes: held for each tiny preset there is, so that a new family is covered by having one."""
+
+import json
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments.presets import presets
+from vlm_jax.contract import CAPABILITIES, Input, Model, abstract_batch, check_batch
+from vlm_jax.errors import UserError
+from vlm_jax.models import FAMILIES, build, family_of, read_config
+from vlm_jax.sharding import MeshShape, make_mesh, parameter_shardings
+from vlm_jax.train.optim import make_optimizer
+from vlm_jax.train.step import init_train_state, train_state_shardings
+from vlm_jax.trees import leaves_by_path, partition
+
+CONFIGS = {name: experiment.model for name, (_, experiment) in presets().items()}
+TINY = [name for name in CONFIGS if "tiny" in name]
+BATCH = 4
+KEY = jax.random.key(0)
+
+NO_GRADIENT = r"attention/key/bias$"
+"""A key's bias adds the same to all logits of a query, and the softmax does not see it: its gradient is rounding."""
+
+
+def random_batch(model: Model, size: int = BATCH) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    batch = {}
+    for name, spec in model.inputs.items():
+        shape = (size, *spec.shape)
+        values = random.normal(size=shape) if spec.limit is None else random.integers(0, spec.limit, shape)
+        batch[name] = values.astype(spec.dtype)
+        if spec.contains is not None:
+            batch[name][..., -1] = spec.contains
+    return check_batch(model.inputs, batch)
+
+
+def abstract_variables(model: Model) -> Any:
+    return jax.eval_shape(model.init, KEY, abstract_batch(model.inputs, BATCH))
+
+
+@pytest.fixture(scope="module", params=TINY)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name: str) -> Model:
+    return build(CONFIGS[name])
+
+
+@pytest.fixture(scope="module")
+def init(model: Model) -> Any:
+    batch, compiled = random_batch(model), jax.jit(model.init)
+    return lambda key: compiled(key, batch)
+
+
+@pytest.fixture(scope="module")
+def variables(init) -> Any:
+    """As initialised, each parameter moved at random, so that none that starts at zero hides another."""
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: leaf + 0.02 * random.normal(size=leaf.shape).astype(leaf.dtype), init(KEY))
+
+
+@pytest.fixture(scope="module")
+def value_and_grad(model: Model) -> Any:
+    def loss(params: Any, rest: Any, batch: Any, key: jax.Array) -> Any:
+        return model.loss({"params": params, **rest}, batch, key, jnp.zeros((), jnp.int32), train=True)
+
+    def call(variables: Any, key: jax.Array) -> Any:
+        rest = {collection: tree for collection, tree in variables.items() if collection != "params"}
+        return compiled(variables["params"], rest, random_batch(model), key)
+
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return call
+
+
+def test_every_family_has_a_tiny_preset():
+    assert {family_of(CONFIGS[name]) for name in TINY} == set(FAMILIES)
+
+
+def test_initialisation_is_a_function_of_the_key(name: str, model: Model, init):
+    """Built and traced twice, so that nothing may be drawn when either happens."""
+    first, second = init(KEY), jax.jit(build(CONFIGS[name]).init)(KEY, random_batch(model))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    other = init(jax.random.key(1))
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True))
+    assert {leaf.dtype for leaf in jax.tree.leaves(first["params"])} == {np.dtype(np.float32)}
+
+
+def test_the_loss_is_a_finite_float32_scalar_and_a_function_of_its_arguments(variables, value_and_grad):
+    before = jax.tree.map(np.array, variables)
+    (value, aux), _ = value_and_grad(variables, KEY)
+    assert value.shape == () and value.dtype == jnp.float32 and jnp.isfinite(value)
+    for metric in aux.metrics.values():
+        assert metric.shape == () and jnp.isfinite(metric)
+    (again, _), _ = value_and_grad(variables, KEY)
+    assert again == value
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
+    assert jax.tree.structure(aux.state) == jax.tree.structure({k: v for k, v in variables.items() if k != "params"})
+
+
+def test_the_weight_counts_examples_or_tokens(model: Model, variables):
+    """It doubles with the batch; None: the loss is no mean over items."""
+
+    def weight(size: int) -> Any:
+        batch = random_batch(model, size)
+        return jax.jit(lambda variables: model.loss(variables, batch, KEY, 0, train=False)[1].weight)(variables)
+
+    one, two = weight(BATCH), weight(2 * BATCH)
+    if one is None:
+        assert two is None
+    else:
+        assert one.shape == () and one.dtype == jnp.float32
+        assert one >= BATCH and two == 2 * one
+
+
+def test_gradients_reach_every_live_parameter(model: Model, variables, value_and_grad):
+    _, gradients = value_and_grad(variables, KEY)
+    _, live = partition(gradients, model.frozen)
+    sizes = {path: float(jnp.abs(leaf).max()) for path, leaf in leaves_by_path(live).items()}
+    assert all(np.isfinite(size) for size in sizes.values())
+    largest = max(sizes.values())
+    unreached = {path for path, size in sizes.items() if size < 1e-7 * largest and not re.search(NO_GRADIENT, path)}
+    assert unreached == set()
+
+
+def test_capabilities_return_what_the_contract_says(model: Model, variables):
+    batch = {name: jnp.asarray(values) for name, values in random_batch(model).items()}
+    declared = [capability for capability in CAPABILITIES if getattr(model, capability) is not None]
+    for capability in declared:
+        function = getattr(model, capability)
+        if capability in ("encode_image", "encode_text"):
+            field = "image" if capability == "encode_image" else "tokens"
+            y = jax.eval_shape(function, variables, batch[field])
+            assert (y.ndim, len(y), y.dtype) == (2, BATCH, jnp.float32)
+        elif capability in ("log_likelihood", "log_weight"):
+            y = jax.eval_shape(function, variables, batch, KEY)
+            assert (y.shape, y.dtype) == ((BATCH,), jnp.float32)
+        elif capability == "reconstruct":
+            y = jax.eval_shape(function, variables, batch["image"])
+            assert (y.shape, y.dtype) == (batch["image"].shape, batch["image"].dtype)
+        elif capability == "sample":
+            for temperature in (1.0, 0.5, 0.0):
+                draw = partial(function, num=3, temperature=temperature)
+                y = jax.eval_shape(draw, variables, KEY, {})
+                assert (y.shape, y.dtype) == ((3, *batch["image"].shape[1:]), jnp.uint8)
+        else:
+            y = jax.eval_shape(function, variables, batch, KEY)
+            assert len(y.shape) == 2 and jnp.issubdtype(y.dtype, jnp.integer)
+    assert declared
+
+
+def test_both_encoders_share_a_space_or_there_is_one(model: Model, variables):
+    if model.encode_image is not None and model.encode_text is not None:
+        batch = random_batch(model)
+        image = jax.eval_shape(model.encode_image, variables, batch["image"])
+        text = jax.eval_shape(model.encode_text, variables, batch["tokens"])
+        assert image.shape == text.shape
+
+
+def test_a_likelihood_says_whether_it_is_a_bound(model: Model):
+    assert (model.bound is None) == (model.log_likelihood is None)
+    assert model.log_weight is None or model.bound == "lower"
+
+
+def test_every_tokens_and_image_field_states_its_limit(model: Model):
+    assert all(spec.limit is not None for spec in model.inputs.values() if np.issubdtype(spec.dtype, np.integer))
+
+
+@pytest.mark.parametrize("shape", [MeshShape(data=2, fsdp=2, tensor=2), MeshShape(data=1, fsdp=8)], ids=["2x2x2", "8"])
+@pytest.mark.parametrize("preset", CONFIGS)
+def test_rules_lay_out_every_parameter_and_none_is_left_over(preset: str, shape: MeshShape):
+    model, mesh = build(CONFIGS[preset]), make_mesh(shape)
+    params = abstract_variables(model)["params"]
+    shardings = parameter_shardings(params, model.rules, mesh)
+    leaves, layouts = leaves_by_path(params), leaves_by_path(shardings)
+    assert leaves.keys() == layouts.keys()
+    held = sum(np.prod(layouts[path].shard_shape(leaf.shape)) for path, leaf in leaves.items())
+    # What the rules are for: nearly all of the parameters are split, by the axis that splits the fewest at least.
+    assert held < 0.6 * sum(leaf.size for leaf in leaves.values())
+    assert all(any(re.search(pattern, path) for path in leaves) for pattern in model.frozen)
+
+
+@pytest.mark.parametrize("preset", CONFIGS)
+def test_moments_and_averages_lie_beside_their_parameters(preset: str):
+    experiment = presets()[preset][1]
+    model, mesh = build(experiment.model), make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
+    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
+    abstract = jax.eval_shape(
+        lambda key, batch: init_train_state(model, optimizer, key, batch, ema_decay=0.9),
+        KEY,
+        abstract_batch(model.inputs, BATCH),
+    )
+    shardings = train_state_shardings(model, optimizer, abstract, mesh)
+    assert jax.tree.structure(shardings) == jax.tree.structure(abstract)
+    params = parameter_shardings(abstract.params, model.rules, mesh)
+    _, live = partition(params, model.frozen)
+    assert leaves_by_path(shardings.params) == leaves_by_path(params)
+    assert leaves_by_path(shardings.ema) == leaves_by_path(live)
+    # Of each leaf of Adam's two moments, the path ends as that of the parameter; a count is everywhere.
+    expected = {f"{moment}/{path}": layout for path, layout in leaves_by_path(live).items() for moment in ("mu", "nu")}
+    found = {
+        re.sub(r"^.*?/(mu|nu)/", r"\1/", path): layout for path, layout in leaves_by_path(shardings.opt_state).items()
+    }
+    assert expected.items() <= found.items()
+    rest = [layout for path, layout in found.items() if path not in expected]
+    assert set(rest) == {NamedSharding(mesh, PartitionSpec())}
+
+
+@pytest.mark.parametrize("preset", CONFIGS)
+def test_a_config_comes_back_from_json(preset: str):
+    config = CONFIGS[preset]
+    fields = json.loads(json.dumps(msgspec.to_builtins(config)))
+    assert read_config(family_of(config), fields) == config
+
+
+def test_another_family_or_field_is_refused():
+    with pytest.raises(UserError, match=r"there is no model family 'gan': there are .*clip"):
+        read_config("gan", {})
+    config = CONFIGS["vae-tiny"]
+    fields = msgspec.to_builtins(config)
+    with pytest.raises(UserError, match=r"does not describe a model of the family 'vae': .*latent"):
+        read_config("vae", {name: value for name, value in fields.items() if name != "latent"})
+    with pytest.raises(UserError, match=r"family 'vae': Expected `int`, got `str` - at `\$.latent`"):
+        read_config("vae", {**fields, "latent": "16"})
+
+
+INPUTS = {
+    "image": Input((2, 2, 1), "uint8", 17),
+    "tokens": Input((3,), "int32", 10, contains=2),
+    "x": Input((), "float32"),
+}
+
+
+def host_batch(**changes: Any) -> dict[str, np.ndarray]:
+    batch = {
+        "image": np.full((2, 2, 2, 1), 16, np.uint8),
+        "tokens": np.array([[0, 2, 9], [2, 2, 1]], np.int32),
+        "x": np.array([-np.inf, 1e9], np.float32),
+        "label": np.zeros(2),
+    }
+    return {name: value for name, value in (batch | changes).items() if value is not None}
+
+
+def test_a_batch_that_fits_passes_without_the_fields_that_nobody_reads():
+    batch = host_batch()
+    checked = check_batch(INPUTS, batch)
+    assert list(checked) == ["image", "tokens", "x"]
+    assert all(checked[name] is batch[name] for name in checked)
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "message"),
+    [
+        ("tokens", None, "the model reads the field 'tokens' and the data have ['image', 'label', 'x']: choose"),
+        ("image", np.zeros((2, 2, 3, 1), np.uint8), "uint8[2, 3, 1] an example and the model expects uint8[2, 2, 1]"),
+        ("image", np.zeros((2, 2, 2, 1), np.int32), "int32[2, 2, 1] an example and the model expects uint8[2, 2, 1]"),
+        ("image", np.full((2, 2, 2, 1), 17, np.uint8), "the field 'image' holds the value 17, outside [0, 17)"),
+        ("tokens", np.array([[0, 2, 10]], np.int32), "the field 'tokens' holds the value 10, outside [0, 10)"),
+        ("tokens", np.array([[-1, 2, 9]], np.int32), "the field 'tokens' holds the value -1, outside [0, 10)"),
+        ("tokens", np.array([[0, 2, 1], [0, 1, 3]], np.int32), "an example's field 'tokens' lacks the value 2"),
+    ],
+    ids=["missing", "shape", "dtype", "level", "high", "negative", "lacking"],
+)
+def test_a_batch_that_does_not_fit_is_refused(field: str, values: np.ndarray | None, message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_batch(INPUTS, host_batch(**{field: values}))
+
+
+def test_an_abstract_batch_has_the_shapes_and_dtypes_of_a_checked_one():
+    abstract = abstract_batch(INPUTS, 2)
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in abstract.items()} == {
+        name: (values.shape, values.dtype) for name, values in check_batch(INPUTS, host_batch()).items()
+    }

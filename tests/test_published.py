@@ -1,0 +1,149 @@
+"""The published sizes: they are those of the papers and released checkpoints, and their steps lower on eight devices."""
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import jax
+import pytest
+
+from experiments.presets import presets
+from vlm_jax.contract import Model, abstract_batch
+from vlm_jax.experiment import Experiment
+from vlm_jax.models import build, clip
+from vlm_jax.sharding import MeshShape, batch_sharding, make_mesh, replicated
+from vlm_jax.train.optim import make_optimizer
+from vlm_jax.train.step import TrainState, init_train_state, make_train_step, train_state_shardings
+from vlm_jax.trees import count_parameters
+
+PRESETS = {name: experiment for name, (_, experiment) in presets().items()}
+PUBLISHED = {name: experiment for name, experiment in PRESETS.items() if "tiny" not in name}
+KEY = jax.random.key(0)
+
+PARAMETERS = {
+    # Of OpenAI's released checkpoints, each with its logit_scale.
+    "clip-vit-b32": 151_277_313,
+    "clip-vit-b16": 149_620_737,
+    "clip-vit-l14": 427_616_513,
+    # Of google/siglip-base-patch16-224, with its logit_scale and logit_bias.
+    "siglip-vit-b16": 203_155_970,
+}
+
+
+def abstract_variables(model: Model) -> Any:
+    return jax.eval_shape(model.init, KEY, abstract_batch(model.inputs, 2))
+
+
+def test_every_published_preset_is_covered():
+    assert PARAMETERS.keys() == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_number_of_parameters_is_that_of_the_release(name: str):
+    assert count_parameters(abstract_variables(build(PUBLISHED[name].model))["params"]) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "image", "text", "embedding"),
+    [
+        ("clip-vit-b32", 32, (768, 12, 12), (512, 12, 8), 512),
+        ("clip-vit-b16", 16, (768, 12, 12), (512, 12, 8), 512),
+        ("clip-vit-l14", 14, (1024, 24, 16), (768, 12, 12), 768),
+        ("siglip-vit-b16", 16, (768, 12, 12), (768, 12, 12), 768),
+    ],
+)
+def test_towers_have_the_published_sizes(
+    name: str, patch: int, image: tuple[int, int, int], text: tuple[int, int, int], embedding: int
+):
+    """Width, depth and heads: 2103.00020, table 20, and 2303.15343, section 4."""
+    model: clip.Config = PUBLISHED[name].model
+    assert (model.image.image_size, model.image.patch_size, model.image.channels) == (224, patch, 3)
+    for tower, (width, depth, heads) in ((model.image.transformer, image), (model.text.transformer, text)):
+        assert (tower.width, tower.depth, tower.heads, tower.mlp) == (width, depth, heads, 4 * width)
+        assert tower.dtype == "bfloat16" and tower.scan
+    assert model.embedding == embedding
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_texts_norms_and_temperatures_are_the_published_ones(name: str):
+    model: clip.Config = PUBLISHED[name].model
+    text = model.text
+    if name.startswith("clip"):
+        assert (text.vocab_size, text.context_length, text.eos_id, text.pool) == (49408, 77, 49407, "eos")
+        assert (model.objective, model.projection, model.image.pool) == ("info_nce", True, "class")
+        assert model.image.pre_norm and not model.image.patch_bias
+        activation, epsilon, scale = "quick_gelu", 1e-5, 1 / 0.07
+    else:
+        assert (text.vocab_size, text.context_length, text.pool) == (32000, 64, "last")
+        assert (model.objective, model.projection, model.image.pool) == ("sigmoid", False, "attention")
+        assert model.image.patch_bias and not model.image.pre_norm
+        activation, epsilon, scale = "gelu_tanh", 1e-6, 10.0
+    for tower in (model.image.transformer, text.transformer):
+        assert (tower.activation, tower.norm_eps) == (activation, epsilon)
+    # XLA drops all that a scalar does not depend on: nothing of the model's size is computed or held.
+    params = jax.jit(lambda key: scalars(build(model), key))(KEY)
+    assert params["log_scale"] == pytest.approx(math.log(scale), rel=1e-6)
+    assert params.get("logit_bias") == (None if name.startswith("clip") else -10)
+
+
+def scalars(model: Model, key: jax.Array) -> dict[str, jax.Array]:
+    batch = {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in abstract_batch(model.inputs, 1).items()}
+    return {name: leaf for name, leaf in model.init(key, batch)["params"].items() if name.startswith("log")}
+
+
+@pytest.mark.parametrize(
+    ("name", "learning_rate", "b2", "eps", "weight_decay"),
+    [
+        ("clip-vit-b32", 5e-4, 0.98, 1e-6, 0.2),
+        ("clip-vit-b16", 5e-4, 0.98, 1e-6, 0.2),
+        ("clip-vit-l14", 4e-4, 0.98, 1e-6, 0.2),
+        ("siglip-vit-b16", 1e-3, 0.95, 1e-8, 1e-4),
+    ],
+)
+def test_the_schedule_is_the_published_one(name: str, learning_rate: float, b2: float, eps: float, weight_decay: float):
+    """2103.00020, tables 18 and 19; 2303.15343, section 4."""
+    experiment = PUBLISHED[name]
+    optimizer = experiment.optimizer
+    assert (optimizer.learning_rate, optimizer.b1, optimizer.b2) == (learning_rate, 0.9, b2)
+    assert (optimizer.eps, optimizer.weight_decay, optimizer.schedule) == (eps, weight_decay, "cosine")
+    assert (optimizer.warmup_steps, experiment.batch_size) == (2000, 32768)
+
+
+def lowered_step(experiment: Experiment) -> jax.stages.Lowered:
+    """The sharded train step of the published batch, without a single array."""
+    model = build(experiment.model)
+    mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
+    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
+    batch = abstract_batch(model.inputs, experiment.batch_size)
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(lambda key, batch: init_train_state(model, optimizer, key, batch), KEY, batch)
+        shardings: TrainState = train_state_shardings(model, optimizer, state, mesh)
+        step = jax.jit(make_train_step(model, optimizer), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        state = jax.tree.map(placed, state, shardings)
+        batch = {name: placed(leaf, batch_sharding(mesh)) for name, leaf in batch.items()}
+        return step.lower(state, batch, placed(jax.eval_shape(lambda: KEY), replicated(mesh)))
+
+
+def placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_sharded_step_lowers(name: str):
+    assert "mhlo.num_partitions = 8" in lowered_step(PUBLISHED[name]).as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_device_computes_on_the_whole_batch(name: str):
+    """The embeddings of a contrastive loss are gathered, [B, D], and nothing larger: not tokens, patches or pixels.
+
+    The batch is a multiple of a prime, by which its dimension is known.
+    """
+    batch_size = 4 * 1009
+    program = lowered_step(replace(PRESETS[name], batch_size=batch_size)).compile().as_text()
+    shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\w\d+\[([\d,]+)\]", program)}
+    assert any(dimension == 1009 for shape in shapes for dimension in shape)
+    whole = {shape for shape in shapes if any(dimension % batch_size == 0 for dimension in shape)}
+    assert {shape for shape in whole if len(shape) > 2 or max(shape) > batch_size} == set()
