@@ -1,7 +1,6 @@
 """Trains a preset: `python -m experiments.run PRESET [--field.subfield VALUE ...]`."""
 
 import contextlib
-import difflib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +9,9 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.presets import presets
+from experiments.presets import check_preset, presets
 from vlm_jax.commandline import command
 from vlm_jax.data import Tokenizer, evaluation_batches, load_tokenizer, make_tokenizer, open_source, train_batches
-from vlm_jax.errors import UserError
 from vlm_jax.experiment import Distributed, Experiment, claimed_workdir, has_checkpoints, to_record
 from vlm_jax.models import build
 from vlm_jax.sharding import check_batch_size, make_mesh
@@ -22,13 +20,7 @@ from vlm_jax.train.loop import fit
 
 def main() -> None:
     known = presets()
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-") and sys.argv[1] not in known:
-        near = difflib.get_close_matches(sys.argv[1], known, n=3, cutoff=0.3)
-        raise UserError(
-            f"there is no preset {sys.argv[1]!r}: "
-            + (f"did you mean {' or '.join(near)}? " if near else "")
-            + "--help lists all"
-        )
+    check_preset(sys.argv[1:], known)
     experiment = tyro.extras.overridable_config_cli(known)
     join(experiment.distributed)
     run(sys.argv[1], experiment)

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from experiments.presets import presets
+from experiments.presets import check_preset, presets
 from experiments.run import join
 from vlm_jax.commandline import command
 from vlm_jax.contract import Input, Model, abstract_batch, check_batch
@@ -73,6 +73,7 @@ def main() -> None:
         )
         for name, (description, preset) in presets().items()
     }
+    check_preset(sys.argv[1:], known)
     options = tyro.extras.overridable_config_cli(known)
     join(options.experiment.distributed)
     results: Results = {"preset": sys.argv[1], **benchmark(options.experiment, pipeline=options.pipeline)}

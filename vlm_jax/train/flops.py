@@ -39,8 +39,8 @@ def model_flops(model: Model, variables: Mapping[str, PyTree], batch: Mapping[st
     """FLOPs that a gradient of the model's loss takes at the least, whatever the implementation computes again.
 
     These are the model FLOPs of PaLM (2204.02311, appendix B), by which MFU is defined: the forward pass, and for
-    each of its products one more an operand that a live parameter influences. That is three times the forward pass
-    where all parameters train, less where some are frozen or the data enter. Optimizers do no products.
+    each of its products another one for each operand that a live parameter influences. That is three times the
+    forward pass where all parameters train, less where some are frozen or the data enter.
 
     Args:
       variables, batch: arrays or `jax.ShapeDtypeStruct`.
