@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,9 +13,10 @@ import tyro
 from experiments.presets import check_preset, presets
 from vlm_jax.commandline import command
 from vlm_jax.data import Tokenizer, evaluation_batches, load_tokenizer, make_tokenizer, open_source, train_batches
+from vlm_jax.errors import UserError
 from vlm_jax.experiment import Distributed, Experiment, claimed_workdir, has_checkpoints, to_record
 from vlm_jax.models import build
-from vlm_jax.sharding import check_batch_size, make_mesh
+from vlm_jax.sharding import batch_shards, check_batch_size, make_mesh
 from vlm_jax.train.loop import fit
 
 
@@ -36,12 +38,19 @@ def join(distributed: Distributed) -> None:
 
 def run(preset: str, experiment: Experiment) -> None:
     """Trains `experiment` in its directory, from where it stopped if it has begun."""
-    check_batch_size(experiment.batch_size, make_mesh(experiment.mesh), experiment.micro_steps)
+    mesh = make_mesh(experiment.mesh)
+    check_batch_size(experiment.batch_size, mesh, experiment.micro_steps)
     workdir, data_dir = (
         Path(path).expanduser() for path in (experiment.workdir or f"runs/{preset}", experiment.data_dir)
     )
     model, data = build(experiment.model), experiment.data
     source = open_source(data.name, data.train, data_dir)
+    held_out = None if data.validation is None else open_source(data.name, data.validation, data_dir)
+    if held_out is not None and len(held_out) < batch_shards(mesh):
+        raise UserError(
+            f"the split {data.validation} of {data.name} has {len(held_out)} examples, fewer than the "
+            f"{batch_shards(mesh)} devices that share a batch: choose a larger --data.validation, or None"
+        )
     # The first process alone claims the directory; where it is refused, it ends and the others with it.
     first = jax.process_index() == 0
     with claimed_workdir(workdir, to_record(preset, experiment)) if first else contextlib.nullcontext():
@@ -66,11 +75,11 @@ def run(preset: str, experiment: Experiment) -> None:
             )
 
         validation = None
-        if data.validation is not None:
-            held_out = open_source(data.name, data.validation, data_dir)
-
-            def validation(batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-                return evaluation_batches(held_out, data, tokenizer, batch_size=batch_size)
+        if held_out is not None:
+            # As large as a step's parts at most, and small enough for the split to fill one.
+            size = min(experiment.batch_size // experiment.micro_steps, len(held_out))
+            size -= size % batch_shards(mesh)
+            validation = partial(evaluation_batches, held_out, data, tokenizer, batch_size=size)
 
         fit(model, experiment, workdir, batches, validation)
 

@@ -1,5 +1,7 @@
 """The command line as a stranger meets it: help, suggestions, one line for what the user did wrong."""
 
+import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -62,3 +64,16 @@ def test_errors_are_one_line_and_status_2(module: str, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path} is not the directory of a run: it has no config.json\n"
+
+
+def test_a_validation_split_smaller_than_the_batch_is_used_and_one_smaller_than_the_mesh_is_refused(
+    tmp_path: Path, data_dir: Path
+) -> None:
+    preset = presets()["vae-tiny"][1]
+    model = replace(preset.model, latent=2, widths=(8,), mixtures=1)
+    small = replace(preset, model=model, steps=1, batch_size=32, workdir=str(tmp_path / "run"), data_dir=str(data_dir))
+    with pytest.raises(UserError, match=r"validation\[:7\] of digits has 7 examples, fewer than the 8 devices"):
+        run.run("vae-tiny", replace(small, data=replace(preset.data, validation="validation[:7]")))
+    run.run("vae-tiny", replace(small, data=replace(preset.data, validation="validation[:20]")))
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert math.isfinite(line["validation_loss"])

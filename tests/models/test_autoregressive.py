@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlm_jax.errors import UserError
 from vlm_jax.models import autoregressive
 from vlm_jax.models.autoregressive import Autoregressive, Config
 from vlm_jax.nn.transformer import Transformer
@@ -157,3 +158,8 @@ def test_bfloat16_keeps_probabilities_and_the_cache_in_their_dtypes():
     assert jax.eval_shape(model.log_likelihood, variables, batch, KEY).dtype == jnp.float32
     sample = jax.eval_shape(lambda variables: model.sample(variables, KEY, {}, num=3), variables)
     assert (sample.shape, sample.dtype) == ((3, 4, 4, 1), jnp.uint8)
+
+
+def test_patches_that_do_not_tile_the_image_are_refused():
+    with pytest.raises(UserError, match="an image of 4 pixels a side cannot be cut into patches of 3"):
+        config(4, 1, 3, 3)

@@ -66,6 +66,17 @@ def test_embeddings_are_unit_vectors_in_float32(name: str):
         assert np.ptp(embedding, axis=0).min() > 1e-3
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_embeddings_of_bfloat16_towers_are_float32(name: str):
+    config, rounded = CONFIGS[name], replace(TRANSFORMER, dtype="bfloat16")
+    config = replace(
+        config, image=replace(config.image, transformer=rounded), text=replace(config.text, transformer=rounded)
+    )
+    model, variables = clip.build(config), random_variables(config)
+    assert jax.eval_shape(model.encode_image, variables, IMAGE).dtype == jnp.float32
+    assert jax.eval_shape(model.encode_text, variables, TOKENS).dtype == jnp.float32
+
+
 def test_a_vector_of_zeros_has_a_finite_gradient():
     gradient = jax.grad(lambda x: jnp.sum(clip.unit(x)))(jnp.zeros((1, 4)))
     assert jnp.isfinite(gradient).all()
@@ -130,6 +141,17 @@ def test_siglip_reads_the_whole_text():
         changed[:, position] = VOCAB - 1
         difference = np.abs(encode_text("siglip", variables, changed) - original).max(axis=1)
         assert (difference > 1e-4).all()
+
+
+def test_siglip_reads_texts_without_a_causal_mask():
+    """Without positions the order of the tokens before the last means nothing, whatever the depth."""
+    config = replace(SIGLIP, text=replace(SIGLIP.text, transformer=replace(TRANSFORMER, depth=2)))
+    model, variables = clip.build(config), random_variables(config)
+    position = variables["params"]["text"]["position"]
+    variables["params"]["text"]["position"] = jnp.zeros_like(position)
+    encode = jax.jit(model.encode_text)
+    shuffled = TOKENS[:, np.array([3, 1, 4, 2, 0, 5])]
+    np.testing.assert_allclose(encode(variables, shuffled), encode(variables, TOKENS), atol=1e-5)
 
 
 def test_levels_are_put_on_the_unit_range_before_the_tower():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlm_jax.errors import UserError
 from vlm_jax.models import vae
 
 CONFIG = vae.Config(image_size=2, channels=1, levels=3, latent=2, widths=(8,), mixtures=2)
@@ -146,3 +148,16 @@ def test_images_that_halve_as_often_as_there_are_widths():
     assert jax.eval_shape(model.reconstruct, variables, batch["image"]) == batch["image"]
     sample = jax.eval_shape(lambda variables: model.sample(variables, KEY, {}, num=3), variables)
     assert (sample.shape, sample.dtype) == ((3, 8, 8, 3), jnp.uint8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"widths": ()}, r"must be one or more multiples of 8, not \[\]"),
+        ({"widths": (8, 12)}, r"must be one or more multiples of 8, not \[8, 12\]"),
+        ({"widths": (8, 16, 32)}, r"2 pixels a side cannot be halved for each width of \[8, 16, 32\] after the first"),
+    ],
+)
+def test_widths_that_do_not_fit_are_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        replace(CONFIG, **changes)

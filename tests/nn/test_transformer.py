@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import empty_cache
 from vlm_jax.nn.transformer import ACTIVATIONS, Transformer, TransformerStack
 
@@ -134,7 +136,7 @@ def test_dropout_is_drawn_for_each_branch_of_each_layer(unrolled_params, scan: b
     assert len(np.unique(np.round(sums, 3))) == 16
 
 
-def test_bfloat16_computes_every_product_in_bfloat16_and_keeps_float32_parameters(unrolled_params):
+def test_bfloat16_computes_every_product_in_bfloat16_and_keeps_float32_parameters():
     config = replace(UNROLLED, dtype="bfloat16", depth=1)
     module = TransformerStack(config)
     variables = jax.eval_shape(module.init, jax.random.key(0), X)
@@ -142,6 +144,16 @@ def test_bfloat16_computes_every_product_in_bfloat16_and_keeps_float32_parameter
     products = re.findall(r":(\w+)\[[\d,]*\] = dot_general", str(jax.make_jaxpr(module.apply)(variables, X)))
     # Query, key, value, output, weighted values, up and down; the logits of the softmax are accumulated in float32.
     assert Counter(products) == {"bf16": 7, "f32": 1}
+
+
+def test_bfloat16_activations_pass_from_block_to_block_in_bfloat16():
+    module = TransformerStack(replace(UNROLLED, dtype="bfloat16"))
+    variables = jax.eval_shape(module.init, jax.random.key(0), X)
+    capture = partial(module.apply, capture_intermediates=True, mutable=["intermediates"])
+    _, state = jax.eval_shape(capture, variables, X)
+    for block in ("block_0", "block_1"):
+        x, _ = state["intermediates"][block]["__call__"][0]
+        assert x.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -152,6 +164,12 @@ def test_bfloat16_is_close_to_float32(unrolled_params, scan: bool):
     assert rounded.dtype == jnp.bfloat16
     error = np.linalg.norm(rounded.astype(jnp.float32) - exact) / np.linalg.norm(exact)
     assert 1e-4 < error < 0.02
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+def test_heads_that_do_not_divide_the_width_are_refused(heads: int):
+    with pytest.raises(UserError, match=f"a transformer of width 8 cannot be split into {heads} heads: choose heads"):
+        replace(UNROLLED, heads=heads)
 
 
 def test_activations():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlm_jax.errors import UserError
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.vision import VisionTower, VisionTransformer, patchify, unpatchify
 
@@ -81,3 +82,10 @@ def test_bfloat16_computes_every_product_in_bfloat16(pool: str):
     attentions = 1 if pool == "class" else 2
     assert sorted(products) == ["bf16"] * (len(products) - attentions) + ["f32"] * attentions
     assert jax.eval_shape(module.apply, variables, IMAGE).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_patches_that_do_not_tile_the_image_are_refused(size: int):
+    message = f"an image of 8 pixels a side cannot be cut into patches of {size}: choose a patch_size"
+    with pytest.raises(UserError, match=message):
+        replace(CLASS, patch_size=size)

@@ -89,6 +89,20 @@ def test_rgb_pixels_have_the_published_probability():
     np.testing.assert_allclose(log_prob(outputs, pixels, 256), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("mean", "log_scale"), [(3.0, -3.0), (-3.0, -3.0), (0.0, -7.0), (1e4, 9.0), (0.0, 12.0)])
+def test_tails_and_wide_scales_have_their_exact_probability(mean: float, log_scale: float):
+    """Where a difference of sigmoids cancels in float32, and where PixelCNN++ takes a density instead."""
+    x = np.linspace(-1, 1, 256)[1:-1]
+    upper, lower = ((x - mean + side / 255) * np.exp(-log_scale) for side in (1, -1))
+    swapped = upper + lower > 0  # the smaller sigmoids of the two have the more exact difference
+    upper, lower = np.where(swapped, -lower, upper), np.where(swapped, -upper, lower)
+    log_upper, log_lower = scipy.special.log_expit(upper), scipy.special.log_expit(lower)
+    expected = log_upper + np.log(-np.expm1(log_lower - log_upper))
+    outputs = np.broadcast_to(np.array([0, mean, log_scale], np.float32), (254, 3))
+    actual = log_prob(outputs, np.arange(1, 255, dtype=np.uint8)[:, None], 256)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-4)
+
+
 def test_log_scales_below_minus_seven_count_as_minus_seven():
     outputs = random_outputs(1).reshape(-1, MIXTURES, 3)
     pixels = np.arange(0, 256, 16, dtype=np.uint8)[:, None]

@@ -168,17 +168,15 @@ def test_validation_scores_each_checkpoint_and_keeps_the_best(tmp_path: Path) ->
         worse_after_step_4 = jnp.abs(jnp.sum(variables["params"]["kernel"]) * 0 + batch["x"][0, 0])
         return (value if train else worse_after_step_4), aux
 
-    calls = []
+    scores = iter((3.0, 1.0, 2.0))
 
-    def validation(batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-        calls.append(batch_size)
-        score = {1: 3.0, 2: 1.0, 3: 2.0}[len(calls)]
-        yield {"x": np.full((batch_size, 8), score, np.float32)}, batch_size
-        yield {"x": np.full((batch_size, 8), 99, np.float32)}, batch_size - 1
+    def validation() -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        yield {"x": np.full((8, 8), next(scores), np.float32)}, 8
+        yield {"x": np.full((8, 8), 99, np.float32)}, 7
 
     fit(replace(model, loss=loss), experiment(keep_last=1), tmp_path, train_batches, validation)
-    scores = {line["step"]: line["validation_loss"] for line in logged(tmp_path) if "validation_loss" in line}
-    assert scores == {4: 3.0, 8: 1.0, 12: 2.0}
+    logged_scores = {line["step"]: line["validation_loss"] for line in logged(tmp_path) if "validation_loss" in line}
+    assert logged_scores == {4: 3.0, 8: 1.0, 12: 2.0}
     assert sorted(path.name for path in tmp_path.glob("checkpoints/[0-9]*")) == ["12", "8"]
 
 

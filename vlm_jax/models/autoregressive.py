@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.nn.attention import Cache, empty_cache
 from vlm_jax.nn.transformer import TRANSFORMER_RULES, Transformer, TransformerStack
-from vlm_jax.nn.vision import patchify, unpatchify
+from vlm_jax.nn.vision import check_patches, patchify, unpatchify
 from vlm_jax.objectives.language import token_log_probs
 from vlm_jax.objectives.likelihood import nats_to_bits_per_dim
 from vlm_jax.sampling.autoregressive import decode
@@ -35,6 +35,9 @@ class Config:
     """Values of a sub-pixel: 0 ... levels - 1."""
     patch_size: int = 1
     transformer: Transformer
+
+    def __post_init__(self) -> None:
+        check_patches(self.image_size, self.patch_size)
 
 
 def smooth_tables(key: Array, shape: tuple[int, int, int]) -> Float[Array, "N V D"]:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
-from vlm_jax.nn.convolution import CONVOLUTION_RULES, Downsample, GroupNorm, ResidualBlock, Upsample
+from vlm_jax.errors import UserError
+from vlm_jax.nn.convolution import CONVOLUTION_RULES, GROUPS, Downsample, GroupNorm, ResidualBlock, Upsample
 from vlm_jax.objectives.likelihood import (
     from_unit_range,
     gaussian_kl,
@@ -48,6 +49,15 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the convolutions; parameters, latents and likelihoods are float32."""
 
+    def __post_init__(self) -> None:
+        if not self.widths or any(width % GROUPS for width in self.widths):
+            raise UserError(f"the widths of a VAE must be one or more multiples of {GROUPS}, not {list(self.widths)}")
+        if self.image_size % 2 ** (len(self.widths) - 1):
+            raise UserError(
+                f"an image of {self.image_size} pixels a side cannot be halved for each width of {list(self.widths)} "
+                f"after the first: choose fewer widths, or another image_size"
+            )
+
 
 class Encoder(nn.Module):
     """Image in [-1, 1] -> mean and log-variance of the latent vector."""
@@ -65,7 +75,7 @@ class Encoder(nn.Module):
                 x = Downsample(width, c.dtype, name=f"down_{level}")(x)
             for i in range(c.blocks):
                 x = ResidualBlock(width, dropout=c.dropout, dtype=c.dtype, name=f"block_{level}_{i}")(x, train=train)
-        x = nn.silu(GroupNorm(8, c.dtype, name="norm_out")(x))
+        x = nn.silu(GroupNorm(GROUPS, c.dtype, name="norm_out")(x))
         x = constrain(x.reshape(len(x), -1).astype(jnp.float32), "batch", None)
         x = nn.Dense(2 * c.latent, name="posterior")(x)
         mean, log_variance = jnp.split(x, 2, axis=-1)
@@ -88,7 +98,7 @@ class Decoder(nn.Module):
                 x = ResidualBlock(width, dropout=c.dropout, dtype=c.dtype, name=f"block_{level}_{i}")(x, train=train)
             if level:
                 x = Upsample(c.widths[level - 1], c.dtype, name=f"up_{level}")(x)
-        x = nn.silu(GroupNorm(8, c.dtype, name="norm_out")(x)).astype(jnp.float32)
+        x = nn.silu(GroupNorm(GROUPS, c.dtype, name="norm_out")(x)).astype(jnp.float32)
         return nn.Dense(mixture_channels(c.mixtures, c.channels), name="mixture")(x)
 
 

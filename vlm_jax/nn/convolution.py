@@ -7,6 +7,9 @@ from jaxtyping import Array, Float
 
 from vlm_jax.sharding import constrain
 
+GROUPS = 8
+"""Of channels that are normalised together, unless said otherwise: they divide every width."""
+
 
 class GroupNorm(nn.Module):
     """Group normalisation (1803.08494) over positions and the channels of a group, statistics in fp32."""
@@ -35,7 +38,7 @@ class ResidualBlock(nn.Module):
     """Norm, SiLU, 3x3 convolution, twice, beside a skip; starts as the identity where the width stays."""
 
     width: int
-    groups: int = 8
+    groups: int = GROUPS
     dropout: float = 0.0
     dtype: str = "float32"
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import ATTENTION_RULES, Attention, Cache
 from vlm_jax.sharding import constrain
 
@@ -38,6 +39,13 @@ class Transformer:
     """Compile one block and loop over the layers; False unrolls them."""
     remat: bool = False
     """Recompute each block's activations in the backward pass instead of keeping them."""
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise UserError(
+                f"a transformer of width {self.width} cannot be split into {self.heads} heads: "
+                f"choose heads that divide the width"
+            )
 
 
 class MLP(nn.Module):

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Attention
 from vlm_jax.nn.transformer import MLP, TRANSFORMER_RULES, Transformer, TransformerStack
 
@@ -25,6 +26,18 @@ class VisionTransformer:
     """Normalise the embedded patches before the first block, as CLIP does."""
     patch_bias: bool = True
     transformer: Transformer
+
+    def __post_init__(self) -> None:
+        check_patches(self.image_size, self.patch_size)
+
+
+def check_patches(image_size: int, patch_size: int) -> None:
+    """Refuses an image that patches do not tile."""
+    if patch_size < 1 or image_size % patch_size:
+        raise UserError(
+            f"an image of {image_size} pixels a side cannot be cut into patches of {patch_size}: "
+            f"choose a patch_size that divides image_size"
+        )
 
 
 def patchify(image: Num[Array, "B H W C"], size: int) -> Num[Array, "B T D"]:

@@ -28,8 +28,8 @@ from vlm_jax.train.step import TrainState, eval_variables, init_train_state, mak
 HostBatch = Mapping[str, np.ndarray]
 TrainBatches = Callable[[slice, int], Iterator[HostBatch]]
 """`(rows, start)`: from step `start` on, these rows of each global batch."""
-ValidationBatches = Callable[[int], Iterator[tuple[HostBatch, int]]]
-"""`(batch size)`: the split in order, whole global batches, each with its number of valid rows."""
+ValidationBatches = Callable[[], Iterator[tuple[HostBatch, int]]]
+"""The validation split in order, in global batches of one size, each with its number of valid rows."""
 
 
 def fit(
@@ -99,8 +99,7 @@ def fit(
                 values["examples_per_second"] = len(pending) * experiment.batch_size / elapsed
                 if saving and validation_batches is not None:
                     variables = eval_variables(model, state)
-                    batch_size = experiment.batch_size
-                    values |= validate(model, variables, validation_batches, batch_size, mesh, validation_key)
+                    values |= validate(model, variables, validation_batches, mesh, validation_key)
                 log.write(step, values)
                 bar.set_postfix_str(f"loss {values['loss']:.4g}, {values['examples_per_second']:.0f} examples/s")
             if saving:
@@ -156,18 +155,18 @@ def validate(
     model: Model,
     variables: Variables,
     batches: ValidationBatches,
-    batch_size: int,
     mesh: Mesh,
     key: jax.Array,
 ) -> dict[str, float]:
     """The mean loss over the full batches of the validation split, with the same noise at each call."""
     loss = jax.jit(lambda variables, batch, key: model.loss(variables, batch, key, 0, train=False)[0])
-    rows = process_rows(batch_size, mesh)
     losses = []
-    for index, (batch, valid) in enumerate(batches(batch_size)):
-        if valid == batch_size:
-            mine = {name: values[rows] for name, values in check_batch(model.inputs, batch).items()}
-            losses.append(loss(variables, to_global(mine, batch_size, mesh), jax.random.fold_in(key, index)))
+    for index, (batch, valid) in enumerate(batches()):
+        fields = check_batch(model.inputs, batch)
+        size = len(next(iter(fields.values())))
+        if valid == size:
+            mine = {name: values[process_rows(size, mesh)] for name, values in fields.items()}
+            losses.append(loss(variables, to_global(mine, size, mesh), jax.random.fold_in(key, index)))
     return {"validation_loss": float(np.mean(jax.device_get(losses)))}
 
 
