@@ -19,7 +19,8 @@ def info_nce(
       scale: the inverse temperature, not its logarithm.
     """
     logits = scale * jnp.matmul(image, text.T, preferred_element_type=jnp.float32)
-    paired = jnp.diagonal(logits)
+    # Masked, for a diagonal taken out of rows that several devices share would be gathered first.
+    paired = jnp.sum(logits, axis=1, where=jnp.eye(len(logits), dtype=bool))
     image_to_text = jax.nn.logsumexp(logits, axis=1) - paired
     text_to_image = jax.nn.logsumexp(logits, axis=0) - paired
     metrics = {"accuracy": jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(len(logits)))}
