@@ -92,6 +92,6 @@ def test_products_of_bfloat16_embeddings_are_float32():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_there_is_no_branch(name: str):
-    """`jnp.diagonal` is one: sharded, it may hold an all-gather, and two such branches at once stall a CPU's devices."""
+    """`jnp.diagonal` is one; sharded it may hold an all-gather, and two such branches at once stall CPU devices."""
     gradient = jax.jit(jax.grad(lambda image, text: LOSSES[name](image, text)[0], (0, 1)))
     assert "stablehlo.case" not in gradient.lower(IMAGE, TEXT).as_text()
