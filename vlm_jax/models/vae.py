@@ -4,6 +4,7 @@ The decoder gives each pixel a mixture of discretised logistics, so that the evi
 probability of the integers in the data, in bits, and comparable with every other family's.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,6 +40,8 @@ class Config:
     """Values of a sub-pixel: 0 ... levels - 1."""
     latent: int
     """Dimensions of the latent vector."""
+    prior_components: int = 1
+    """Gaussians in the prior. 1: the standard normal; more: a mixture that is learned (1705.07120, "MoG")."""
     widths: tuple[int, ...]
     """Channels at each resolution, the finest first; each next has half the height and width."""
     blocks: int = 1
@@ -50,6 +53,8 @@ class Config:
     """Of the convolutions; parameters, latents and likelihoods are float32."""
 
     def __post_init__(self) -> None:
+        if self.prior_components < 1:
+            raise UserError(f"a VAE's prior has 1 component or more, not prior_components={self.prior_components}")
         if not self.widths or any(width % GROUPS for width in self.widths):
             raise UserError(f"the widths of a VAE must be one or more multiples of {GROUPS}, not {list(self.widths)}")
         if self.image_size % 2 ** (len(self.widths) - 1):
@@ -102,14 +107,40 @@ class Decoder(nn.Module):
         return nn.Dense(mixture_channels(c.mixtures, c.channels), name="mixture")(x)
 
 
+class MixturePrior(nn.Module):
+    """A mixture of Gaussians over the latent vector; before training its moments are the standard normal's."""
+
+    components: int
+    latent: int
+
+    def setup(self) -> None:
+        shape = (self.components, self.latent)
+        self.weights = self.param("weights", nn.initializers.zeros, (self.components,))
+        self.means = self.param("means", nn.initializers.normal(math.sqrt(0.5)), shape)
+        self.log_variances = self.param("log_variances", nn.initializers.constant(math.log(0.5)), shape)
+
+    def __call__(self, z: Float[Array, "B Z"]) -> Float[Array, " B"]:
+        """log p(z)"""
+        log_densities = jnp.sum(gaussian_log_density(z[:, None], self.means, self.log_variances), axis=-1)
+        return jax.nn.logsumexp(jax.nn.log_softmax(self.weights) + log_densities, axis=-1)
+
+    def draw(self, key: Array, num: int) -> Float[Array, "num Z"]:
+        choice_key, noise_key = jax.random.split(key)
+        choice = jax.random.categorical(choice_key, self.weights, shape=(num,))
+        noise = jax.random.normal(noise_key, (num, self.latent))
+        return self.means[choice] + jnp.exp(0.5 * self.log_variances[choice]) * noise
+
+
 class VAE(nn.Module):
-    """Encoder and decoder. Noise is the caller's."""
+    """Prior, encoder and decoder. Noise is the caller's."""
 
     config: Config
 
     def setup(self) -> None:
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
+        if self.config.prior_components > 1:
+            self.prior = MixturePrior(self.config.prior_components, self.config.latent)
 
     def encode(
         self, image: Int[Array, "B H W C"], *, train: bool = False
@@ -119,14 +150,29 @@ class VAE(nn.Module):
     def decode(self, z: Float[Array, "B Z"], *, train: bool = False) -> Float[Array, "B H W O"]:
         return self.decoder(z, train=train)
 
+    def draw_latent(self, key: Array, num: int) -> Float[Array, "num Z"]:
+        if self.config.prior_components > 1:
+            return self.prior.draw(key, num)
+        return jax.random.normal(key, (num, self.config.latent))
+
     def __call__(
         self, image: Int[Array, "B H W C"], noise: Float[Array, "B Z"], *, train: bool = False
-    ) -> tuple[Float[Array, "B Z"], Float[Array, "B Z"], Float[Array, "B Z"], Float[Array, " B"]]:
-        """Mean and log-variance of q(z | x), z = mean + deviation * noise, and log p(x | z)."""
+    ) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
+        """log p(x | z), log p(z) - log q(z | x) and KL(q || p), at z = mean + deviation * noise.
+
+        The divergence is in closed form where there is one; from a mixture it is estimated by this one sample.
+        """
         mean, log_variance = self.encode(image, train=train)
         z = mean + jnp.exp(0.5 * log_variance) * noise
-        log_probs = logistic_mixture_log_prob(self.decode(z, train=train), image, self.config.levels)
-        return mean, log_variance, z, jnp.sum(log_probs, axis=(1, 2))
+        log_prob = logistic_mixture_log_prob(self.decode(z, train=train), image, self.config.levels)
+        log_posterior = jnp.sum(gaussian_log_density(z, mean, log_variance), axis=-1)
+        if self.config.prior_components > 1:
+            log_ratio = self.prior(z) - log_posterior
+            divergence = -log_ratio
+        else:
+            log_ratio = jnp.sum(gaussian_log_density(z, jnp.zeros_like(z), jnp.zeros_like(z)), axis=-1) - log_posterior
+            divergence = jnp.sum(gaussian_kl(mean, log_variance), axis=-1)
+        return jnp.sum(log_prob, axis=(1, 2)), log_ratio, divergence
 
 
 def build(config: Config) -> Model:
@@ -147,26 +193,23 @@ def build(config: Config) -> Model:
         del step
         noise_key, dropout_key = jax.random.split(key)
         image = batch["image"]
-        mean, log_variance, _, log_prob = module.apply(
+        log_prob, _, divergence = module.apply(
             variables, image, noise_like(image, noise_key), train=train, rngs={"dropout": dropout_key}
         )
-        rate = nats_to_bits_per_dim(-jnp.mean(jnp.sum(gaussian_kl(mean, log_variance), axis=-1)), shape)
+        rate = nats_to_bits_per_dim(-jnp.mean(divergence), shape)
         distortion = nats_to_bits_per_dim(jnp.mean(log_prob), shape)
         metrics = {"rate_bits_per_dim": rate, "distortion_bits_per_dim": distortion}
         return rate + distortion, Aux(metrics, weight=jnp.float32(len(image)))
 
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
-        """E_q log p(x | z) - KL(q || p), the divergence in closed form."""
-        image = batch["image"]
-        mean, log_variance, _, log_prob = module.apply(variables, image, noise_like(image, key))
-        return log_prob - jnp.sum(gaussian_kl(mean, log_variance), axis=-1)
+        """E_q log p(x | z) - KL(q || p)."""
+        log_prob, _, divergence = module.apply(variables, batch["image"], noise_like(batch["image"], key))
+        return log_prob - divergence
 
     def log_weight(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
         """log p(x, z) / q(z | x)."""
-        image = batch["image"]
-        mean, log_variance, z, log_prob = module.apply(variables, image, noise_like(image, key))
-        prior = gaussian_log_density(z, jnp.zeros_like(z), jnp.zeros_like(z))
-        return log_prob + jnp.sum(prior - gaussian_log_density(z, mean, log_variance), axis=-1)
+        log_prob, log_ratio, _ = module.apply(variables, batch["image"], noise_like(batch["image"], key))
+        return log_prob + log_ratio
 
     def reconstruct(variables: Variables, image: Int[Array, "B H W C"]) -> Int[Array, "B H W C"]:
         """The decoder's mean at the posterior's mean."""
@@ -180,7 +223,8 @@ def build(config: Config) -> Model:
         """The temperature is that of the pixels given the latent vector; at 0 they are the decoder's mean."""
         del conditioning
         latent_key, pixel_key = jax.random.split(key)
-        outputs = module.apply(variables, jax.random.normal(latent_key, (num, config.latent)), method="decode")
+        latent = module.apply(variables, latent_key, num, method="draw_latent")
+        outputs = module.apply(variables, latent, method="decode")
         if temperature == 0:
             return from_unit_range(logistic_mixture_mean(outputs, config.channels), config.levels)
         return sample_logistic_mixture(pixel_key, outputs, config.channels, config.levels, temperature)
@@ -190,6 +234,7 @@ def build(config: Config) -> Model:
         (r"posterior/kernel$", ("embed", None)),
         (r"latent/kernel$", (None, "embed")),
         (r"(mixture|skip)/kernel$", (None, None)),
+        *(((r"prior/", (None,)),) if config.prior_components > 1 else ()),
         (r"(first|posterior|latent|mixture|skip)/bias$", (None,)),
         *CONVOLUTION_RULES,
     )
