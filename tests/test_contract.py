@@ -152,6 +152,11 @@ def test_capabilities_return_what_the_contract_says(model: Model, variables):
                 draw = partial(function, num=3, temperature=temperature)
                 y = jax.eval_shape(draw, variables, KEY, {})
                 assert (y.shape, y.dtype) == ((3, *batch["image"].shape[1:]), jnp.uint8)
+        elif capability == "complete":
+            image = batch["image"]
+            known = np.arange(image.shape[1])[:, None].repeat(image.shape[2], axis=1) < image.shape[1] // 2
+            y = jax.eval_shape(partial(function, known=known), variables, KEY, image)
+            assert (y.shape, y.dtype) == (image.shape, image.dtype)
         else:
             y = jax.eval_shape(function, variables, batch, KEY)
             assert len(y.shape) == 2 and jnp.issubdtype(y.dtype, jnp.integer)

@@ -1,5 +1,6 @@
 """Draws what a run has learned: `python -m tools.sample WORKDIR --num N --out FILE.png`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -54,12 +55,16 @@ def sample(
         if prompt:
             raise UserError(f"{workdir} holds a model that takes no texts: leave out --prompt")
         rows += samples(loaded, num, seed, temperature)
+    if model.complete is not None:
+        rows += completions(loaded, source, min(num, COLUMNS), seed, temperature)
     if model.reconstruct is not None:
         rows += reconstructions(loaded, source, min(num, COLUMNS))
     if model.encode_image is not None and model.encode_text is not None:
         rows += nearest_images(loaded, source, prompt, num)
     if not rows:
-        raise UserError(f"{workdir} holds a model that neither samples, reconstructs nor compares images with texts")
+        raise UserError(
+            f"{workdir} holds a model that neither samples, completes, reconstructs nor compares images with texts"
+        )
     out = workdir / "samples.png" if out is None else out
     write_sheet(rows, out, levels=model.inputs["image"].limit or 256)
     return out
@@ -72,6 +77,22 @@ def samples(loaded: Loaded, num: int, seed: int, temperature: float) -> list[tup
     images = np.asarray(draw(loaded.variables, jax.random.key(seed), {}, num=num, temperature=temperature))
     cells = [(image, str(index)) for index, image in enumerate(images)]
     return [(f"samples, step {loaded.step}", cells[i : i + COLUMNS]) for i in range(0, num, COLUMNS)]
+
+
+def completions(
+    loaded: Loaded, source: Source, num: int, seed: int, temperature: float
+) -> list[tuple[str, list[Cell]]]:
+    """Held-out images above draws of their lower halves given the upper ones."""
+    assert loaded.model.complete is not None
+    images = np.stack([example(source[i], loaded.experiment.data, None, None)["image"] for i in range(num)])
+    known = np.zeros(images.shape[1:3], bool)
+    known[: images.shape[1] // 2] = True
+    complete = jax.jit(partial(loaded.model.complete, known=known, temperature=temperature))
+    completed = np.asarray(complete(loaded.variables, jax.random.key(seed), images))
+    return [
+        (f"{source.split} images", [(image, "") for image in images]),
+        ("their lower halves drawn given the upper", [(image, "") for image in completed]),
+    ]
 
 
 def reconstructions(loaded: Loaded, source: Source, num: int) -> list[tuple[str, list[Cell]]]:

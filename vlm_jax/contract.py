@@ -67,8 +67,9 @@ class Model:
     """`(variables, tokens) -> [B, D]`, unit length"""
     log_likelihood: Callable[..., jax.Array] | None = None
     """`(variables, batch, key) -> [B]`, nats"""
-    bound: Literal["exact", "lower"] | None = None
-    """What `log_likelihood` returns: the value itself or a lower bound in expectation over `key`."""
+    bound: Literal["exact", "lower", "estimate"] | None = None
+    """What `log_likelihood` returns: the value itself, a lower bound in expectation over `key`, or an estimate that is
+    neither, such as a numerical solution's"""
     log_weight: Callable[..., jax.Array] | None = None
     """`(variables, batch, key) -> [B]`, nats: the logarithm of an unbiased estimate of the likelihood, so that the
     logarithm of the mean of several tightens the bound (1509.00519)"""
@@ -76,12 +77,25 @@ class Model:
     """`(variables, image) -> image` of the same shape and dtype"""
     sample: Callable[..., jax.Array] | None = None
     """`(variables, key, conditioning, *, num, temperature=1.0) -> [num, H, W, C]`; `conditioning` is a mapping, empty
-    for none; at temperature 1 a draw from the model, below it one with less noise"""
+    for none; of classes its `label` is int32 [num], and without it they are drawn uniformly; at temperature 1 a draw
+    from the model, below it one with less noise"""
+    complete: Callable[..., jax.Array] | None = None
+    """`(variables, key, image, known, *, temperature=1.0) -> image`: draws the pixels that are not known given those
+    that are; `known` is a NumPy array of bool [H, W], the same for all images"""
     generate: Callable[..., jax.Array] | None = None
     """`(variables, batch, key, **static) -> tokens`"""
 
 
-CAPABILITIES = ("encode_image", "encode_text", "log_likelihood", "log_weight", "reconstruct", "sample", "generate")
+CAPABILITIES = (
+    "encode_image",
+    "encode_text",
+    "log_likelihood",
+    "log_weight",
+    "reconstruct",
+    "sample",
+    "complete",
+    "generate",
+)
 
 
 def abstract_batch(inputs: Mapping[str, Input], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
