@@ -15,7 +15,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models import vae
 
 CONFIG = vae.Config(image_size=2, channels=1, levels=3, latent=2, widths=(8,), mixtures=2)
-MODELS = {"standard": vae.build(CONFIG), "mixture": vae.build(replace(CONFIG, prior_components=3))}
+MODELS = {"standard": vae.build(CONFIG), "learned": vae.build(replace(CONFIG, pseudo_inputs=3))}
 IMAGES = np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)
 BATCH = {"image": IMAGES}
 DRAWS = 2048
@@ -77,7 +77,7 @@ def test_the_bound_is_below_every_probability_and_sums_to_at_most_one(bounds, lo
 
 
 def test_the_bound_is_the_mean_of_the_log_weights(model, bounds, log_weights):
-    """The divergence beside its estimate by samples, which from a mixture it is."""
+    """The divergence beside its estimate by samples, which from a learned prior it is."""
     difference = bounds - log_weights
     error = difference.std(axis=0, ddof=1) / math.sqrt(DRAWS)
     assert (difference.std() > 0.1) == (model is MODELS["standard"])
@@ -161,7 +161,7 @@ def test_images_that_halve_as_often_as_there_are_widths():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prior_components": 0}, r"1 component or more, not prior_components=0"),
+        ({"pseudo_inputs": 0}, r"pseudo_inputs is 0: it must be at least 1, or None"),
         ({"widths": ()}, r"must be one or more multiples of 8, not \[\]"),
         ({"widths": (8, 12)}, r"must be one or more multiples of 8, not \[8, 12\]"),
         ({"widths": (8, 16, 32)}, r"2 pixels a side cannot be halved for each width of \[8, 16, 32\] after the first"),
@@ -172,9 +172,20 @@ def test_configurations_that_do_not_fit_are_refused(changes: dict[str, Any], mes
         replace(CONFIG, **changes)
 
 
-def test_a_learned_prior_starts_with_the_moments_of_the_standard_normal():
-    model = vae.build(replace(CONFIG, prior_components=500, latent=8))
-    prior = model.init(KEY, BATCH)["params"]["prior"]
-    means, variances = prior["means"], np.exp(prior["log_variances"])
-    np.testing.assert_allclose(means.mean(axis=0), 0, atol=0.2)
-    np.testing.assert_allclose((variances + means**2).mean(axis=0), 1, atol=0.2)
+def test_a_learned_prior_mixes_the_posteriors_of_its_pseudo_inputs_which_start_as_images():
+    model = vae.build(replace(CONFIG, pseudo_inputs=81))
+    variables = model.init(KEY, BATCH)
+    pseudo = variables["params"]["pseudo_inputs"]
+    levels = np.round(np.asarray(pseudo) + 1).astype(int)  # from [-1, 1]
+    assert {tuple(image.ravel()) for image in levels} == {tuple(image.ravel()) for image in IMAGES}
+    same = {"params": {**variables["params"], "pseudo_inputs": jnp.repeat(pseudo[:1], 81, axis=0)}}
+    one = vae.build(replace(CONFIG, pseudo_inputs=1))
+    single = {"params": {**variables["params"], "pseudo_inputs": pseudo[:1]}}
+    np.testing.assert_allclose(
+        jax.jit(model.log_weight)(same, BATCH, KEY), jax.jit(one.log_weight)(single, BATCH, KEY), rtol=1e-5
+    )
+
+
+def test_pseudo_inputs_that_start_as_the_same_image_are_told_apart():
+    pseudo = vae.build(replace(CONFIG, pseudo_inputs=6)).init(KEY, {"image": IMAGES[:2]})["params"]["pseudo_inputs"]
+    assert len(np.unique(pseudo, axis=0)) == 6

@@ -40,8 +40,9 @@ class Config:
     """Values of a sub-pixel: 0 ... levels - 1."""
     latent: int
     """Dimensions of the latent vector."""
-    prior_components: int = 1
-    """Gaussians in the prior. 1: the standard normal; more: a mixture that is learned (1705.07120, "MoG")."""
+    pseudo_inputs: int | None = None
+    """Images whose posteriors, mixed evenly, are the prior: they are learned (VampPrior, 1705.07120). None: the prior
+    is the standard normal."""
     widths: tuple[int, ...]
     """Channels at each resolution, the finest first; each next has half the height and width."""
     blocks: int = 1
@@ -53,8 +54,8 @@ class Config:
     """Of the convolutions; parameters, latents and likelihoods are float32."""
 
     def __post_init__(self) -> None:
-        if self.prior_components < 1:
-            raise UserError(f"a VAE's prior has 1 component or more, not prior_components={self.prior_components}")
+        if self.pseudo_inputs is not None and self.pseudo_inputs < 1:
+            raise UserError(f"pseudo_inputs is {self.pseudo_inputs}: it must be at least 1, or None")
         if not self.widths or any(width % GROUPS for width in self.widths):
             raise UserError(f"the widths of a VAE must be one or more multiples of {GROUPS}, not {list(self.widths)}")
         if self.image_size % 2 ** (len(self.widths) - 1):
@@ -107,40 +108,18 @@ class Decoder(nn.Module):
         return nn.Dense(mixture_channels(c.mixtures, c.channels), name="mixture")(x)
 
 
-class MixturePrior(nn.Module):
-    """A mixture of Gaussians over the latent vector; before training its moments are the standard normal's."""
-
-    components: int
-    latent: int
-
-    def setup(self) -> None:
-        shape = (self.components, self.latent)
-        self.weights = self.param("weights", nn.initializers.zeros, (self.components,))
-        self.means = self.param("means", nn.initializers.normal(math.sqrt(0.5)), shape)
-        self.log_variances = self.param("log_variances", nn.initializers.constant(math.log(0.5)), shape)
-
-    def __call__(self, z: Float[Array, "B Z"]) -> Float[Array, " B"]:
-        """log p(z)"""
-        log_densities = jnp.sum(gaussian_log_density(z[:, None], self.means, self.log_variances), axis=-1)
-        return jax.nn.logsumexp(jax.nn.log_softmax(self.weights) + log_densities, axis=-1)
-
-    def draw(self, key: Array, num: int) -> Float[Array, "num Z"]:
-        choice_key, noise_key = jax.random.split(key)
-        choice = jax.random.categorical(choice_key, self.weights, shape=(num,))
-        noise = jax.random.normal(noise_key, (num, self.latent))
-        return self.means[choice] + jnp.exp(0.5 * self.log_variances[choice]) * noise
-
-
 class VAE(nn.Module):
     """Prior, encoder and decoder. Noise is the caller's."""
 
     config: Config
 
     def setup(self) -> None:
-        self.encoder = Encoder(self.config)
-        self.decoder = Decoder(self.config)
-        if self.config.prior_components > 1:
-            self.prior = MixturePrior(self.config.prior_components, self.config.latent)
+        c = self.config
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
+        if c.pseudo_inputs is not None:
+            shape = (c.pseudo_inputs, c.image_size, c.image_size, c.channels)
+            self.pseudo_inputs = self.param("pseudo_inputs", nn.initializers.zeros, shape)
 
     def encode(
         self, image: Int[Array, "B H W C"], *, train: bool = False
@@ -150,10 +129,25 @@ class VAE(nn.Module):
     def decode(self, z: Float[Array, "B Z"], *, train: bool = False) -> Float[Array, "B H W O"]:
         return self.decoder(z, train=train)
 
+    def pseudo_posteriors(self) -> tuple[Float[Array, "K Z"], Float[Array, "K Z"]]:
+        """Mean and log-variance of the prior's components."""
+        # Without dropout: the prior is the same function in training and after.
+        return self.encoder(self.pseudo_inputs)
+
+    def log_prior(self, z: Float[Array, "B Z"]) -> Float[Array, " B"]:
+        if self.config.pseudo_inputs is None:
+            return jnp.sum(gaussian_log_density(z, jnp.zeros_like(z), jnp.zeros_like(z)), axis=-1)
+        log_densities = jnp.sum(gaussian_log_density(z[:, None], *self.pseudo_posteriors()), axis=-1)
+        return jax.nn.logsumexp(log_densities, axis=-1) - math.log(self.config.pseudo_inputs)
+
     def draw_latent(self, key: Array, num: int) -> Float[Array, "num Z"]:
-        if self.config.prior_components > 1:
-            return self.prior.draw(key, num)
-        return jax.random.normal(key, (num, self.config.latent))
+        choice_key, noise_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, (num, self.config.latent))
+        if self.config.pseudo_inputs is None:
+            return noise
+        choice = jax.random.randint(choice_key, (num,), 0, self.config.pseudo_inputs)
+        mean, log_variance = self.pseudo_posteriors()
+        return mean[choice] + jnp.exp(0.5 * log_variance[choice]) * noise
 
     def __call__(
         self, image: Int[Array, "B H W C"], noise: Float[Array, "B Z"], *, train: bool = False
@@ -165,13 +159,11 @@ class VAE(nn.Module):
         mean, log_variance = self.encode(image, train=train)
         z = mean + jnp.exp(0.5 * log_variance) * noise
         log_prob = logistic_mixture_log_prob(self.decode(z, train=train), image, self.config.levels)
-        log_posterior = jnp.sum(gaussian_log_density(z, mean, log_variance), axis=-1)
-        if self.config.prior_components > 1:
-            log_ratio = self.prior(z) - log_posterior
-            divergence = -log_ratio
-        else:
-            log_ratio = jnp.sum(gaussian_log_density(z, jnp.zeros_like(z), jnp.zeros_like(z)), axis=-1) - log_posterior
+        log_ratio = self.log_prior(z) - jnp.sum(gaussian_log_density(z, mean, log_variance), axis=-1)
+        if self.config.pseudo_inputs is None:
             divergence = jnp.sum(gaussian_kl(mean, log_variance), axis=-1)
+        else:
+            divergence = -log_ratio
         return jnp.sum(log_prob, axis=(1, 2)), log_ratio, divergence
 
 
@@ -184,7 +176,15 @@ def build(config: Config) -> Model:
         return jax.random.normal(key, (len(image), config.latent))
 
     def init(key: Array, batch: Batch) -> Variables:
-        return module.init(key, batch["image"], noise_like(batch["image"], key))
+        """Pseudo-inputs start as images of the batch: from random ones the prior's components hardly separate."""
+        image, count = batch["image"], config.pseudo_inputs
+        variables = module.init(key, image, noise_like(image, key))
+        if count is None:
+            return variables
+        chosen = jax.random.permutation(key, image)[jnp.arange(count) % len(image)]
+        # The noise tells those apart that start as the same image.
+        noise = 0.05 * jax.random.normal(key, chosen.shape)
+        return {"params": {**variables["params"], "pseudo_inputs": to_unit_range(chosen, config.levels) + noise}}
 
     def loss(
         variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
@@ -234,7 +234,7 @@ def build(config: Config) -> Model:
         (r"posterior/kernel$", ("embed", None)),
         (r"latent/kernel$", (None, "embed")),
         (r"(mixture|skip)/kernel$", (None, None)),
-        *(((r"prior/", (None,)),) if config.prior_components > 1 else ()),
+        *(((r"pseudo_inputs$", ("batch", None, None, None)),) if config.pseudo_inputs is not None else ()),
         (r"(first|posterior|latent|mixture|skip)/bias$", (None,)),
         *CONVOLUTION_RULES,
     )
