@@ -24,6 +24,7 @@ AXES: dict[str, str | tuple[str, ...]] = {
     "heads": "tensor",
     "vocab": "tensor",
     "filters": "fsdp",  # output channels of a convolution
+    "components": "fsdp",  # of a mixture
 }
 """Logical axis -> mesh axes. An axis named None is replicated."""
 

@@ -234,7 +234,7 @@ def build(config: Config) -> Model:
         (r"posterior/kernel$", ("embed", None)),
         (r"latent/kernel$", (None, "embed")),
         (r"(mixture|skip)/kernel$", (None, None)),
-        *(((r"pseudo_inputs$", (None,)),) if config.pseudo_inputs is not None else ()),
+        *(((r"pseudo_inputs$", ("components", None, None, None)),) if config.pseudo_inputs is not None else ()),
         (r"(first|posterior|latent|mixture|skip)/bias$", (None,)),
         *CONVOLUTION_RULES,
     )
