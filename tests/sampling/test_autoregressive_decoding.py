@@ -31,3 +31,11 @@ def test_each_step_gets_the_cache_and_token_before_it_its_position_and_its_own_k
 def test_a_shorter_decoding_is_the_beginning_of_a_longer_one():
     shorter, longer = (jax.jit(lambda n=n: decode(step, jnp.zeros(3, int), jnp.ones(3, int), n, KEY))() for n in (2, 5))
     np.testing.assert_array_equal(shorter, longer[:, :2])
+
+
+def test_a_decoding_that_starts_later_is_the_end_of_the_whole_one():
+    """Given what the cache and the token before it held there."""
+    tokens = jax.jit(lambda: decode(step, jnp.zeros_like(FIRST), jnp.asarray(FIRST), LENGTH, KEY))()
+    cache = FIRST + tokens[:, 0]  # all that was fed before the token at position 1
+    rest = jax.jit(lambda: decode(step, cache, tokens[:, 1], LENGTH, KEY, start=2))()
+    np.testing.assert_array_equal(rest, tokens[:, 2:])

@@ -1,10 +1,11 @@
 """The autoregressive image transformer: an exact likelihood, pixel after pixel.
 
 As in the Image Transformer (Parmar et al. 2018, 1802.05751) and iGPT, a causal transformer reads the image in raster
-order and each sub-pixel has a softmax over its levels. One position of the transformer is a patch of
-`patch_size` x `patch_size` pixels (1: a pixel); the sub-pixels within it are predicted one after the other by a
-neural autoregressive density estimator (NADE: Uria et al. 2016, 1605.02226) on the transformer's output. The product
-of all these conditionals is the probability of the image, whatever the patch size.
+order. One position of the transformer is a patch of `patch_size` x `patch_size` pixels (1: a pixel); the sub-pixels
+within it are predicted one after the other by a neural autoregressive density estimator (NADE: Uria et al. 2016,
+1605.02226) on the transformer's output, each with a softmax over its levels. A pixel's channels may have a mixture of
+discretised logistics instead (PixelCNN++, 1701.05517). The product of all these conditionals is the probability of
+the image, whatever the patch size.
 """
 
 from dataclasses import dataclass
@@ -13,16 +14,23 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, empty_cache
+from vlm_jax.nn.subpixels import MixtureHead, PatchEmbedding, SoftmaxHead, known_prefix, subpixel_rules
 from vlm_jax.nn.transformer import TRANSFORMER_RULES, Transformer, TransformerStack
 from vlm_jax.nn.vision import check_patches, patchify, unpatchify
 from vlm_jax.objectives.language import token_log_probs
-from vlm_jax.objectives.likelihood import nats_to_bits_per_dim
+from vlm_jax.objectives.likelihood import (
+    logistic_mixture_log_prob,
+    mixture_channels,
+    nats_to_bits_per_dim,
+    sample_logistic_mixture,
+)
 from vlm_jax.sampling.autoregressive import decode
-from vlm_jax.sharding import constrain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,81 +42,23 @@ class Config:
     levels: int = 256
     """Values of a sub-pixel: 0 ... levels - 1."""
     patch_size: int = 1
+    mixtures: int | None = None
+    """Logistics in each pixel's mixture; None: a softmax over the levels of each sub-pixel."""
+    classes: int | None = None
+    """Labels that images are drawn given; None: images have none."""
     transformer: Transformer
 
     def __post_init__(self) -> None:
         check_patches(self.image_size, self.patch_size)
-
-
-def smooth_tables(key: Array, shape: tuple[int, int, int]) -> Float[Array, "N V D"]:
-    """Initial vectors of variance 1 / N that are near each other for near levels: random waves over the level.
-
-    Independent ones would have to learn from scratch, for every rare level, that it looks like its neighbours.
-    """
-    size, levels, width = shape
-    frequencies = jnp.arange(1, 9)
-    angles = jnp.pi * frequencies * jnp.linspace(0, 1, levels)[:, None]
-    waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1) / jnp.tile(frequencies, 2)
-    waves = waves / jnp.linalg.norm(waves, axis=1, keepdims=True)
-    return jnp.einsum("vk,nkd->nvd", waves, jax.random.normal(key, (size, 16, width))) * size**-0.5
-
-
-class PatchEmbedding(nn.Module):
-    """A table of vectors for each sub-pixel of a patch."""
-
-    size: int
-    levels: int
-    width: int
-
-    def setup(self) -> None:
-        embedding = self.param("embedding", smooth_tables, (self.size, self.levels, self.width))
-        # Its width is gathered before the lookup: of a table split by width the partitioner would look up the whole
-        # batch on every device.
-        self.embedding = constrain(embedding, None, None, None)
-
-    def __call__(self, patches: Int[Array, "*B N"]) -> Float[Array, "*B N D"]:
-        return self.embedding[jnp.arange(self.size), patches]
-
-    def at(self, i: int, values: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        return self.embedding[i, values]
-
-
-class PatchHead(nn.Module):
-    """The sub-pixels of a patch given the transformer's output, each given those before it (1605.02226)."""
-
-    config: Config
-
-    def setup(self) -> None:
-        c, size = self.config, patch_length(self.config)
-        if size > 1:  # nothing comes after the last sub-pixel
-            self.table = PatchEmbedding(size - 1, c.levels, c.transformer.width)
-        self.query = self.param("query", nn.initializers.normal(0.02), (size, c.transformer.width))
-        self.norm = nn.LayerNorm(c.transformer.norm_eps, dtype=c.transformer.dtype)
-        self.up = nn.Dense(c.transformer.width, dtype=c.transformer.dtype)
-        self.logits = nn.Dense(c.levels, dtype=c.transformer.dtype)
-
-    def __call__(self, x: Float[Array, "*B D"], patches: Int[Array, "*B N"]) -> Float[Array, "*B N V"]:
-        """Logits of every sub-pixel, those before it read from `patches`."""
-        x = x[..., None, :] + self.query
-        if patches.shape[-1] > 1:
-            x = x.at[..., 1:, :].add(jnp.cumsum(self.table(patches[..., :-1]), axis=-2))
-        return self.predict(x)
-
-    def draw(self, x: Float[Array, "B D"], key: Array, temperature: float) -> Int[Array, "B N"]:
-        """A patch, sub-pixel by sub-pixel."""
-        patch: list[Array] = []
-        for i, query in enumerate(self.query):
-            if i:
-                x = x + self.table.at(i - 1, patch[-1])
-            logits = self.predict(x + query).astype(jnp.float32)
-            if temperature == 0:
-                patch.append(jnp.argmax(logits, axis=-1))
-            else:
-                patch.append(jax.random.categorical(jax.random.fold_in(key, i), logits / temperature))
-        return jnp.stack(patch, axis=-1)
-
-    def predict(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        return self.logits(nn.gelu(self.up(self.norm(x))))
+        if self.mixtures is not None and self.patch_size != 1:
+            raise UserError(
+                f"a mixture of logistics describes one pixel and the patches are {self.patch_size} pixels a side: set "
+                f"patch_size to 1, or mixtures to None"
+            )
+        for name in ("mixtures", "classes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1, or None")
 
 
 class Autoregressive(nn.Module):
@@ -123,20 +73,39 @@ class Autoregressive(nn.Module):
         self.start = self.param("start", init, (t.width,))
         self.row = self.param("row", init, (size, t.width))
         self.column = self.param("column", init, (size, t.width))
+        if c.classes is not None:
+            self.label = self.param("label", init, (c.classes, t.width))
         self.transformer = TransformerStack(t)
-        self.head = PatchHead(c)
+        self.head: Any  # of one or the other type
+        if c.mixtures is None:
+            self.head = SoftmaxHead(patch_length(c), c.levels, t.width, t.norm_eps, t.dtype)
+        else:
+            self.head = MixtureHead(mixture_channels(c.mixtures, c.channels), t.width, t.norm_eps, t.dtype)
 
     def positions(self) -> Float[Array, "T D"]:
         return (self.row[:, None] + self.column).reshape(-1, self.config.transformer.width)
 
-    def __call__(self, image: Int[Array, "B H W C"], *, train: bool = False) -> Float[Array, "B T N"]:
-        """log p of every sub-pixel, nats."""
-        patches = patchify(image, self.config.patch_size).astype(jnp.int32)
-        x = jnp.sum(self.table(patches), axis=-2)
+    def inputs(self, patches: Int[Array, "B T N"], label: Int[Array, " B"] | None) -> Float[Array, "B T D"]:
+        """Each patch's predecessor, its position and, as in the Image Transformer, the class, added."""
+        x = jnp.sum(self.table(patches[:, :-1]), axis=-2)
         start = jnp.broadcast_to(self.start, (len(x), 1, x.shape[-1]))
-        x = jnp.concatenate([start, x[:, :-1]], axis=1) + self.positions()
-        x, _ = self.transformer(x, causal=True, train=train)
-        return token_log_probs(self.head(x, patches), patches)
+        x = jnp.concatenate([start, x], axis=1) + self.positions()[: patches.shape[1]]
+        return x if label is None else x + self.label[label][:, None]
+
+    def __call__(
+        self, image: Int[Array, "B H W C"], label: Int[Array, " B"] | None = None, *, train: bool = False
+    ) -> Float[Array, "B T N"]:
+        """log p of every sub-pixel, nats; of every pixel (N = 1) where a mixture describes its channels jointly."""
+        patches = patchify(image, self.config.patch_size).astype(jnp.int32)
+        x, _ = self.transformer(self.inputs(patches, label), causal=True, train=train)
+        if self.config.mixtures is None:
+            return token_log_probs(self.head(x, patches), patches)
+        return logistic_mixture_log_prob(self.head(x), patches, self.config.levels)[..., None]
+
+    def fill(self, cache: Cache, patches: Int[Array, "B T N"], label: Int[Array, " B"] | None) -> Cache | None:
+        """The cache of all that is fed before and at the last of the first `T` positions."""
+        _, filled = self.transformer(self.inputs(patches, label), cache=cache)
+        return filled
 
     def decode(
         self,
@@ -144,12 +113,18 @@ class Autoregressive(nn.Module):
         previous: Int[Array, "B N"],
         position: Int[Array, ""],
         key: Array,
-        temperature: float = 1.0,
+        temperature: float,
+        label: Int[Array, " B"] | None,
     ) -> tuple[Cache | None, Int[Array, "B N"]]:
         """Draws the patch at `position` given the one before it and the cache of those before that."""
+        c = self.config
         x = jnp.where(position == 0, self.start, jnp.sum(self.table(previous), axis=-2)) + self.positions()[position]
+        x = x if label is None else x + self.label[label]
         x, filled = self.transformer(x[:, None], cache=cache, position=position)
-        return filled, self.head.draw(x[:, 0], key, temperature)
+        if c.mixtures is None:
+            return filled, self.head.draw(x[:, 0], key, temperature)
+        pixel = sample_logistic_mixture(key, self.head(x[:, 0]), c.channels, c.levels, temperature)
+        return filled, pixel.astype(jnp.int32)
 
 
 def patch_length(config: Config) -> int:
@@ -161,51 +136,97 @@ def build(config: Config) -> Model:
     """An exact density over images."""
     module: Any = Autoregressive(config)  # linen types what `apply` returns as a union
     shape = (config.image_size, config.image_size, config.channels)
+    length = (config.image_size // config.patch_size) ** 2
+    inputs = {"image": Input(shape, "uint8", config.levels)}
+    if config.classes is not None:
+        inputs["label"] = Input((), "int32", config.classes)
 
     def init(key: Array, batch: Batch) -> Variables:
-        return module.init(key, batch["image"])
+        return module.init(key, *(batch[name] for name in inputs))
+
+    def log_probs(variables: Variables, batch: Batch, **settings: Any) -> Float[Array, "B T N"]:
+        return module.apply(variables, *(batch[name] for name in inputs), **settings)
 
     def loss(
         variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
     ) -> tuple[Float[Array, ""], Aux]:
         """The negative log-likelihood in bits a dimension."""
         del step
-        log_probs = module.apply(variables, batch["image"], train=train, rngs={"dropout": key})
-        value = nats_to_bits_per_dim(jnp.mean(jnp.sum(log_probs, axis=(1, 2))), shape)
-        return value, Aux({}, weight=jnp.float32(len(log_probs)))
+        values = log_probs(variables, batch, train=train, rngs={"dropout": key})
+        value = nats_to_bits_per_dim(jnp.mean(jnp.sum(values, axis=(1, 2))), shape)
+        return value, Aux({}, weight=jnp.float32(len(values)))
 
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
+        """Of the image given its label, where there are labels."""
         del key
-        return jnp.sum(module.apply(variables, batch["image"]), axis=(1, 2))
+        return jnp.sum(log_probs(variables, batch), axis=(1, 2))
+
+    def extend(
+        variables: Variables,
+        key: Array,
+        patches: Int[Array, "B T N"],
+        known: int,
+        label: Int[Array, " B"] | None,
+        temperature: float,
+    ) -> Int[Array, "B H W C"]:
+        """Keeps the first `known` patches and draws the others."""
+        t, kept = config.transformer, patches[:, :known]
+        cache = empty_cache(len(patches), length, t.heads, t.width // t.heads, layers=t.depth, dtype=t.dtype)
+        if known:
+            cache = module.apply(variables, cache, kept, label, method="fill")
+
+        def step(cache: Cache, previous: Array, position: Array, key: Array) -> tuple[Cache, Array]:
+            return module.apply(variables, cache, previous, position, key, temperature, label, method="decode")
+
+        drawn = decode(step, cache, patches[:, max(known - 1, 0)], length, key, start=known)
+        patches = jnp.concatenate([kept, drawn], axis=1)
+        return unpatchify(patches, config.patch_size, config.channels).astype(jnp.uint8)
+
+    def draw_label(key: Array, log_probs: Float[Array, "B K"]) -> Int[Array, " B"]:
+        return jax.random.categorical(jax.random.fold_in(key, length), log_probs)  # patches have the keys before it
 
     def sample(
         variables: Variables, key: Array, conditioning: Batch, *, num: int, temperature: float = 1.0
     ) -> Int[Array, "num H W C"]:
-        """The temperature is that of each sub-pixel's softmax."""
-        del conditioning
-        t, length = config.transformer, (config.image_size // config.patch_size) ** 2
-        cache = empty_cache(num, length, t.heads, t.width // t.heads, layers=t.depth, dtype=t.dtype)
+        """The temperature is that of each sub-pixel's softmax, or of each pixel's mixture."""
+        label = conditioning.get("label")
+        if config.classes is not None and label is None:
+            label = draw_label(key, jnp.zeros((num, config.classes)))
+        blank = jnp.zeros((num, length, patch_length(config)), jnp.int32)
+        return extend(variables, key, blank, 0, label, temperature)
 
-        def step(cache: Cache, previous: Array, position: Array, key: Array) -> tuple[Cache, Array]:
-            return module.apply(variables, cache, previous, position, key, temperature, method="decode")
+    def complete(
+        variables: Variables, key: Array, image: Int[Array, "B H W C"], known: np.ndarray, *, temperature: float = 1.0
+    ) -> Int[Array, "B H W C"]:
+        """Where images have labels, each is given one drawn from their probabilities given the known pixels.
 
-        first = jnp.zeros((num, patch_length(config)), jnp.int32)
-        patches = decode(step, cache, first, length, key)
-        return unpatchify(patches, config.patch_size, config.channels).astype(jnp.uint8)
+        Raises:
+          UserError: `known` is not whole patches, all those from the first to some other in raster order.
+        """
+        count = known_prefix(known, config.patch_size)
+        label = None
+        if config.classes is not None:
+
+            def evidence(label: Array) -> Array:
+                values = log_probs(variables, {"image": image, "label": jnp.full(len(image), label)})
+                return jnp.sum(values[:, :count], axis=(1, 2))
+
+            label = draw_label(key, jax.lax.map(evidence, jnp.arange(config.classes)).T)
+        patches = patchify(image, config.patch_size).astype(jnp.int32)
+        return extend(variables, key, patches, count, label, temperature)
 
     rules = (
-        (r"table/embedding$", (None, None, "embed")),
-        (r"(start|row|column|query)$", (None,)),
-        (r"logits/kernel$", ("embed", None)),
-        (r"logits/bias$", (None,)),
+        *subpixel_rules(mixture=config.mixtures is not None),
+        (r"(start|row|column|label)$", (None,)),
         *TRANSFORMER_RULES,
     )
     return Model(
-        inputs={"image": Input(shape, "uint8", config.levels)},
+        inputs=inputs,
         init=init,
         loss=loss,
         rules=rules,
         log_likelihood=log_likelihood,
         bound="exact",
         sample=sample,
+        complete=complete,
     )

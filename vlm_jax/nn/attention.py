@@ -66,7 +66,7 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         position: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """With a `cache`, `x` is the one token at `position` and attends to those up to it."""
+        """With a `cache`, `x` are the tokens from `position` on, each of which attends to those up to it."""
         batch, length, _ = x.shape
         context = x if context is None else context
 
@@ -80,7 +80,7 @@ class Attention(nn.Module):
             key = jax.lax.dynamic_update_slice_in_dim(cache.key, key.astype(cache.key.dtype), position, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(cache.value, value.astype(cache.value.dtype), position, axis=1)
             cache = Cache(key, value)
-            mask = (jnp.arange(key.shape[1]) <= position)[None, None, None]
+            mask = (jnp.arange(key.shape[1]) <= position + jnp.arange(length)[:, None])[None, None]
         y = dot_product_attention(query, key, value, mask, causal=causal and cache is None)
         init = nn.initializers.variance_scaling(self.output_scale, "fan_in", "normal")
         y = nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="out")(y.reshape(batch, length, self.width))

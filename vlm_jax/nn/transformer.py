@@ -109,7 +109,7 @@ class TransformerStack(nn.Module):
         position: Int[Array, ""] | int = 0,
         train: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """With a `cache` of `depth` layers, `x` is the one token at `position`."""
+        """With a `cache` of `depth` layers, `x` are the tokens from `position` on."""
         c = self.config
         x = x.astype(c.dtype)
         # prevent_cse guards rematerialisation against being undone outside a loop; inside one it only costs.

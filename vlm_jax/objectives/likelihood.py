@@ -100,10 +100,17 @@ def logistic_mixture_log_prob(
 def sample_logistic_mixture(
     key: Array, outputs: Float[Array, "*B O"], channels: int, levels: int, temperature: float = 1.0
 ) -> Int[Array, "*B C"]:
-    """A pixel drawn from the distribution of `logistic_mixture_log_prob`, at temperature 1."""
+    """A pixel drawn from the distribution of `logistic_mixture_log_prob`, at temperature 1.
+
+    Lower ones sharpen the weights and narrow the scales; at 0 it is the middle of the likeliest component.
+    """
     choice_key, noise_key = jax.random.split(key)
     log_weights, means, log_scales, coefficients = split_mixture(outputs, channels)
-    choice = jax.random.categorical(choice_key, log_weights / temperature)[..., None, None]
+    if temperature == 0:
+        choice = jnp.argmax(log_weights, axis=-1)
+    else:
+        choice = jax.random.categorical(choice_key, log_weights / temperature)
+    choice = choice[..., None, None]
     means, log_scales, coefficients = (
         jnp.take_along_axis(values, choice, axis=-2) for values in (means, log_scales, coefficients)
     )

@@ -15,16 +15,18 @@ def decode(
     first: jax.Array,
     length: int,
     key: jax.Array,
+    start: int = 0,
 ) -> jax.Array:
-    """Draws `length` tokens, each from the model given those before it.
+    """Draws the tokens at the positions `start` to `length - 1`, each from the model given those before it.
 
     Args:
       step: `(cache, token, position, key) -> (cache, next token)`: feeds the token that stands before `position` and
         draws the one at it, with the randomness of `fold_in(key, position)`.
-      first: what stands before the first token, [B, ...].
+      cache: what the model keeps of the tokens before `first`.
+      first: what stands before the first token to draw, [B, ...].
 
     Returns:
-      [B, length, ...]
+      [B, length - start, ...]
     """
 
     def body(carry: tuple[PyTree, jax.Array], position: jax.Array) -> tuple[tuple[PyTree, jax.Array], jax.Array]:
@@ -32,5 +34,5 @@ def decode(
         cache, token = step(cache, token, position, jax.random.fold_in(key, position))
         return (cache, token), token
 
-    _, tokens = jax.lax.scan(body, (cache, first), jnp.arange(length))
+    _, tokens = jax.lax.scan(body, (cache, first), jnp.arange(start, length))
     return jnp.moveaxis(tokens, 0, 1)
