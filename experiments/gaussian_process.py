@@ -1,0 +1,33 @@
+"""Gaussian processes over the pixel grid."""
+
+from vlm_jax.data import Data
+from vlm_jax.experiment import Experiment
+from vlm_jax.models import gaussian_process
+from vlm_jax.train.optim import Optimizer
+
+
+def gaussian_process_tiny() -> Experiment:
+    """Handwritten digits, 8x8, 17 levels; half a minute on a CPU."""
+    return Experiment(
+        model=gaussian_process.Config(image_size=8, channels=1, levels=17, kernel="matern32"),
+        data=Data(name="digits", validation="validation", image_size=8, channels=1),
+        optimizer=Optimizer(learning_rate=0.03, eps=1e-6),
+        steps=200,
+        batch_size=256,
+        checkpoint_every=50,
+    )
+
+
+def gaussian_process_fashion_mnist() -> Experiment:
+    """Fashion-MNIST, 28x28, 256 levels; MINUTES on two CPU cores."""
+    return Experiment(
+        model=gaussian_process.Config(image_size=28, channels=1, kernel="matern12"),
+        data=Data(name="fashion_mnist", train="train[:55000]", validation="train[55000:]", image_size=28, channels=1),
+        optimizer=Optimizer(learning_rate=0.03, eps=1e-6),
+        steps=300,
+        batch_size=512,
+        checkpoint_every=100,
+    )
+
+
+PRESETS = (gaussian_process_tiny, gaussian_process_fashion_mnist)
