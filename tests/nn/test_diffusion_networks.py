@@ -1,0 +1,170 @@
+"""The U-Net and the diffusion transformer: sizes, what they see, where they start."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.errors import UserError
+from vlm_jax.nn.conditioning import timestep_features
+from vlm_jax.nn.denoiser import Denoiser, Network, sampling_labels, training_labels
+from vlm_jax.nn.dit import DiT, DiTTower, position_features
+from vlm_jax.nn.transformer import Transformer
+from vlm_jax.nn.unet import UNet, UNetTower, check_unet
+from vlm_jax.trees import count_parameters, leaves_by_path
+
+KEY = jax.random.key(0)
+RANDOM = np.random.default_rng(0)
+X = np.float32(RANDOM.normal(size=(3, 4, 4, 2)))
+TIME = np.float32([0, 500, 999])
+LABEL = np.int32([0, 1, 2])
+NETWORKS = {
+    "unet": Network(unet=UNet(widths=(8, 16), blocks=1, attention=(2,), groups=4), classes=3),
+    "dit": Network(dit=DiT(patch_size=2, transformer=Transformer(width=16, depth=2, heads=2, mlp=32)), classes=3),
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def network(request: pytest.FixtureRequest):
+    """The jitted network and its variables, none of them as initialised."""
+    module = Denoiser(NETWORKS[request.param], 2)
+    shapes = jax.eval_shape(module.init, KEY, X, TIME, LABEL)
+    variables = jax.tree.map(lambda leaf: np.float32(0.3 * RANDOM.normal(size=leaf.shape)), shapes)
+    return jax.jit(module.apply, static_argnames=("train", "guidance", "guided")), variables
+
+
+def test_the_output_depends_on_every_pixel_the_time_and_the_label(network):
+    apply, variables = network
+    y = apply(variables, X, TIME, LABEL)
+    assert y.shape == X.shape and y.dtype == jnp.float32
+    changed = X.copy()
+    changed[:, 0, 3, 1] += 1
+    assert (np.abs(apply(variables, changed, TIME, LABEL) - y) > 1e-4).any(axis=3).all()
+    assert (np.abs(apply(variables, X, TIME + 1, LABEL) - y).max(axis=(1, 2, 3)) > 1e-3).all()
+    assert (np.abs(apply(variables, X, TIME, LABEL[::-1]) - y).max(axis=(1, 2, 3)) > 1e-3).tolist() == [
+        True,
+        False,
+        True,
+    ]
+
+
+def test_images_of_a_batch_are_apart_and_one_time_serves_all(network):
+    apply, variables = network
+    y = apply(variables, X, np.float32(500), LABEL)
+    np.testing.assert_allclose(y[1], apply(variables, X, TIME, LABEL)[1], atol=1e-5)
+    np.testing.assert_allclose(y[::-1], apply(variables, X[::-1], np.float32(500), LABEL[::-1]), atol=1e-5)
+
+
+def test_guidance_is_the_line_through_both_predictions(network):
+    """At 1 the label's, at 0 the one without: of the channels that it changes."""
+    apply, variables = network
+    told, untold = apply(variables, X, TIME, LABEL), apply(variables, X, TIME)
+    np.testing.assert_array_equal(untold, apply(variables, X, TIME, np.full(3, 3)))
+    guided = apply(variables, X, TIME, LABEL, guidance=2.5)
+    np.testing.assert_allclose(guided, untold + 2.5 * (told - untold), atol=1e-4)
+    np.testing.assert_allclose(apply(variables, X, TIME, LABEL, guidance=0.0), untold, atol=1e-5)
+    partly = apply(variables, X, TIME, LABEL, guidance=2.5, guided=1)
+    np.testing.assert_allclose(partly[..., 0], guided[..., 0], atol=1e-6)
+    np.testing.assert_allclose(partly[..., 1], told[..., 1], atol=1e-5)
+
+
+def test_the_transformer_starts_at_zero_and_its_blocks_as_the_identity():
+    module = Denoiser(NETWORKS["dit"], 2)
+    y, variables = jax.jit(lambda: module.init_with_output(KEY, X, TIME, LABEL))()
+    np.testing.assert_array_equal(y, 0)
+    modulations = {path: leaf for path, leaf in leaves_by_path(variables).items() if "modulation" in path}
+    assert len(modulations) == 4
+    assert all((leaf == 0).all() for leaf in modulations.values())
+
+
+def test_labels_are_dropped_at_the_stated_rate_and_drawn_uniformly():
+    config = NETWORKS["dit"]
+    label = jnp.arange(30_000) % 3
+    dropped = training_labels(config, KEY, label) == 3
+    assert abs(dropped.mean() - 0.1) < 0.01
+    np.testing.assert_array_equal(jnp.where(dropped, label, training_labels(config, KEY, label)), label)
+    drawn = sampling_labels(config, KEY, None, 30_000)
+    np.testing.assert_allclose(np.bincount(drawn) / 30_000, np.full(3, 1 / 3), atol=0.01)
+    np.testing.assert_array_equal(sampling_labels(config, KEY, label, 30_000), label)
+    assert sampling_labels(Network(unet=UNet(widths=(8,), groups=4)), KEY, None, 5) is None
+
+
+def test_timestep_features_are_those_of_the_papers():
+    """DDPM's frequencies end at 1/10000 (its released code), DiT's one before it."""
+    time = np.float32([0, 1, 999])
+    for endpoint, last in ((True, 1e-4), (False, 10_000 ** (-3 / 4))):
+        features = timestep_features(jnp.asarray(time), 8, endpoint=endpoint)
+        np.testing.assert_allclose(features[:, 0], np.sin(time), atol=1e-4)
+        np.testing.assert_allclose(features[:, 3], np.sin(time * last), atol=1e-4)
+        np.testing.assert_allclose(features[:, 4:] ** 2 + features[:, :4] ** 2, 1, atol=1e-5)
+
+
+def test_position_features_tell_columns_then_rows():
+    features = np.asarray(position_features(3, 8)).reshape(3, 3, 8)
+    frequencies = np.array([1, 1e-2])
+    for row, column in ((0, 0), (2, 1), (1, 2)):
+        expected = [wave(place * frequencies) for place in (column, row) for wave in (np.sin, np.cos)]
+        np.testing.assert_allclose(features[row, column], np.concatenate(expected), atol=1e-6)
+
+
+def count(tower: UNetTower | DiTTower, side: int, channels: int) -> int:
+    x = jax.ShapeDtypeStruct((1, side, side, channels), "float32")
+    time = jax.ShapeDtypeStruct((1,), "float32")
+    return count_parameters(jax.eval_shape(tower.init, KEY, x, time)["params"])
+
+
+def test_ddpms_network_for_cifar10_has_its_35_7_million_parameters():
+    """2006.11239, appendix B; exactly those of the released google/ddpm-cifar10-32."""
+    unet = UNet(widths=(128, 256, 256, 256), blocks=2, attention=(16,))
+    assert count(UNetTower(unet, 3), 32, 3) == 35_746_307
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "total"),
+    [(384, 12, 6, 32_963_360), (768, 12, 12, 130_512_416), (1024, 24, 16, 458_102_816), (1152, 28, 16, 675_129_632)],
+    ids=["S", "B", "L", "XL"],
+)
+def test_diffusion_transformers_have_their_published_parameters(width: int, depth: int, heads: int, total: int):
+    """2212.09748, table 4 (33, 130, 458, 675 million): patches of 2x2 of 32x32x4 latents, learned sigma, 1000 classes.
+
+    675,129,632 is the release's own count; it stores its 256 positions, which are sines and cosines here as there.
+    """
+    transformer = Transformer(width=width, depth=depth, heads=heads, mlp=4 * width)
+    tower = DiTTower(DiT(patch_size=2, transformer=transformer), 8, 1000)
+    assert count(tower, 32, 4) + 256 * width == total
+
+
+def test_rematerialised_blocks_compute_the_same():
+    outputs = []
+    for remat in (False, True):
+        transformer = Transformer(width=16, depth=2, heads=2, mlp=32, remat=remat)
+        tower = DiTTower(DiT(patch_size=2, transformer=transformer), 2)
+        shapes = jax.eval_shape(tower.init, KEY, X, TIME)
+        random = np.random.default_rng(0)
+        variables = jax.tree.map(lambda leaf, r=random: np.float32(0.3 * r.normal(size=leaf.shape)), shapes)
+        loss = jax.jit(jax.grad(lambda v, tower=tower: jnp.sum(jnp.square(tower.apply(v, X, TIME, train=True)))))
+        outputs.append(loss(variables))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), *outputs)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: UNet(widths=(8, 12), groups=8), "must be one or more multiples of its groups (8)"),
+        (lambda: UNet(widths=(8,), groups=8, heads=3), "of its heads (3), not [8]"),
+        (lambda: UNet(widths=()), "must be one or more multiples"),
+        (lambda: check_unet(UNet(widths=(32, 32, 32)), 6), "6 pixels a side cannot be halved for each width"),
+        (
+            lambda: DiT(patch_size=2, transformer=Transformer(width=6, depth=1, heads=1, mlp=8)),
+            "a diffusion transformer of width 6",
+        ),
+        (lambda: Network(), "is either a unet or a dit"),
+        (lambda: Network(unet=UNet(widths=(32,)), dit=NETWORKS["dit"].dit), "is either a unet or a dit"),
+        (lambda: Network(unet=UNet(widths=(32,)), classes=0), "at least 1, not classes=0"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(make, message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        make()

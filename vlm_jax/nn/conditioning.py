@@ -1,0 +1,53 @@
+"""What a diffusion model's network is told beside the noisy image: the time, and perhaps a class."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vlm_jax.sharding import constrain
+
+
+def timestep_features(time: Float[Array, " B"], count: int, *, endpoint: bool) -> Float[Array, "B F"]:
+    """Sines, then cosines, of the time at frequencies that fall geometrically from 1 to 1/10000 (1706.03762).
+
+    Args:
+      time: 0 to 1000.
+      endpoint: whether the last frequency is 1/10000 itself, as in DDPM, or the one before it in a longer series, as
+        in DiT.
+    """
+    frequencies = 10_000.0 ** -jnp.linspace(0, 1, count // 2, endpoint=endpoint)
+    angles = time.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class Conditioning(nn.Module):
+    """Time and class -> one vector, their sum. The class after the last means none."""
+
+    width: int
+    features: int
+    """Sines and cosines of the time."""
+    endpoint: bool
+    classes: int | None = None
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, time: Float[Array, " B"], label: Int[Array, " B"] | None = None) -> Float[Array, "B D"]:
+        x = timestep_features(time, self.features, endpoint=self.endpoint)
+        x = nn.Dense(self.width, dtype=self.dtype, name="time_in")(x)
+        x = nn.Dense(self.width, dtype=self.dtype, name="time_out")(nn.silu(x))
+        if self.classes is not None:
+            table = self.param("label", nn.initializers.normal(0.02), (self.classes + 1, self.width))
+            label = jnp.full(time.shape, self.classes) if label is None else label
+            # Gathered before the lookup: of a split table the partitioner would look up the whole batch everywhere.
+            x = x + constrain(table, None, None)[label].astype(x.dtype)
+        return constrain(x, "batch", None)
+
+
+def conditioning_rules(classes: int | None) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+    """Sharding rules of a `Conditioning`."""
+    return (
+        (r"time_in/kernel$", (None, "embed")),
+        (r"time_out/kernel$", ("embed", None)),
+        (r"time_(in|out)/bias$", (None,)),
+        *(((r"label$", (None, "embed")),) if classes is not None else ()),
+    )

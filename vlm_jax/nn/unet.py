@@ -1,0 +1,146 @@
+"""The U-Net of DDPM (Ho et al. 2020, 2006.11239)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vlm_jax.errors import UserError
+from vlm_jax.nn.attention import dot_product_attention
+from vlm_jax.nn.conditioning import Conditioning, conditioning_rules
+from vlm_jax.nn.convolution import Downsample, GroupNorm, Upsample
+from vlm_jax.sharding import constrain
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNet:
+    """Sizes of the U-Net."""
+
+    widths: tuple[int, ...]
+    """Channels at each resolution, the finest first; each next has half the height and width."""
+    blocks: int = 2
+    """Residual blocks at each resolution on the way down; one more on the way up."""
+    attention: tuple[int, ...] = ()
+    """Heights at which each block is followed by self-attention; between the ways there always is one."""
+    heads: int = 1
+    groups: int = 32
+    """Of channels that are normalised together."""
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters and the output are float32."""
+
+    def __post_init__(self) -> None:
+        for divisor in (self.groups, self.heads):
+            if not self.widths or divisor < 1 or any(width % divisor for width in self.widths):
+                raise UserError(
+                    f"the widths of a U-Net must be one or more multiples of its groups ({self.groups}) and of its "
+                    f"heads ({self.heads}), not {list(self.widths)}"
+                )
+
+
+def check_unet(config: UNet, image_size: int) -> None:
+    """Refuses an image that cannot be halved as often as the U-Net has resolutions."""
+    if image_size % 2 ** (len(config.widths) - 1):
+        raise UserError(
+            f"an image of {image_size} pixels a side cannot be halved for each width of {list(config.widths)} after "
+            f"the first: choose fewer widths, or another image_size"
+        )
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention between all positions, added to them; starts as almost the identity."""
+
+    config: UNet
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        c, (batch, height, width, channels) = self.config, x.shape
+        y = GroupNorm(c.groups, c.dtype, name="norm")(x).reshape(batch, height * width, channels)
+
+        def project(name: str) -> Array:
+            heads = nn.Dense(channels, dtype=c.dtype, name=name)(y)
+            return constrain(heads.reshape(*y.shape[:2], c.heads, channels // c.heads), "batch", None, None, None)
+
+        y = dot_product_attention(project("query"), project("key"), project("value")).reshape(y.shape)
+        init = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
+        y = nn.Dense(channels, kernel_init=init, dtype=c.dtype, name="out")(y)
+        return constrain(x + y.reshape(x.shape), "batch", None, None, None)
+
+
+class UNetBlock(nn.Module):
+    """Norm, SiLU, 3x3 convolution, twice, beside a skip; the condition is added between. Starts as almost the skip."""
+
+    config: UNet
+    width: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], condition: Float[Array, "B E"], *, train: bool
+    ) -> Float[Array, "B H W D"]:
+        c = self.config
+        x = constrain(x, "batch", None, None, None)
+        y = nn.silu(GroupNorm(c.groups, c.dtype, name="norm_in")(x))
+        y = constrain(nn.Conv(self.width, (3, 3), dtype=c.dtype, name="conv_in")(y), "batch", None, None, None)
+        shift = constrain(nn.Dense(self.width, dtype=c.dtype, name="condition")(nn.silu(condition)), "batch", None)
+        y = nn.silu(GroupNorm(c.groups, c.dtype, name="norm_out")(y + shift[:, None, None]))
+        y = nn.Dropout(c.dropout, deterministic=not train)(y)
+        init = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
+        y = nn.Conv(self.width, (3, 3), kernel_init=init, dtype=c.dtype, name="conv_out")(y)
+        if x.shape[-1] != self.width:
+            x = nn.Dense(self.width, dtype=c.dtype, name="skip")(x)
+        x = constrain(x + y, "batch", None, None, None)
+        return SpatialAttention(c, name="attention")(x) if x.shape[1] in c.attention else x
+
+
+class UNetTower(nn.Module):
+    """Noisy image and time -> an image of `channels`; each resolution of the way down is seen on the way up."""
+
+    config: UNet
+    channels: int
+    classes: int | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        time: Float[Array, " B"],
+        label: Int[Array, " B"] | None = None,
+        *,
+        train: bool = False,
+    ) -> Float[Array, "B H W O"]:
+        c = self.config
+        conditioning = Conditioning(4 * c.widths[0], c.widths[0], True, self.classes, c.dtype, name="conditioning")
+        condition = conditioning(time, label)
+        x = constrain(nn.Conv(c.widths[0], (3, 3), dtype=c.dtype, name="first")(x), "batch", None, None, None)
+        skips = [x]
+        for level, width in enumerate(c.widths):
+            if level:
+                x = Downsample(c.widths[level - 1], c.dtype, name=f"down_{level}")(x)
+                skips.append(x)
+            for i in range(c.blocks):
+                x = UNetBlock(c, width, name=f"down_{level}_{i}")(x, condition, train=train)
+                skips.append(x)
+        x = UNetBlock(c, c.widths[-1], name="middle_0")(x, condition, train=train)
+        if x.shape[1] not in c.attention:  # else the block has it
+            x = SpatialAttention(c, name="attention")(x)
+        x = UNetBlock(c, c.widths[-1], name="middle_1")(x, condition, train=train)
+        for level, width in reversed(list(enumerate(c.widths))):
+            for i in range(c.blocks + 1):
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = UNetBlock(c, width, name=f"up_{level}_{i}")(x, condition, train=train)
+            if level:
+                x = Upsample(width, c.dtype, name=f"up_{level}")(x)
+        x = nn.silu(GroupNorm(c.groups, c.dtype, name="norm_out")(x)).astype(jnp.float32)
+        return nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros, name="last")(x)
+
+
+def unet_rules(classes: int | None) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+    """Sharding rules of a `UNetTower`."""
+    return (
+        *conditioning_rules(classes),
+        (r"last/kernel$", (None, None)),
+        (r"(first|conv|conv_in|conv_out|condition|skip|query|key|value|out)/kernel$", (None, "filters")),
+        (r"(bias|scale)$", (None,)),
+    )
