@@ -30,6 +30,14 @@ def spread(values: Float[Array, " B"], like: Float[Array, "B ..."]) -> Float[Arr
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
+def stratified(key: Array, count: int) -> Float[Array, " count"]:
+    """Numbers in [0, 1), each uniform, all together evenly spread: times whose losses have a mean of less variance.
+
+    (2107.00630, appendix I)
+    """
+    return (jax.random.uniform(key) + jnp.arange(count) / count) % 1
+
+
 # Schedules.
 
 
@@ -179,17 +187,22 @@ def step_divergence(
     return 0.5 * jnp.expm1(gamma_t - gamma_s) * sum_squares(eps - eps_hat)
 
 
-def level_log_prob(
-    x_t: Float[Array, "B ..."], gamma: Float[Array, ""], image: Int[Array, "B ..."], levels: int
-) -> Float[Array, " B"]:
-    """log p(image | x_t): each sub-pixel by Bayes' rule from its own noisy value, all levels equally likely.
+def level_logits(x_t: Float[Array, "B ..."], gamma: Float[Array, ""], levels: int) -> Float[Array, "B ... V"]:
+    """p(image | x_t): each sub-pixel by Bayes' rule from its own noisy value, all levels equally likely.
 
     (2107.00630, equation 12)
     """
     alpha, _ = variance_preserving(gamma)
     values = to_unit_range(jnp.arange(levels), levels)
-    logits = -0.5 * jnp.exp(-gamma) * jnp.square(x_t[..., None] / alpha - values)
-    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), image[..., None].astype(jnp.int32), axis=-1)
+    return -0.5 * jnp.exp(-gamma) * jnp.square(x_t[..., None] / alpha - values)
+
+
+def level_log_prob(
+    x_t: Float[Array, "B ..."], gamma: Float[Array, ""], image: Int[Array, "B ..."], levels: int
+) -> Float[Array, " B"]:
+    """log p(image | x_t) of `level_logits`."""
+    log_probs = jax.nn.log_softmax(level_logits(x_t, gamma, levels))
+    log_probs = jnp.take_along_axis(log_probs, image[..., None].astype(jnp.int32), axis=-1)
     return jnp.sum(log_probs.reshape(len(image), -1), axis=-1)
 
 

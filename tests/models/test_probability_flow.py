@@ -1,0 +1,117 @@
+"""Rectified flow and EDM, with the exact network for Gaussian data, whose density is in closed form."""
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.errors import UserError
+from vlm_jax.models import probability_flow
+from vlm_jax.nn.denoiser import Network
+from vlm_jax.nn.unet import UNet
+from vlm_jax.objectives.diffusion import edm_preconditioning
+
+NETWORK = Network(unet=UNet(widths=(8,), blocks=1, groups=4))
+CONFIG = probability_flow.Config(image_size=2, channels=1, levels=3, network=NETWORK, likelihood_steps=400)
+BATCH = {"image": np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)}
+DEVIATION = 1.0
+"""Of the data: independent Gaussian sub-pixels on [-1, 1] and beyond."""
+KEY = jax.random.key(0)
+
+
+class Velocity(nn.Module):
+    """E[eps - x | x_t]"""
+
+    config: Any
+    channels: int
+
+    def __call__(self, x_t: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+        t = (time / 1000)[:, None, None, None]
+        return (t - (1 - t) * DEVIATION**2) / ((1 - t) ** 2 * DEVIATION**2 + t**2) * x_t
+
+
+class Preconditioned(nn.Module):
+    """EDM's F for E[x | x_t]."""
+
+    config: Any
+    channels: int
+
+    def __call__(self, inputs: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+        sigma = jnp.exp(4 * time / 1000)[:, None, None, None]
+        p = edm_preconditioning(sigma)
+        x_t = inputs / p.into
+        return (DEVIATION**2 / (DEVIATION**2 + sigma**2) - p.skip) * x_t / p.out
+
+
+@pytest.fixture(params=["rectified_flow", "edm"])
+def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> probability_flow.Config:
+    monkeypatch.setattr(probability_flow, "Denoiser", Velocity if request.param == "rectified_flow" else Preconditioned)
+    return replace(CONFIG, process=request.param)
+
+
+@pytest.mark.parametrize("error", [0.0, 0.005 * 4 * math.log(2)], ids=["as it is", "five thousandths of a bit off"])
+def test_the_likelihoods_of_all_images_sum_to_the_density_between_the_ends(config, error: float):
+    """In expectation over the noise of dequantisation, which the probability of an image averages over."""
+    model = probability_flow.build(config)
+    keys = jax.random.split(KEY, 256)
+    values = jax.jit(lambda keys: jax.lax.map(lambda key: model.log_likelihood({}, BATCH, key), keys))(keys)
+    totals = np.exp(np.float64(values) + error).sum(axis=1)
+    expected = math.erf(1 / (DEVIATION * math.sqrt(2))) ** 4
+    standard_error = totals.std(ddof=1) / 16
+    assert standard_error < 2e-3 * expected
+    assert (abs(totals.mean() / expected - 1) < 7e-3) == (error == 0)
+
+
+@pytest.mark.parametrize("solver", ["ancestral", "heun", "dpm_solver"])
+def test_samples_have_the_distribution_of_the_data(config, solver: str):
+    model = probability_flow.build(replace(config, solver=solver, sampling_steps=100, levels=None))
+    samples = np.asarray(jax.jit(lambda key: model.sample({}, key, {}, num=20_000))(KEY))
+    np.testing.assert_allclose(samples.mean(axis=0), 0, atol=0.03)
+    np.testing.assert_allclose(samples.std(axis=0), DEVIATION, rtol=0.1 if solver == "ancestral" else 0.03)
+
+
+def test_samples_are_levels(config):
+    """Of the share of [-1, 1] that each has, the outermost with the tails."""
+    model = probability_flow.build(replace(config, sampling_steps=100))
+    samples = np.asarray(jax.jit(lambda key: model.sample({}, key, {}, num=20_000))(KEY))
+    middle = math.erf(1 / 3 / (DEVIATION * math.sqrt(2)))
+    observed = np.bincount(samples.reshape(-1), minlength=3) / samples.size
+    np.testing.assert_allclose(observed, [(1 - middle) / 2, middle, (1 - middle) / 2], atol=0.01)
+
+
+def test_the_loss_of_the_exact_network_is_what_no_network_can_know(config):
+    """E Var[target | x_t], by quadrature over the times, of data with the deviation of dequantised levels."""
+    model = probability_flow.build(replace(config, levels=None))
+    x = DEVIATION * np.random.default_rng(0).normal(size=(20_000, 2, 2, 1)).astype(np.float32)
+    loss, aux = jax.jit(lambda key: model.loss({}, {"image": x}, key, 0, train=True))(KEY)
+    u, variance = (np.arange(10_000) + 0.5) / 10_000, DEVIATION**2
+    if config.process == "rectified_flow":
+        # The variance of x given x_t, over t^2.
+        expected = np.mean(variance / ((1 - u) ** 2 * variance + u**2))
+    else:
+        sigma = np.exp(-1.2 + 1.2 * np.asarray(jax.scipy.special.ndtri(jnp.float32(u))))
+        weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+        expected = np.mean(weight * variance * sigma**2 / (variance + sigma**2))
+    np.testing.assert_allclose(loss, expected, rtol=0.02)
+    assert aux.weight == len(x)
+
+
+def test_training_dequantises_levels():
+    """A network that knows nothing predicts zero: what is left is the variance of noise and dequantised data."""
+    model = probability_flow.build(CONFIG)
+    batch = {"image": np.ones((5000, 2, 2, 1), np.uint8)}
+    variables = model.init(KEY, {"image": batch["image"][:1]})
+    loss = jax.jit(lambda v: model.loss(v, batch, KEY, 0, train=False)[0])(variables)
+    np.testing.assert_allclose(loss, 1 + (2 / 3) ** 2 / 12, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", ["sampling_steps", "likelihood_steps"])
+def test_too_few_steps_are_refused(name: str):
+    with pytest.raises(UserError, match=f"{name} is 1: it must be at least 2"):
+        replace(CONFIG, **{name: 1})

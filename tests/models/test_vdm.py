@@ -1,0 +1,176 @@
+"""Variational diffusion of 2x2 images of 3 levels, with the best network there is: the true mean of the data."""
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.contract import Model
+from vlm_jax.errors import UserError
+from vlm_jax.models import vdm
+from vlm_jax.nn.denoiser import Network
+from vlm_jax.nn.unet import UNet
+from vlm_jax.objectives.diffusion import Level, from_data, variance_preserving
+
+NETWORK = Network(unet=UNet(widths=(8,), blocks=1, groups=4))
+ENDS = -5.0, 6.0
+CONFIG = vdm.Config(
+    image_size=2, channels=1, levels=3, network=NETWORK, gamma_min=ENDS[0], gamma_max=ENDS[1], fourier=(0,)
+)
+IMAGES = np.array(list(itertools.product(range(3), repeat=4)), np.uint8)
+X = np.float32(IMAGES) - 1
+PROBABILITIES = np.float32(np.random.default_rng(0).dirichlet(np.full(81, 2.0)))
+KEY = jax.random.key(0)
+DRAWS, REPETITIONS = 2048, 8
+
+
+class Oracle(nn.Module):
+    """Predicts the noise by the mean of the images given the noisy one."""
+
+    config: Any
+    channels: int
+
+    def __call__(
+        self, inputs: jax.Array, time: jax.Array, label: Any = None, *, train: bool = False, guidance: float = 1.0
+    ) -> jax.Array:
+        x_t = inputs[..., :1].reshape(-1, 4)
+        level = Level(*(v[:, None] for v in variance_preserving(ENDS[0] + (ENDS[1] - ENDS[0]) * time / 1000)))
+        products = level.alpha * (x_t @ X.T) - 0.5 * level.alpha**2 * np.sum(X**2, axis=-1)
+        data = jax.nn.softmax(jnp.log(PROBABILITIES) + products / level.sigma**2) @ X
+        return from_data(data, x_t, level, "eps").reshape(inputs[..., :1].shape)
+
+
+class Recorder(nn.Module):
+    """Predicts no noise at all, and keeps what it is asked, in `seen`, and nothing in parameters."""
+
+    config: Any
+    channels: int
+
+    def __call__(self, inputs: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+        SEEN.append((np.asarray(inputs, np.float64), np.asarray(time, np.float64)))
+        return jnp.zeros_like(inputs[..., :1])
+
+
+SEEN: list[tuple[np.ndarray, np.ndarray]] = []
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Any:
+    """The model and its variables."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vdm, "Denoiser", Oracle)
+        model = vdm.build(CONFIG)
+        yield model, {"params": {"first_gamma": jnp.float32(ENDS[0]), "last_gamma": jnp.float32(ENDS[1])}}
+
+
+def test_the_bounds_of_all_images_sum_to_one_and_each_is_reached(oracle):
+    """Continuous time loses nothing if the network is perfect."""
+    model, variables = oracle
+
+    def bound(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        image = jnp.broadcast_to(jnp.asarray(IMAGES).reshape(81, 2, 2, 1)[pair[0]], (DRAWS, 2, 2, 1))
+        return jnp.mean(model.log_likelihood(variables, {"image": image}, pair[1]))
+
+    pairs = jnp.tile(jnp.arange(81), REPETITIONS), jax.random.split(KEY, 81 * REPETITIONS)
+    bounds = np.asarray(jax.jit(lambda pairs: jax.lax.map(bound, pairs))(pairs), np.float64).reshape(REPETITIONS, 81)
+    error = np.exp(bounds).sum(axis=1).std(ddof=1) / math.sqrt(REPETITIONS)
+    assert error < 0.02
+    assert abs(np.exp(bounds.mean(axis=0)).sum() - 1) < 3 * error
+    errors = bounds.std(axis=0, ddof=1) / math.sqrt(REPETITIONS)
+    assert np.abs(bounds.mean(axis=0) - np.log(PROBABILITIES)).mean() < 2 * errors.mean()
+
+
+def exact_bound(image: np.ndarray, x_t: np.ndarray, gamma: np.ndarray, first: float, last: float) -> np.ndarray:
+    """2107.00630 in float64 for a network that predicts no noise, where the levels are far apart in the least noise."""
+    x = image.astype(np.float64).reshape(len(image), -1) - 1
+    alpha, sigma = np.sqrt(1 / (1 + np.exp(gamma)))[:, None], np.sqrt(1 / (1 + np.exp(-gamma)))[:, None]
+    eps = (x_t.reshape(x.shape) - alpha * x) / sigma
+    variance = 1 / (1 + math.exp(-last))
+    prior = 0.5 * np.sum((1 - variance) * x**2 + variance - 1 - math.log(variance), axis=-1)
+    return -prior - 0.5 * (last - first) * np.sum(eps**2, axis=-1)
+
+
+def recorded_bound(scale: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """The model's bound of all images, and the formula's for the noise that the network was shown."""
+    first, last = -9.0, 2.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vdm, "Denoiser", Recorder)
+        model = vdm.build(CONFIG)
+        variables = {"params": {"first_gamma": jnp.float32(first), "last_gamma": jnp.float32(last)}}
+        SEEN.clear()
+        image = IMAGES.reshape(81, 2, 2, 1)
+        actual = np.asarray(model.log_likelihood(variables, {"image": image}, KEY), np.float64)
+    ((inputs, time),) = SEEN
+    gamma = ENDS[0] + (ENDS[1] - ENDS[0]) * time / 1000
+    np.testing.assert_allclose(inputs[..., 1], np.sin(2 * np.pi * inputs[..., 0]), atol=1e-5)
+    np.testing.assert_allclose(np.diff(np.sort((gamma - first) / (last - first))), 1 / 81, atol=1e-5)
+    return actual + scale, exact_bound(image, inputs[..., 0], gamma, first, last)
+
+
+def test_every_constant_of_the_bound():
+    actual, expected = recorded_bound()
+    np.testing.assert_allclose(actual, expected, atol=2e-3, rtol=2e-5)
+
+
+def test_an_error_of_five_thousandths_of_a_bit_is_seen():
+    actual, expected = recorded_bound(0.005 * 4 * math.log(2))
+    assert np.abs(actual - expected).mean() > 0.01
+
+
+def test_the_loss_is_the_negative_bound_in_bits_per_dimension(oracle):
+    model, variables = oracle
+    batch = {"image": IMAGES.reshape(81, 2, 2, 1)}
+    loss, aux = jax.jit(lambda key: model.loss(variables, batch, key, 0, train=True))(KEY)
+    _, bound_key = jax.random.split(KEY)
+    bound = jax.jit(lambda key: model.log_likelihood(variables, batch, key))(bound_key)
+    np.testing.assert_allclose(loss, -bound.mean() / (4 * math.log(2)), rtol=1e-5)
+    np.testing.assert_allclose(sum(aux.metrics.values()), loss, rtol=1e-6)
+    assert aux.metrics.keys() == {f"{name}_bits_per_dim" for name in ("reconstruction", "diffusion", "prior")}
+    assert aux.weight == len(batch["image"])
+
+
+@pytest.mark.parametrize("solver", ["ancestral", "dpm_solver"])
+def test_samples_have_the_probabilities_of_the_images(oracle, solver: str):
+    _, variables = oracle
+    count, model = 20_000, vdm.build(replace(CONFIG, solver=solver, sampling_steps=100))
+    samples = np.asarray(jax.jit(lambda key: model.sample(variables, key, {}, num=count))(KEY))
+    observed = np.bincount(samples.reshape(count, 4) @ [27, 9, 3, 1], minlength=81) / count
+    error = np.sqrt(PROBABILITIES / count)
+    assert (np.abs(observed - PROBABILITIES) < 5 * error + 0.002).all()
+
+
+def test_classes_are_read_and_asked_for(monkeypatch: pytest.MonkeyPatch):
+    """With a network that takes an image for the level of its label."""
+
+    class Labelled(nn.Module):
+        config: Any
+        channels: int
+
+        def __call__(self, inputs: jax.Array, time: jax.Array, label: Any, **options: Any) -> jax.Array:
+            return jnp.broadcast_to(label[:, None, None, None] - 1.0, inputs[..., :1].shape)
+
+    monkeypatch.setattr(vdm, "Denoiser", Labelled)
+    network = Network(unet=NETWORK.unet, classes=3)
+    model: Model = vdm.build(
+        vdm.Config(image_size=2, channels=1, levels=3, network=network, predict="x", gamma_min=-9.0, sampling_steps=5)
+    )
+    assert model.inputs["label"].limit == 3
+    variables = {"params": {"first_gamma": jnp.float32(-9), "last_gamma": jnp.float32(5)}}
+    samples = model.sample(variables, KEY, {"label": jnp.array([2, 0, 1, 1])}, num=4)
+    np.testing.assert_array_equal(samples[:, 1, 1, 0], [2, 0, 1, 1])
+    assert set(np.unique(model.sample(variables, KEY, {}, num=50))) == {0, 1, 2}
+    image = np.uint8([2, 0]).repeat(4).reshape(2, 2, 2, 1)
+    right = model.log_likelihood(variables, {"image": image, "label": np.int32([2, 0])}, KEY)
+    wrong = model.log_likelihood(variables, {"image": image, "label": np.int32([0, 2])}, KEY)
+    assert (right > wrong + 1).all() and (right > -0.1).all()
+
+
+def test_a_schedule_without_noise_is_refused():
+    with pytest.raises(UserError, match=r"gamma_min=2.0 must be below gamma_max=2.0"):
+        vdm.Config(image_size=2, network=NETWORK, gamma_min=2.0, gamma_max=2.0)

@@ -1,0 +1,215 @@
+"""Denoising diffusion in discrete steps: DDPM (Ho et al. 2020, 2006.11239), improved (2102.09672), and DiT's.
+
+A Markov chain adds noise to the data in `timesteps` steps and the model undoes one after the other. It is trained on
+the squared error of its prediction; its bound on the likelihood is a sum over all steps.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.errors import UserError
+from vlm_jax.nn.denoiser import Denoiser, Network, check_network, network_rules, sampling_labels, training_labels
+from vlm_jax.objectives.diffusion import (
+    Level,
+    cosine_betas,
+    discrete_gammas,
+    discretised_gaussian_log_prob,
+    divergence_of_gaussians,
+    from_data,
+    linear_betas,
+    min_snr_weight,
+    posterior,
+    prior_divergence,
+    spread,
+    stratified,
+    to_data,
+    variance_preserving,
+)
+from vlm_jax.objectives.likelihood import from_unit_range, gaussian_log_density, nats_to_bits_per_dim, to_unit_range
+from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep
+
+BETAS = {"linear": linear_betas, "cosine": cosine_betas}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A network, the chain that it undoes, and what it predicts."""
+
+    image_size: int
+    channels: int = 3
+    levels: int | None = 256
+    """Values of a sub-pixel: 0 ... levels - 1. None: the data are real vectors, such as an autoencoder's latents, of
+    about unit variance; the model then has no likelihood of images."""
+    network: Network
+    timesteps: int = 1000
+    betas: Literal["linear", "cosine"] = "linear"
+    predict: Literal["eps", "x", "v"] = "eps"
+    weighting: Literal["simple", "min_snr"] = "simple"
+    """Of the squared errors of different times: alike, or min(SNR, 5) on those of x (2303.09556)."""
+    variance: Literal["posterior", "forward", "learned"] = "posterior"
+    """Of each step: the least that it can be, the most, or between the two as the network says (2102.09672)."""
+    solver: Literal["ancestral", "ddim", "dpm_solver", "euler", "heun"] = "ancestral"
+    sampling_steps: int = 1000
+    guidance: float = 1.0
+    """In sampling, above 1: away from the prediction without a class."""
+
+    def __post_init__(self) -> None:
+        check_network(self.network, self.image_size)
+        if not 1 <= self.sampling_steps <= self.timesteps or self.timesteps < 2:
+            raise UserError(
+                f"sampling_steps={self.sampling_steps} must be from 1 to timesteps={self.timesteps}, of which there "
+                f"must be 2 or more"
+            )
+
+
+class Prediction(NamedTuple):
+    """What the network says of a noisy image."""
+
+    output: Float[Array, "B H W C"]
+    """Of the kind that it predicts."""
+    data: Float[Array, "B H W C"]
+    mix: Float[Array, "B H W C"] | float
+    """Where the log-variance of the step lies between the posterior's (0) and the forward step's (1)."""
+
+
+def build(config: Config) -> Model:
+    """Samples, and a bound on the likelihood where the data are levels."""
+    learned = config.variance == "learned"
+    module: Any = Denoiser(config.network, config.channels * (2 if learned else 1))
+    shape = (config.image_size, config.image_size, config.channels)
+    gammas = discrete_gammas(BETAS[config.betas](config.timesteps))
+
+    def to_input(image: Num[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        return image if config.levels is None else to_unit_range(image, config.levels)
+
+    def init(key: Array, batch: Batch) -> Variables:
+        image = batch["image"]
+        return module.init(key, to_input(image), jnp.zeros(len(image)), batch.get("label"))
+
+    def predict(
+        variables: Variables, x_t: Float[Array, "B H W C"], level: Level, t: Array, label: Array | None, **options: Any
+    ) -> Prediction:
+        """t counts from 1; the level is already shaped like the images."""
+        time = (t - 1) * (1000 / config.timesteps)
+        output = module.apply(variables, x_t, time, label, guided=config.channels if learned else None, **options)
+        mix: Array | float = 1.0 if config.variance == "forward" else 0.0
+        if learned:
+            output, fraction = jnp.split(output, 2, axis=-1)
+            mix = (fraction + 1) / 2
+        data = to_data(output, x_t, level, config.predict)
+        # Where the range of the data is known, a prediction outside it is surely wrong.
+        return Prediction(output, data if config.levels is None else jnp.clip(data, -1, 1), mix)
+
+    def noisy(x: Float[Array, "B H W C"], t: Int[Array, " B"], eps: Float[Array, "B H W C"]) -> tuple[Array, Level]:
+        level = Level(*(spread(value, x) for value in variance_preserving(gammas[t - 1])))
+        return level.alpha * x + level.sigma * eps, level
+
+    def step_cost(
+        batch: Batch, x: Float[Array, "B H W C"], x_t: Float[Array, "B H W C"], t: Int[Array, " B"], p: Prediction
+    ) -> Float[Array, " B"]:
+        """The term of the negative bound that belongs to the step from t to t - 1, nats.
+
+        From 1 to 0 it is the levels' own cost, with the posterior variance of the step before, for its own is 0.
+        """
+        upper = spread(jnp.maximum(t, 2), x)
+        true = posterior(x, x_t, gammas[upper - 2], gammas[upper - 1])
+        model = posterior(p.data, x_t, gammas[upper - 2], gammas[upper - 1])
+        first = spread(t, x) == 1
+        forward = jnp.where(first, jax.nn.log_sigmoid(gammas[0]), true.log_forward_variance)
+        log_variance = p.mix * forward + (1 - p.mix) * true.log_variance
+        divergence = divergence_of_gaussians(true.mean, true.log_variance, model.mean, log_variance)
+        if config.levels is None:
+            log_prob = gaussian_log_density(x, p.data, log_variance)
+        else:
+            log_prob = discretised_gaussian_log_prob(p.data, log_variance, batch["image"], config.levels)
+        return jnp.sum(jnp.where(first, -log_prob, divergence), axis=(1, 2, 3))
+
+    def loss(
+        variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
+    ) -> tuple[Float[Array, ""], Aux]:
+        """The mean squared error of the prediction; with a learned variance, also a thousandth of the bound."""
+        del step
+        label_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
+        label = training_labels(config.network, label_key, batch.get("label")) if train else batch.get("label")
+        x = to_input(batch["image"])
+        t = 1 + jnp.floor(config.timesteps * stratified(time_key, len(x))).astype(jnp.int32)
+        t = jnp.minimum(t, config.timesteps)  # a product of floats may round up
+        x_t, level = noisy(x, t, jax.random.normal(noise_key, x.shape))
+        p = predict(variables, x_t, level, t, label, train=train, rngs={"dropout": dropout_key})
+        target = from_data(x, x_t, level, config.predict)
+        weight = min_snr_weight(level, config.predict) if config.weighting == "min_snr" else 1.0
+        value = jnp.mean(weight * jnp.square(p.output - target))
+        # The bound trains the variance alone: through the mean it is too noisy (2102.09672, section 3.1).
+        cost = step_cost(batch, x, x_t, t, p._replace(data=jax.lax.stop_gradient(p.data)))
+        metrics = {"squared_error": value}
+        if config.levels is not None:
+            nats = {
+                "reconstruction": config.timesteps * jnp.where(t == 1, cost, 0),
+                "diffusion": config.timesteps * jnp.where(t > 1, cost, 0),
+                "prior": prior_divergence(x, gammas[-1]),
+            }
+            metrics |= {f"{name}_bits_per_dim": nats_to_bits_per_dim(-jnp.mean(v), shape) for name, v in nats.items()}
+        if learned:
+            value = value + config.timesteps / 1000 * nats_to_bits_per_dim(-jnp.mean(cost), shape)
+        return value, Aux(metrics, weight=jnp.float32(len(x)))
+
+    def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
+        """The bound, of whose sum over steps the last is computed and one other stands for all the others."""
+        time_key, noise_key, first_key = jax.random.split(key, 3)
+        x = to_input(batch["image"])
+
+        def cost(t: Int[Array, " B"], key: Array) -> Float[Array, " B"]:
+            x_t, level = noisy(x, t, jax.random.normal(key, x.shape))
+            return step_cost(batch, x, x_t, t, predict(variables, x_t, level, t, batch.get("label")))
+
+        others = config.timesteps - 1
+        t = jnp.minimum(2 + jnp.floor(others * stratified(time_key, len(x))).astype(jnp.int32), config.timesteps)
+        first = cost(jnp.ones_like(t), first_key)
+        return -(prior_divergence(x, gammas[-1]) + others * cost(t, noise_key) + first)
+
+    def sample(
+        variables: Variables,
+        key: Array,
+        conditioning: Batch,
+        *,
+        num: int,
+        temperature: float = 1.0,
+        on_step: OnStep | None = None,
+    ) -> Num[Array, "num H W C"]:
+        """The temperature scales all noise. `on_step` sees the states."""
+        label_key, noise_key, solver_key = jax.random.split(key, 3)
+        label = sampling_labels(config.network, label_key, conditioning.get("label"), num)
+        # Before the first step there is no noise; between two steps the levels lie on a line.
+        steps, levels = jnp.arange(config.timesteps + 1), variance_preserving(gammas)
+        alphas = jnp.concatenate([jnp.ones(1), levels.alpha])
+        sigmas = jnp.concatenate([jnp.zeros(1), levels.sigma])
+
+        def schedule(t: Array) -> Level:
+            return Level(jnp.interp(t, steps, alphas), jnp.interp(t, steps, sigmas))
+
+        def denoise(x: Array, t: Array) -> Denoised:
+            prediction = predict(variables, x, schedule(t), t, label, guidance=config.guidance)
+            return Denoised(prediction.data, prediction.mix)
+
+        times = jnp.round(jnp.linspace(config.timesteps, 0, config.sampling_steps + 1))
+        x = temperature * jax.random.normal(noise_key, (num, *shape))
+        solve = SOLVERS[config.solver]
+        x = solve(denoise, schedule, times, x, solver_key, temperature=temperature, on_step=on_step)
+        return x if config.levels is None else from_unit_range(x, config.levels)
+
+    classes = config.network.classes
+    image = Input(shape, "float32") if config.levels is None else Input(shape, "uint8", config.levels)
+    return Model(
+        inputs={"image": image, **({"label": Input((), "int32", classes)} if classes is not None else {})},
+        init=init,
+        loss=loss,
+        rules=network_rules(config.network),
+        log_likelihood=None if config.levels is None else log_likelihood,
+        bound=None if config.levels is None else "lower",
+        sample=sample,
+    )

@@ -1,0 +1,182 @@
+"""The variational diffusion model (Kingma et al. 2021, 2107.00630): continuous time, trained on its own bound.
+
+The data are noised along a line of -log SNR whose ends are learned. The bound on the likelihood of the levels has three
+terms: what the noisiest image still tells (prior), what undoing the noise costs (diffusion), and what the least noisy
+image leaves open (reconstruction).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.errors import UserError
+from vlm_jax.nn.denoiser import Denoiser, Network, check_network, network_rules, sampling_labels, training_labels
+from vlm_jax.objectives.diffusion import (
+    Level,
+    continuous_divergence,
+    from_data,
+    level_log_prob,
+    level_logits,
+    prior_divergence,
+    spread,
+    stratified,
+    to_data,
+    variance_preserving,
+)
+from vlm_jax.objectives.likelihood import nats_to_bits_per_dim, to_unit_range
+from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A network, and the noise that it learns to undo."""
+
+    image_size: int
+    channels: int = 3
+    levels: int = 256
+    """Values of a sub-pixel: 0 ... levels - 1."""
+    network: Network
+    predict: Literal["eps", "x", "v"] = "eps"
+    gamma_min: float = -13.3
+    """-log SNR of the least noise, and of the most, before training."""
+    gamma_max: float = 5.0
+    fourier: tuple[int, ...] = (6, 7)
+    """The network also sees sin and cos of 2 pi 2^n x for these n: fine detail, by which levels are told apart."""
+    solver: Literal["ancestral", "ddim", "dpm_solver", "euler", "heun"] = "ancestral"
+    sampling_steps: int = 250
+    guidance: float = 1.0
+    """In sampling, above 1: away from the prediction without a class."""
+
+    def __post_init__(self) -> None:
+        check_network(self.network, self.image_size)
+        if self.gamma_min >= self.gamma_max:
+            raise UserError(
+                f"gamma_min={self.gamma_min} must be below gamma_max={self.gamma_max}: noise grows with time"
+            )
+
+
+class VDM(nn.Module):
+    """The noise schedule and the prediction of the noise."""
+
+    config: Config
+
+    def setup(self) -> None:
+        c = self.config
+        self.first = self.param("first_gamma", nn.initializers.constant(c.gamma_min), ())
+        self.last = self.param("last_gamma", nn.initializers.constant(c.gamma_max), ())
+        self.denoiser = Denoiser(c.network, c.channels)
+
+    def ends(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """gamma at t = 0 and at t = 1; between them it is linear."""
+        return self.first, self.last
+
+    def __call__(
+        self,
+        x_t: Float[Array, "B H W C"],
+        gamma: Float[Array, "*B"],
+        label: Int[Array, " B"] | None = None,
+        *,
+        train: bool = False,
+        guidance: float = 1.0,
+    ) -> Float[Array, "B H W C"]:
+        """The prediction of x."""
+        c = self.config
+        gamma = jnp.broadcast_to(gamma, (len(x_t),))
+        waves = [wave(2 * jnp.pi * 2**n * x_t) for n in c.fourier for wave in (jnp.sin, jnp.cos)]
+        time = 1000 * (gamma - c.gamma_min) / (c.gamma_max - c.gamma_min)
+        inputs = jnp.concatenate([x_t, *waves], axis=-1)
+        output = self.denoiser(inputs, time, label, train=train, guidance=guidance)
+        level = Level(*(spread(value, x_t) for value in variance_preserving(gamma)))
+        return to_data(output, x_t, level, c.predict)
+
+
+def build(config: Config) -> Model:
+    """A bound on the likelihood, and samples by undoing the noise step by step."""
+    module: Any = VDM(config)  # linen types what `apply` returns as a union
+    shape = (config.image_size, config.image_size, config.channels)
+
+    def init(key: Array, batch: Batch) -> Variables:
+        image = batch["image"]
+        return module.init(key, to_unit_range(image, config.levels), jnp.zeros(len(image)), batch.get("label"))
+
+    def terms(
+        variables: Variables, batch: Batch, key: Array, label: Int[Array, " B"] | None, *, train: bool
+    ) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
+        """log p(image | x_0), and unbiased estimates of the divergences of diffusion and prior, nats."""
+        time_key, noise_key, first_key, dropout_key = jax.random.split(key, 4)
+        image, x = batch["image"], to_unit_range(batch["image"], config.levels)
+        first, last = module.apply(variables, method="ends")
+        gamma = first + (last - first) * stratified(time_key, len(x))
+        level = Level(*(spread(value, x) for value in variance_preserving(gamma)))
+        eps = jax.random.normal(noise_key, x.shape)
+        x_t = level.alpha * x + level.sigma * eps
+        data = module.apply(variables, x_t, gamma, label, train=train, rngs={"dropout": dropout_key})
+        diffusion = continuous_divergence(eps, from_data(data, x_t, level, "eps"), last - first)
+        alpha, sigma = variance_preserving(first)
+        x_0 = alpha * x + sigma * jax.random.normal(first_key, x.shape)
+        return level_log_prob(x_0, first, image, config.levels), diffusion, prior_divergence(x, last)
+
+    def loss(
+        variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
+    ) -> tuple[Float[Array, ""], Aux]:
+        """The negative bound in bits a dimension, estimated at one time an image."""
+        del step
+        label_key, key = jax.random.split(key)
+        label = training_labels(config.network, label_key, batch.get("label")) if train else batch.get("label")
+        log_prob, diffusion, prior = terms(variables, batch, key, label, train=train)
+        nats = {"reconstruction": log_prob, "diffusion": -diffusion, "prior": -prior}
+        metrics = {f"{name}_bits_per_dim": nats_to_bits_per_dim(jnp.mean(value), shape) for name, value in nats.items()}
+        return sum(metrics.values(), jnp.float32(0)), Aux(metrics, weight=jnp.float32(len(log_prob)))
+
+    def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
+        log_prob, diffusion, prior = terms(variables, batch, key, batch.get("label"), train=False)
+        return log_prob - diffusion - prior
+
+    def sample(
+        variables: Variables,
+        key: Array,
+        conditioning: Batch,
+        *,
+        num: int,
+        temperature: float = 1.0,
+        on_step: OnStep | None = None,
+    ) -> Int[Array, "num H W C"]:
+        """The temperature scales all noise; at 0 pixels are the likeliest levels. `on_step` sees the states."""
+        label_key, noise_key, solver_key, level_key = jax.random.split(key, 4)
+        label = sampling_labels(config.network, label_key, conditioning.get("label"), num)
+        first, last = module.apply(variables, method="ends")
+
+        def schedule(t: Array) -> Level:
+            return variance_preserving(first + (last - first) * t)
+
+        def denoise(x: Array, t: Array) -> Denoised:
+            gamma = first + (last - first) * t
+            return Denoised(module.apply(variables, x, gamma, label, guidance=config.guidance))
+
+        times = jnp.linspace(1.0, 0.0, config.sampling_steps + 1)
+        x = temperature * jax.random.normal(noise_key, (num, *shape))
+        solve = SOLVERS[config.solver]
+        x = solve(denoise, schedule, times, x, solver_key, temperature=temperature, on_step=on_step)
+        logits = level_logits(x, first, config.levels)
+        if temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
+        return jax.random.categorical(level_key, logits / temperature).astype(jnp.uint8)
+
+    classes = config.network.classes
+    return Model(
+        inputs={
+            "image": Input(shape, "uint8", config.levels),
+            **({"label": Input((), "int32", classes)} if classes is not None else {}),
+        },
+        init=init,
+        loss=loss,
+        rules=((r"(first|last)_gamma$", ()), *network_rules(config.network)),
+        log_likelihood=log_likelihood,
+        bound="lower",
+        sample=sample,
+    )
