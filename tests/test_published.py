@@ -26,6 +26,23 @@ PUBLISHED = {name: experiment for name, experiment in PRESETS.items() if not re.
 CLIP = [name for name in PUBLISHED if re.match(r"clip|siglip", name)]
 KEY = jax.random.key(0)
 
+
+def vdm_parameters(width: int, blocks: int) -> int:
+    """Of a U-Net that keeps its resolution, for RGB images with two Fourier features and two ends of the schedule."""
+    condition = 4 * width
+
+    def block(inputs: int) -> int:
+        norms = 2 * inputs + 2 * width
+        convolutions = 9 * width * (inputs + width) + 2 * width
+        skip = inputs * width + width if inputs != width else 0
+        return norms + convolutions + (condition + 1) * width + skip
+
+    time = (width + 1) * condition + (condition + 1) * condition
+    ends = 9 * 15 * width + width + 2 * width + 9 * width * 3 + 3
+    attention = 2 * width + 4 * (width + 1) * width
+    return time + ends + attention + (blocks + 2) * block(width) + (blocks + 1) * block(2 * width) + 2
+
+
 PARAMETERS = {
     # Of OpenAI's released checkpoints, each with its logit_scale.
     "clip-vit-b32": 151_277_313,
@@ -35,6 +52,15 @@ PARAMETERS = {
     "siglip-vit-b16": 203_155_970,
     # 76M in the paper, whose table of colours and head are of another size.
     "autoregressive-igpt-s": 76_399_716,
+    # 35.7 million: of google/ddpm-cifar10-32.
+    "diffusion-ddpm-cifar10": 35_746_307,
+    # No number is published: of the layers that 2107.00630, appendix B, describes, counted layer by layer.
+    "diffusion-vdm-cifar10": vdm_parameters(width=128, blocks=32),
+    # 33, 130, 458 and 675 million: of the release, less the 256 positions that it stores.
+    "diffusion-dit-s2": 32_963_360 - 256 * 384,
+    "diffusion-dit-b2": 130_512_416 - 256 * 768,
+    "diffusion-dit-l2": 458_102_816 - 256 * 1024,
+    "diffusion-dit-xl2": 675_129_632 - 256 * 1152,
 }
 
 
