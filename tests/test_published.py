@@ -43,6 +43,17 @@ def vdm_parameters(width: int, blocks: int) -> int:
     return time + ends + attention + (blocks + 2) * block(width) + (blocks + 1) * block(2 * width) + 2
 
 
+def glow_parameters(steps: int, channels: tuple[int, ...], width: int = 512) -> int:
+    """Layer by layer, at resolutions of so many channels; of them, each step's permutation is fixed."""
+
+    def step(c: int) -> int:
+        network = 9 * (c // 2) * width + width * width + 4 * width + (9 * width + 1) * c
+        return 2 * c + (3 * c * c + c) + network
+
+    splits = sum(9 * (c // 2) * c + c for c in channels[:-1])
+    return steps * sum(map(step, channels)) + splits + 2 * channels[-1]
+
+
 PARAMETERS = {
     # Of OpenAI's released checkpoints, each with its logit_scale.
     "clip-vit-b32": 151_277_313,
@@ -61,6 +72,9 @@ PARAMETERS = {
     "diffusion-dit-b2": 130_512_416 - 256 * 768,
     "diffusion-dit-l2": 458_102_816 - 256 * 1024,
     "diffusion-dit-xl2": 675_129_632 - 256 * 1152,
+    # Of the layers that 1807.03039 describes; no exact number is published.
+    "flow-glow-cifar10": glow_parameters(32, (12, 24, 48)),
+    "flow-glow-imagenet64": glow_parameters(48, (12, 24, 48, 96)),
 }
 
 

@@ -33,7 +33,7 @@ def test_the_symmetric_scale_of_256_levels_adds_seven_bits():
     """math: with y = 2 (x + u) / 256 - 1 add log2 128; a uniform density on [-1, 1] then has 8 bits."""
     y, log_det = to_symmetric(IMAGE, NOISE, 256)
     np.testing.assert_allclose(nats_to_bits_per_dim(log_det, (4, 4, 3)), 7, rtol=1e-6)
-    assert -1 <= y.min() and y.max() < 1
+    assert y.min() >= -1 and y.max() < 1
     uniform = log_det - 48 * math.log(2)
     np.testing.assert_allclose(nats_to_bits_per_dim(uniform, (4, 4, 3)), 8, rtol=1e-6)
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
-from vlm_jax.nn.coupling import FLOW_FROZEN, FLOW_RULES, MultiScale, Repeated, Step, squeeze, unsqueeze
+from vlm_jax.nn.coupling import FLOW_FROZEN, MultiScale, Repeated, Step, flow_rules, squeeze, unsqueeze
 from vlm_jax.objectives.dequantisation import (
     from_logit,
     from_symmetric,
@@ -162,7 +162,7 @@ def build(config: Config) -> Model:
         inputs={"image": Input(shape, "uint8", config.levels)},
         init=init,
         loss=loss,
-        rules=FLOW_RULES,
+        rules=flow_rules(config.scales),
         frozen=FLOW_FROZEN,
         log_likelihood=log_weight,
         bound="lower",

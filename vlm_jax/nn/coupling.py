@@ -5,15 +5,16 @@ the inverse's is the negative of the forward's. Maps and determinants are comput
 predict the parameters of a coupling may run in another dtype.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
+from vlm_jax.contract import Rule
 from vlm_jax.sharding import constrain
 
 Image = Float[Array, "B H W C"]
@@ -303,7 +304,7 @@ class MultiScale(nn.Module):
             if scale < len(self.splits):
                 channels = channels // 2
             shapes.append((height, width, channels))
-        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
         parts = [
             part.reshape(len(noise), *shape)
             for part, shape in zip(jnp.split(noise, ends[:-1], axis=1), shapes, strict=True)
@@ -318,12 +319,17 @@ class MultiScale(nn.Module):
 
 
 FLOW_FROZEN = (r"lu/permutation$",)
+"""Of any model with an `InvertibleConv`."""
 
-FLOW_RULES = (
-    (r"conv_(in|hidden)/kernel$", (None, "filters")),
-    (r"parameters/kernel$", ("embed", None)),
-    (r"parameters/bias$", (None,)),
-    (r"lu/(permutation|lower|upper)$", (None, None)),
-    (r"lu/log_diagonal$", (None,)),
-    (r"(log_scale|shift)$", (None,)),
-)
+
+def flow_rules(scales: int) -> tuple[Rule, ...]:
+    """Sharding rules of a `MultiScale`. A split's convolution has few channels and lies everywhere."""
+    return (
+        (r"conv_(in|hidden)/kernel$", (None, "filters")),
+        *(((r"splits_\d+/parameters/kernel$", (None, None)),) if scales > 1 else ()),
+        (r"parameters/kernel$", ("embed", None)),
+        (r"parameters/bias$", (None,)),
+        (r"lu/(permutation|lower|upper)$", (None, None)),
+        (r"lu/log_diagonal$", (None,)),
+        (r"(log_scale|shift)$", (None,)),
+    )
