@@ -61,8 +61,8 @@ PARAMETERS = {
     "clip-vit-l14": 427_616_513,
     # Of google/siglip-base-patch16-224, with its logit_scale and logit_bias.
     "siglip-vit-b16": 203_155_970,
-    # 76M in the paper, whose table of colours and head are of another size.
-    "autoregressive-igpt-s": 76_399_716,
+    # 76M in the paper, whose table of colours and head are of another size, and which has no masked convolution.
+    "autoregressive-igpt-s": 76_399_716 + 4 * 512**2,
     # 35.7 million: of google/ddpm-cifar10-32.
     "diffusion-ddpm-cifar10": 35_746_307,
     # No number is published: of the layers that 2107.00630, appendix B, describes, counted layer by layer.

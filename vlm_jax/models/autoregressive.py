@@ -1,8 +1,9 @@
 """The autoregressive image transformer: an exact likelihood, pixel after pixel.
 
 As in the Image Transformer (Parmar et al. 2018, 1802.05751) and iGPT, a causal transformer reads the image in raster
-order. One position of the transformer is a patch of `patch_size` x `patch_size` pixels (1: a pixel); the sub-pixels
-within it are predicted one after the other by a neural autoregressive density estimator (NADE: Uria et al. 2016,
+order. One position of the transformer is a patch of `patch_size` x `patch_size` pixels (1: a pixel), which a masked
+convolution tells the patches just before and above it, so that attention is free for what is far; the sub-pixels within
+it are predicted one after the other by a neural autoregressive density estimator (NADE: Uria et al. 2016,
 1605.02226) on the transformer's output, each with a softmax over its levels. A pixel's channels may have a mixture of
 discretised logistics instead (PixelCNN++, 1701.05517). The product of all these conditionals is the probability of
 the image, whatever the patch size.
@@ -61,6 +62,10 @@ class Config:
                 raise UserError(f"{name} is {value}: it must be at least 1, or None")
 
 
+ABOVE = (-1, 0, 1)
+"""Columns from a patch to those in the row above that it is fed."""
+
+
 class Autoregressive(nn.Module):
     """A sequence of patches -> the log-probability of each sub-pixel given all before it."""
 
@@ -70,7 +75,7 @@ class Autoregressive(nn.Module):
         c, t, size = self.config, self.config.transformer, self.config.image_size // self.config.patch_size
         init = nn.initializers.normal(0.02)
         self.table = PatchEmbedding(patch_length(c), c.levels, t.width)
-        self.start = self.param("start", init, (t.width,))
+        self.context = nn.Dense(t.width, dtype=t.dtype)
         self.row = self.param("row", init, (size, t.width))
         self.column = self.param("column", init, (size, t.width))
         if c.classes is not None:
@@ -86,11 +91,33 @@ class Autoregressive(nn.Module):
         return (self.row[:, None] + self.column).reshape(-1, self.config.transformer.width)
 
     def inputs(self, patches: Int[Array, "B T N"], label: Int[Array, " B"] | None) -> Float[Array, "B T D"]:
-        """Each patch's predecessor, its position and, as in the Image Transformer, the class, added."""
-        x = jnp.sum(self.table(patches[:, :-1]), axis=-2)
-        start = jnp.broadcast_to(self.start, (len(x), 1, x.shape[-1]))
-        x = jnp.concatenate([start, x], axis=1) + self.positions()[: patches.shape[1]]
+        """A masked convolution: each position is fed the patch before it and the nearest three in the row above.
+
+        Its place and, as in the Image Transformer, the class are added.
+        """
+        size = self.config.image_size // self.config.patch_size
+        x = jnp.sum(self.table(patches), axis=-2)
+        before = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        rows = jnp.pad(x.reshape(-1, size, size, x.shape[-1])[:, :-1], ((0, 0), (1, 0), (1, 1), (0, 0)))
+        above = [rows[:, :, 1 + j : 1 + j + size].reshape(x.shape) for j in ABOVE]
+        x = self.context(jnp.concatenate([before, *above], axis=-1)) + self.positions()
         return x if label is None else x + self.label[label][:, None]
+
+    def input_at(
+        self, patches: Int[Array, "B T N"], position: Int[Array, ""], label: Int[Array, " B"] | None
+    ) -> Float[Array, "B D"]:
+        """What `inputs` gives at one position."""
+        size = self.config.image_size // self.config.patch_size
+        sources = [(position - 1, position > 0)]
+        for j in ABOVE:
+            column = position % size + j
+            sources.append((position - size + j, (position >= size) & (column >= 0) & (column < size)))
+        around = []
+        for index, inside in sources:
+            patch = jnp.take(patches, jnp.where(inside, index, 0), axis=1)
+            around.append(jnp.where(inside, jnp.sum(self.table(patch), axis=-2), 0))
+        x = self.context(jnp.concatenate(around, axis=-1)) + self.positions()[position]
+        return x if label is None else x + self.label[label]
 
     def __call__(
         self, image: Int[Array, "B H W C"], label: Int[Array, " B"] | None = None, *, train: bool = False
@@ -102,25 +129,26 @@ class Autoregressive(nn.Module):
             return token_log_probs(self.head(x, patches), patches)
         return logistic_mixture_log_prob(self.head(x), patches, self.config.levels)[..., None]
 
-    def fill(self, cache: Cache, patches: Int[Array, "B T N"], label: Int[Array, " B"] | None) -> Cache | None:
-        """The cache of all that is fed before and at the last of the first `T` positions."""
-        _, filled = self.transformer(self.inputs(patches, label), cache=cache)
+    def fill(self, cache: Cache, patches: Int[Array, "B T N"], count: int, label: Int[Array, " B"] | None) -> Cache:
+        """The cache of the first `count` positions."""
+        _, filled = self.transformer(self.inputs(patches, label)[:, :count], cache=cache)
+        assert filled is not None
         return filled
 
     def decode(
         self,
         cache: Cache,
-        previous: Int[Array, "B N"],
+        patches: Int[Array, "B T N"],
         position: Int[Array, ""],
         key: Array,
         temperature: float,
         label: Int[Array, " B"] | None,
-    ) -> tuple[Cache | None, Int[Array, "B N"]]:
-        """Draws the patch at `position` given the one before it and the cache of those before that."""
+    ) -> tuple[Cache, Int[Array, "B N"]]:
+        """Draws the patch at `position` given those before it, and the cache of the positions before it."""
         c = self.config
-        x = jnp.where(position == 0, self.start, jnp.sum(self.table(previous), axis=-2)) + self.positions()[position]
-        x = x if label is None else x + self.label[label]
+        x = self.input_at(patches, position, label)
         x, filled = self.transformer(x[:, None], cache=cache, position=position)
+        assert filled is not None
         if c.mixtures is None:
             return filled, self.head.draw(x[:, 0], key, temperature)
         pixel = sample_logistic_mixture(key, self.head(x[:, 0]), c.channels, c.levels, temperature)
@@ -170,16 +198,19 @@ def build(config: Config) -> Model:
         temperature: float,
     ) -> Int[Array, "B H W C"]:
         """Keeps the first `known` patches and draws the others."""
-        t, kept = config.transformer, patches[:, :known]
+        t = config.transformer
         cache = empty_cache(len(patches), length, t.heads, t.width // t.heads, layers=t.depth, dtype=t.dtype)
         if known:
-            cache = module.apply(variables, cache, kept, label, method="fill")
+            cache = module.apply(variables, cache, patches, known, label, method="fill")
 
-        def step(cache: Cache, previous: Array, position: Array, key: Array) -> tuple[Cache, Array]:
-            return module.apply(variables, cache, previous, position, key, temperature, label, method="decode")
+        def step(carry: tuple[Cache, Array], previous: Array, position: Array, key: Array) -> Any:
+            cache, patches = carry
+            patches = patches.at[:, jnp.maximum(position - 1, 0)].set(previous)
+            cache, patch = module.apply(variables, cache, patches, position, key, temperature, label, method="decode")
+            return (cache, patches), patch
 
-        drawn = decode(step, cache, patches[:, max(known - 1, 0)], length, key, start=known)
-        patches = jnp.concatenate([kept, drawn], axis=1)
+        drawn = decode(step, (cache, patches), patches[:, max(known - 1, 0)], length, key, start=known)
+        patches = jnp.concatenate([patches[:, :known], drawn], axis=1)
         return unpatchify(patches, config.patch_size, config.channels).astype(jnp.uint8)
 
     def draw_label(key: Array, log_probs: Float[Array, "B K"]) -> Int[Array, " B"]:
@@ -217,7 +248,9 @@ def build(config: Config) -> Model:
 
     rules = (
         *subpixel_rules(mixture=config.mixtures is not None),
-        (r"(start|row|column|label)$", (None,)),
+        (r"context/kernel$", (None, "embed")),
+        (r"context/bias$", (None,)),
+        (r"(row|column|label)$", (None,)),
         *TRANSFORMER_RULES,
     )
     return Model(

@@ -12,17 +12,30 @@ from vlm_jax.nn.vision import patchify
 from vlm_jax.sharding import constrain
 
 
-def smooth_tables(key: Array, shape: tuple[int, int, int]) -> Float[Array, "N V D"]:
-    """Initial vectors of variance 1 / N that are near each other for near levels: random waves over the level.
+def waves(levels: int) -> Float[Array, "V K"]:
+    """Vectors of unit length that are the nearer each other the nearer their levels: sines and cosines of the level.
 
-    Independent ones would have to learn from scratch, for every rare level, that it looks like its neighbours.
+    Tables and output layers that start as random combinations of them know the order of the levels; independent ones
+    would have to learn from scratch, for every rare level, that it looks like its neighbours.
     """
-    size, levels, width = shape
-    frequencies = jnp.arange(1, 9)
+    frequencies = jnp.arange(1, min(levels, 64) + 1)
     angles = jnp.pi * frequencies * jnp.linspace(0, 1, levels)[:, None]
-    waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1) / jnp.tile(frequencies, 2)
-    waves = waves / jnp.linalg.norm(waves, axis=1, keepdims=True)
-    return jnp.einsum("vk,nkd->nvd", waves, jax.random.normal(key, (size, 16, width))) * size**-0.5
+    values = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1) * jnp.tile(frequencies, 2) ** -0.5
+    return values / jnp.linalg.norm(values, axis=1, keepdims=True)
+
+
+def smooth_tables(key: Array, shape: tuple[int, int, int]) -> Float[Array, "N V D"]:
+    """Initial vectors of variance 1 / N for each level."""
+    size, levels, width = shape
+    basis = waves(levels)
+    return jnp.einsum("vk,nkd->nvd", basis, jax.random.normal(key, (size, basis.shape[1], width))) * size**-0.5
+
+
+def smooth_outputs(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Float[Array, "D V"]:
+    """The initial kernel of a layer whose outputs are the logits of levels: of variance 1 / D."""
+    width, levels = shape
+    basis = waves(levels)
+    return (jax.random.normal(key, (width, basis.shape[1])) @ basis.T * width**-0.5).astype(dtype)
 
 
 class PatchEmbedding(nn.Module):
@@ -64,7 +77,7 @@ class SoftmaxHead(nn.Module):
         self.query = self.param("query", nn.initializers.normal(0.02), (self.size, self.width))
         self.norm = nn.LayerNorm(self.norm_eps, dtype=self.dtype)
         self.up = nn.Dense(self.width, dtype=self.dtype)
-        self.logits = nn.Dense(self.levels, dtype=self.dtype)
+        self.logits = nn.Dense(self.levels, kernel_init=smooth_outputs, dtype=self.dtype)
 
     def __call__(self, x: Float[Array, "*B D"], patches: Int[Array, "*B N"]) -> Float[Array, "*B N V"]:
         """Logits of every sub-pixel, those before it read from `patches`."""
