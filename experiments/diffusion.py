@@ -80,7 +80,7 @@ def diffusion_tiny_flow() -> Experiment:
     )
 
 
-def diffusion_tiny_fashion_mnist() -> Experiment:
+def diffusion_fashion_mnist() -> Experiment:
     """Variational diffusion of Fashion-MNIST, 28x28, 256 levels; minutes on a GPU, a day on two CPU cores."""
     return Experiment(
         model=vdm.Config(
@@ -192,7 +192,7 @@ PRESETS = (
     diffusion_tiny,
     diffusion_tiny_ddpm,
     diffusion_tiny_flow,
-    diffusion_tiny_fashion_mnist,
+    diffusion_fashion_mnist,
     diffusion_ddpm_cifar10,
     diffusion_vdm_cifar10,
     diffusion_dit_s2,

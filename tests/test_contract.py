@@ -178,6 +178,7 @@ def test_both_encoders_share_a_space_or_there_is_one(model: Model, variables):
 def test_a_likelihood_says_whether_it_is_a_bound(model: Model):
     assert (model.bound is None) == (model.log_likelihood is None)
     assert model.log_weight is None or model.bound == "lower"
+    assert model.dequantisation is None or model.bound in ("lower", "estimate")
 
 
 def test_every_tokens_and_image_field_states_its_limit(model: Model):

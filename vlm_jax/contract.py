@@ -70,6 +70,8 @@ class Model:
     bound: Literal["exact", "lower", "estimate"] | None = None
     """What `log_likelihood` returns: the value itself, a lower bound in expectation over `key`, or an estimate that is
     neither, such as a numerical solution's"""
+    dequantisation: Literal["uniform", "variational"] | None = None
+    """The noise by which `log_likelihood` makes real numbers of integers; None: it is of the integers themselves"""
     log_weight: Callable[..., jax.Array] | None = None
     """`(variables, batch, key) -> [B]`, nats: the logarithm of an unbiased estimate of the likelihood, so that the
     logarithm of the mean of several tightens the bound (1509.00519)"""

@@ -166,6 +166,7 @@ def build(config: Config) -> Model:
         frozen=FLOW_FROZEN,
         log_likelihood=log_weight,
         bound="lower",
+        dequantisation=config.dequantisation,
         log_weight=log_weight,
         sample=sample,
     )

@@ -164,6 +164,7 @@ def build(config: Config) -> Model:
         ),
         log_likelihood=log_likelihood,
         bound="lower",
+        dequantisation="uniform",
         sample=sample,
         complete=complete,
     )

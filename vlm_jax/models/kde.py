@@ -150,6 +150,7 @@ def build(config: Config) -> Model:
         rules=((r"log_bandwidth$", ()),),
         log_likelihood=log_likelihood,
         bound="exact" if config.kernel == "discretised" else "lower",
+        dequantisation=None if config.kernel == "discretised" else "uniform",
         sample=sample,
     )
 

@@ -165,5 +165,6 @@ def build(config: Config) -> Model:
         rules=network_rules(config.network),
         log_likelihood=None if config.levels is None else log_likelihood,
         bound=None if config.levels is None else "estimate",
+        dequantisation=None if config.levels is None else "uniform",
         sample=sample,
     )

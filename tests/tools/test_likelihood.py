@@ -1,0 +1,73 @@
+"""The ledger: what stands in it agrees with what the evaluation says, and the baselines with their definitions."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.presets import presets
+from tools.evaluate import evaluate
+from tools.likelihood import categorical, choose, gaussian, likelihood
+from vlm_jax.errors import UserError
+
+
+def test_a_finished_run_is_measured_as_it_is_beside_the_baselines(
+    vae_run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The run has other settings than its preset and was trained for four steps: it is not trained anew."""
+    shutil.copytree(vae_run, tmp_path / "vae-tiny")
+    rows = likelihood(presets=("vae-tiny",), workdir=tmp_path, data_dir=str(data_dir))
+    results = evaluate(vae_run)
+    (row,) = (row for row in rows if row.family == "vae")
+    assert row.bits_per_dim == pytest.approx(results["likelihood/bits_per_dim"], rel=1e-6)
+    assert row.standard_error == pytest.approx(results["likelihood/bits_per_dim_standard_error"], rel=1e-4)
+    assert (row.variant, row.bound, row.dequantisation) == ("vae-tiny", "lower bound", "none")
+    assert row.parameters is not None and row.parameters < 1e5
+    assert row.training_flops is not None and 1e8 < row.training_flops < 1e11
+    assert row.evaluate_seconds is not None and row.sample_seconds is not None
+    assert [row.bits_per_dim for row in rows] == sorted((row.bits_per_dim for row in rows), reverse=True)
+    out = tmp_path / "likelihood-digits"
+    assert [entry["variant"] for entry in json.loads((out / "ledger.json").read_text())] == [r.variant for r in rows]
+    assert (out / "ledger.md").read_text() in capsys.readouterr().out
+    assert (out / "ledger.png").stat().st_size > 10_000
+    uniform = next(row for row in rows if row.variant == "uniform")
+    assert uniform.bits_per_dim == pytest.approx(math.log2(17))
+
+
+def test_independent_categorical_pixels_are_counted_with_half_a_count_for_each_level() -> None:
+    train = np.array([[0, 1], [0, 2], [0, 1]])
+    nats = categorical(train, np.array([[0, 1], [2, 0]]), 3)
+    np.testing.assert_allclose(np.exp(nats), [3.5 / 4.5 * 2.5 / 4.5, 0.5 / 4.5 * 0.5 / 4.5])
+
+
+def test_the_gaussian_reaches_the_entropy_of_gaussian_levels() -> None:
+    """Of levels so many that rounding loses nothing, correlated, their determinant known."""
+    rng = np.random.default_rng(0)
+    root = np.array([[30.0, 0.0], [40.0, 20.0]])
+    train, test = (np.round(rng.normal(size=(n, 2)) @ root.T).astype(int) for n in (20_000, 20_000))
+    entropy = math.log(2 * math.pi * math.e) + math.log(30 * 20)
+    assert gaussian(train, test).mean() == pytest.approx(-entropy, abs=0.02)
+
+
+def test_every_preset_on_the_data_that_has_a_likelihood_is_chosen() -> None:
+    chosen = choose((), "digits")
+    tiny = {name for name, (_, experiment) in presets().items() if experiment.data.name == "digits"}
+    assert chosen.keys() == tiny
+    assert {"kde-tiny", "flow-tiny", "diffusion-tiny", "autoregressive-tiny", "vae-tiny"} <= chosen.keys()
+
+
+@pytest.mark.parametrize(
+    ("names", "data", "message"),
+    [
+        (("vae-tny",), "digits", "vae-tiny"),
+        (("vae-tiny-openmoji",), "digits", "vae-tiny-openmoji trains on openmoji, not on digits"),
+        (("clip-tiny",), "openmoji", "clip-tiny has no likelihood"),
+        ((), "easy_vqa", "no preset that has a likelihood trains on easy_vqa"),
+    ],
+)
+def test_presets_that_cannot_be_compared_are_refused(names: tuple[str, ...], data: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        choose(names, data)

@@ -1,0 +1,268 @@
+"""One ledger of likelihoods: `python -m tools.likelihood` trains or loads families and measures all on one split."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from scipy.stats import multivariate_normal
+
+from experiments.presets import check_preset, presets
+from experiments.run import run
+from tools.evaluate import evaluate
+from vlm_jax.commandline import command
+from vlm_jax.contract import abstract_batch
+from vlm_jax.data import example, open_source
+from vlm_jax.errors import UserError
+from vlm_jax.evals.likelihood import summary
+from vlm_jax.experiment import Experiment, from_record, has_checkpoints, read_record
+from vlm_jax.models import build, family_of
+from vlm_jax.train.flops import model_flops
+from vlm_jax.trees import count_parameters
+from vlm_jax.workdir import Loaded, load
+
+SHOWN = 8
+"""Samples of each model in the figure."""
+TIMED = 64
+"""Images that are evaluated, and drawn, while the clock runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the ledger."""
+
+    family: str
+    variant: str
+    bits_per_dim: float
+    standard_error: float
+    bound: str
+    dequantisation: str
+    parameters: int | None
+    training_flops: float | None
+    """Of products and convolutions, up to the checkpoint that is measured."""
+    evaluate_seconds: float | None
+    """An image, the compilation not counted."""
+    sample_seconds: float | None
+
+
+def likelihood(
+    presets: tuple[str, ...] = (),
+    data: str = "digits",
+    workdir: Path = Path("runs"),
+    out: Path | None = None,
+    data_dir: str | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """Trains or loads presets that have a likelihood, and writes a table and a figure of them beside simple baselines.
+
+    Args:
+      presets: Their names; none: all on --data that have a likelihood.
+      data: The data set that all are measured on.
+      workdir: Each preset's run is in WORKDIR/PRESET; where there is none it is trained, which may take long.
+      out: Directory for ledger.md, ledger.json and ledger.png; None: WORKDIR/likelihood-DATA.
+      data_dir: Where prepared data sets are; None: where the presets have them.
+      seed: Of the samples and of the noise that bounds are averaged over.
+    """
+    chosen = choose(presets, data)
+    first = next(iter(chosen.values()))
+    directory = Path(data_dir or first.data_dir).expanduser()
+    rows, sheets = baselines(first, directory), {}
+    for name, experiment in chosen.items():
+        path = workdir / name
+        if has_checkpoints(path):  # goes on with its own settings, and ends at once where it is complete
+            experiment = from_record(read_record(path))
+        run(name, replace(experiment, workdir=str(path), data_dir=str(directory)))
+        sheets[name], row = measure(path, load(path), directory, seed)
+        rows.append(row)
+    rows.sort(key=lambda row: -row.bits_per_dim)
+    out = workdir / f"likelihood-{data}" if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "ledger.json").write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n")
+    (out / "ledger.md").write_text(table(rows) + "\n")
+    draw(rows, sheets, data, out / "ledger.png")
+    print(f"{table(rows)}\n\n{out}")
+    return rows
+
+
+def choose(names: tuple[str, ...], data: str) -> dict[str, Experiment]:
+    """The presets to compare.
+
+    Raises:
+      UserError: one is unknown, is of other data, or has no likelihood; or there is none.
+    """
+    known = {name: experiment for name, (_, experiment) in presets().items()}
+    if not names:
+        names = tuple(name for name, experiment in known.items() if on_data(experiment, data))
+    if not names:
+        raise UserError(f"no preset that has a likelihood trains on {data}: choose another --data")
+    for name in names:
+        check_preset([name], known)
+        if known[name].data.name != data:
+            raise UserError(f"{name} trains on {known[name].data.name}, not on {data}: leave it out, or change --data")
+        if build(known[name].model).log_likelihood is None:
+            raise UserError(f"{name} has no likelihood: leave it out")
+    return {name: known[name] for name in names}
+
+
+def on_data(experiment: Experiment, data: str) -> bool:
+    """Whether a preset belongs in the ledger of a data set."""
+    return experiment.data.name == data and build(experiment.model).log_likelihood is not None
+
+
+def measure(path: Path, loaded: Loaded, data_dir: Path, seed: int) -> tuple[Int[np.ndarray, "n H W C"] | None, Row]:
+    """A trained run's samples and its line."""
+    model, experiment = loaded.model, loaded.experiment
+    results = evaluate(path, data_dir=str(data_dir), seed=seed)
+    assert model.log_likelihood is not None and model.bound is not None
+    source = open_source(experiment.data.name, experiment.data.test, data_dir)
+    records = [example(source[i], experiment.data, None, None) for i in range(min(TIMED, len(source)))]
+    batch = {field: jnp.stack([record[field] for record in records]) for field in model.inputs}
+    key = jax.random.key(seed)
+    log_likelihood = jax.jit(model.log_likelihood)
+    images, sample_seconds = None, None
+    if model.sample is not None:
+        sample = jax.jit(model.sample, static_argnames="num")
+        images = np.asarray(sample(loaded.variables, key, {}, num=TIMED))
+        sample_seconds = seconds(lambda: sample(loaded.variables, key, {}, num=TIMED)) / TIMED
+    return images, Row(
+        family=family_of(experiment.model),
+        variant=path.name,
+        bits_per_dim=float(results["likelihood/bits_per_dim"]),
+        standard_error=float(results["likelihood/bits_per_dim_standard_error"]),
+        bound={"exact": "exact", "lower": "lower bound", "estimate": "estimate"}[model.bound],
+        dequantisation=model.dequantisation or "none",
+        parameters=count_parameters(loaded.variables["params"]),
+        training_flops=training_flops(loaded),
+        evaluate_seconds=seconds(lambda: log_likelihood(loaded.variables, batch, key)) / len(records),
+        sample_seconds=sample_seconds,
+    )
+
+
+def training_flops(loaded: Loaded) -> float:
+    """FLOPs of the steps that led to the checkpoint."""
+    batch = abstract_batch(loaded.model.inputs, loaded.experiment.batch_size)
+    return float(loaded.step * model_flops(loaded.model, loaded.variables, batch))
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Of the second call: the first one compiles."""
+    jax.block_until_ready(call())
+    since = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - since
+
+
+def baselines(experiment: Experiment, data_dir: Path) -> list[Row]:
+    """What needs no training: a model that does not beat these has learned nothing of interest."""
+    data, levels = experiment.data, build(experiment.model).inputs["image"].limit
+    assert levels is not None
+
+    def images(split: str) -> Int[np.ndarray, "N D"]:
+        source = open_source(data.name, split, data_dir)
+        return np.stack([example(source[i], data, None, None)["image"].ravel() for i in range(len(source))])
+
+    train, test = images(data.train), images(data.test)
+    measured = {
+        ("uniform", "exact", "none"): np.full(len(test), -test.shape[1] * math.log(levels)),
+        ("independent categorical", "exact", "none"): categorical(train, test, levels),
+        ("full-covariance Gaussian", "lower bound", "uniform"): gaussian(train, test),
+    }
+    rows = []
+    for (name, bound, dequantisation), nats in measured.items():
+        metrics = summary(nats.astype(np.float32), test.shape[1:])
+        rows.append(
+            Row(
+                family="baseline",
+                variant=name,
+                bits_per_dim=metrics["bits_per_dim"],
+                standard_error=metrics["bits_per_dim_standard_error"],
+                bound=bound,
+                dequantisation=dequantisation,
+                parameters=None,
+                training_flops=None,
+                evaluate_seconds=None,
+                sample_seconds=None,
+            )
+        )
+    return rows
+
+
+def categorical(train: Int[np.ndarray, "N D"], test: Int[np.ndarray, "M D"], levels: int) -> Float[np.ndarray, " M"]:
+    """Each sub-pixel by itself, its levels counted, with half a count for the unseen (Krichevsky & Trofimov 1981)."""
+    counts = np.stack([np.bincount(column, minlength=levels) for column in train.T]) + 0.5
+    log_probs = np.log(counts / counts.sum(axis=1, keepdims=True))
+    return log_probs[np.arange(test.shape[1]), test].sum(axis=1)
+
+
+def gaussian(train: Int[np.ndarray, "N D"], test: Int[np.ndarray, "M D"], draws: int = 8) -> Float[np.ndarray, " M"]:
+    """The mean and covariance of dequantised images, averaged over draws of the noise: a lower bound."""
+    rng = np.random.default_rng(0)
+    # The variance of uniform noise is known, and added where a drawn one would have to be estimated.
+    covariance = np.cov(train, rowvar=False) + np.eye(train.shape[1]) / 12
+    normal = multivariate_normal(train.mean(axis=0) + 0.5, covariance)
+    return np.mean([normal.logpdf(test + rng.random(test.shape)) for _ in range(draws)], axis=0)
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    head = "| family | variant | bits/dim | | dequantisation | parameters | FLOPs | s/image: evaluate | sample |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = (
+            row.family,
+            row.variant,
+            f"{row.bits_per_dim:.4f} ± {row.standard_error:.4f}",
+            row.bound,
+            row.dequantisation,
+            "" if row.parameters is None else f"{row.parameters:,}",
+            "" if row.training_flops is None else f"{row.training_flops:.1e}",
+            "" if row.evaluate_seconds is None else f"{row.evaluate_seconds:.1e}",
+            "" if row.sample_seconds is None else f"{row.sample_seconds:.1e}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], sheets: dict[str, Int[np.ndarray, "n H W C"] | None], data: str, path: Path) -> None:
+    """Bits per dimension against training compute, and samples of each model."""
+    trained = [row for row in rows if row.training_flops]
+    drawn = [row for row in reversed(rows) if sheets.get(row.variant) is not None]
+    figure = Figure(figsize=(8 + SHOWN * 0.6, max(5, 0.65 * len(drawn))), layout="constrained")
+    sides: Any = figure.subfigures(1, 2, width_ratios=[8, SHOWN * 0.6 + 2])
+    left, right = sides
+    axes = left.subplots()
+    for row in trained:
+        axes.errorbar(row.training_flops, row.bits_per_dim, yerr=row.standard_error, fmt="o")
+        axes.annotate(row.variant, (row.training_flops, row.bits_per_dim), textcoords="offset points", xytext=(5, 4))
+    for row in rows:
+        if row.family == "baseline":
+            axes.axhline(row.bits_per_dim, color="grey", linewidth=0.8, linestyle="dotted")
+            axes.annotate(row.variant, (0.01, row.bits_per_dim), xycoords=("axes fraction", "data"), color="grey")
+    axes.set_xscale("log")
+    axes.set_xlabel("training FLOPs")
+    axes.set_ylabel("bits per dimension, held-out")
+    axes.set_title(data)
+    grid: Any = right.subplots(len(drawn), SHOWN + 1, squeeze=False, width_ratios=[3, *[1] * SHOWN])
+    for line, row in zip(grid, drawn, strict=True):
+        for cell in line:
+            cell.axis("off")
+        line[0].text(0, 0.5, f"{row.variant}\n{row.bits_per_dim:.2f}", va="center", fontsize=8)
+        images = sheets[row.variant]
+        assert images is not None
+        for cell, image in zip(line[1:], images, strict=False):
+            cell.imshow(image.astype(float) / max(images.max(), 1), cmap="gray", vmin=0, vmax=1)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    with command():
+        tyro.cli(likelihood)
