@@ -141,11 +141,14 @@ def known_prefix(known: Any, patch_size: int) -> int:
 
 
 def subpixel_rules(*, mixture: bool) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
-    """Sharding rules of the tables and the head."""
+    """Sharding rules of a module with the fields `table` and `head`."""
     outputs = "mixture" if mixture else "logits"
     return (
         (r"table/embedding$", (None, None, "embed")),
         *(() if mixture else ((r"query$", (None,)),)),
+        (r"head/up/kernel$", ("embed", "mlp")),
+        (r"head/up/bias$", ("mlp",)),
+        (r"head/norm/(scale|bias)$", (None,)),
         (rf"{outputs}/kernel$", ("embed", None)),
         (rf"{outputs}/bias$", (None,)),
     )

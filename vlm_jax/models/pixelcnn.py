@@ -1,0 +1,225 @@
+"""PixelCNN with gated convolutions (van den Oord et al. 2016, 1606.05328): an exact likelihood, pixel after pixel.
+
+A stack of masked convolutions reads the image; from what comes before a pixel in raster order it predicts the pixel.
+The channels follow one another within the head: each with a softmax over its levels given those before it, or all of
+them with a mixture of discretised logistics (PixelCNN++, 1701.05517).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.errors import UserError
+from vlm_jax.nn.masked import GatedStack, RowCache, check_kernel, masked_rules
+from vlm_jax.nn.subpixels import MixtureHead, PatchEmbedding, SoftmaxHead, known_prefix, subpixel_rules
+from vlm_jax.objectives.language import token_log_probs
+from vlm_jax.objectives.likelihood import (
+    logistic_mixture_log_prob,
+    mixture_channels,
+    nats_to_bits_per_dim,
+    sample_logistic_mixture,
+)
+from vlm_jax.sampling.autoregressive import decode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Gated masked convolutions over the pixels of an image."""
+
+    image_size: int
+    channels: int = 3
+    levels: int = 256
+    """Values of a sub-pixel: 0 ... levels - 1."""
+    mixtures: int | None = None
+    """Logistics in each pixel's mixture; None: a softmax over the levels of each sub-pixel."""
+    classes: int | None = None
+    """Labels that images are drawn given; None: images have none."""
+    width: int
+    """Features of each of the two stacks."""
+    depth: int
+    """Layers."""
+    kernel: int = 3
+    """Height and width of the window that the mask cuts down."""
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the convolutions; parameters and likelihoods are float32."""
+
+    def __post_init__(self) -> None:
+        check_kernel(self.kernel)
+        for name in ("mixtures", "classes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1, or None")
+
+
+class PixelCNN(nn.Module):
+    """An image -> the log-probability of each sub-pixel given all before it."""
+
+    config: Config
+
+    def setup(self) -> None:
+        c = self.config
+        self.table = PatchEmbedding(c.channels, c.levels, c.width)
+        self.stack = GatedStack(c.width, c.depth, c.kernel, c.classes, c.dropout, c.dtype)
+        self.head: Any  # of one or the other type
+        if c.mixtures is None:
+            self.head = SoftmaxHead(c.channels, c.levels, c.width, dtype=c.dtype)
+        else:
+            self.head = MixtureHead(mixture_channels(c.mixtures, c.channels), c.width, dtype=c.dtype)
+
+    def embed(self, pixels: Int[Array, "*B C"]) -> Float[Array, "*B D"]:
+        return jnp.sum(self.table(pixels.astype(jnp.int32)), axis=-2)
+
+    def __call__(
+        self, image: Int[Array, "B H W C"], label: Int[Array, " B"] | None = None, *, train: bool = False
+    ) -> Float[Array, "B H W N"]:
+        """log p of every sub-pixel, nats; of every pixel (N = 1) where a mixture describes its channels jointly."""
+        pixels = image.astype(jnp.int32)
+        x = self.stack(self.embed(pixels), label, train=train)
+        if self.config.mixtures is None:
+            return token_log_probs(self.head(x, pixels), pixels)
+        return logistic_mixture_log_prob(self.head(x), pixels, self.config.levels)[..., None]
+
+    def empty_rows(self, batch: int) -> RowCache:
+        return self.stack.empty_rows(batch, self.config.image_size, self.config.image_size)
+
+    def row(
+        self,
+        cache: RowCache,
+        previous: Int[Array, "B W C"],
+        position: Int[Array, ""],
+        label: Int[Array, " B"] | None,
+    ) -> tuple[RowCache, tuple[Array, Array]]:
+        """Feeds the row before `position` to the vertical stack."""
+        return self.stack.row(cache, jnp.where(position == 0, 0, self.embed(previous)), position, label)
+
+    def pixel(
+        self,
+        cache: tuple[Array, Array],
+        previous: Int[Array, "B C"],
+        position: Int[Array, ""],
+        key: Array,
+        temperature: float,
+        label: Int[Array, " B"] | None,
+    ) -> tuple[tuple[Array, Array], Int[Array, "B C"]]:
+        """Feeds the pixel before `position` to the horizontal stack and draws the one at it."""
+        c = self.config
+        cache, x = self.stack.pixel(cache, jnp.where(position == 0, 0, self.embed(previous)), position, label)
+        if c.mixtures is None:
+            return cache, self.head.draw(x, key, temperature)
+        pixel = sample_logistic_mixture(key, self.head(x), c.channels, c.levels, temperature)
+        return cache, pixel.astype(jnp.int32)
+
+
+def build(config: Config) -> Model:
+    """An exact density over images."""
+    module: Any = PixelCNN(config)  # linen types what `apply` returns as a union
+    size = config.image_size
+    shape = (size, size, config.channels)
+    inputs = {"image": Input(shape, "uint8", config.levels)}
+    if config.classes is not None:
+        inputs["label"] = Input((), "int32", config.classes)
+
+    def init(key: Array, batch: Batch) -> Variables:
+        return module.init(key, *(batch[name] for name in inputs))
+
+    def log_probs(variables: Variables, batch: Batch, **settings: Any) -> Float[Array, "B H W N"]:
+        return module.apply(variables, *(batch[name] for name in inputs), **settings)
+
+    def loss(
+        variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
+    ) -> tuple[Float[Array, ""], Aux]:
+        """The negative log-likelihood in bits a dimension."""
+        del step
+        values = log_probs(variables, batch, train=train, rngs={"dropout": key})
+        value = nats_to_bits_per_dim(jnp.mean(jnp.sum(values, axis=(1, 2, 3))), shape)
+        return value, Aux({}, weight=jnp.float32(len(values)))
+
+    def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
+        """Of the image given its label, where there are labels."""
+        del key
+        return jnp.sum(log_probs(variables, batch), axis=(1, 2, 3))
+
+    def extend(
+        variables: Variables,
+        key: Array,
+        image: Int[Array, "B H W C"],
+        known: int,
+        label: Int[Array, " B"] | None,
+        temperature: float,
+    ) -> Int[Array, "B H W C"]:
+        """Keeps the first `known` pixels and draws the others.
+
+        Each row passes the vertical stack once, and each pixel that is not in a known row the horizontal one once.
+        """
+        image = image.astype(jnp.int32)
+        first = known // size
+
+        def fill(cache: RowCache, position: Array) -> tuple[RowCache, None]:
+            previous = image[:, jnp.maximum(position - 1, 0)]
+            return module.apply(variables, cache, previous, position, label, method="row")[0], None
+
+        def draw_row(cache: RowCache, previous: Array, row: Array, key: Array) -> tuple[RowCache, Array]:
+            cache, pixels = module.apply(variables, cache, previous, row, label, method="row")
+
+            def draw_pixel(cache: tuple, previous: Array, column: Array, key: Array) -> tuple[tuple, Array]:
+                cache, pixel = module.apply(variables, cache, previous, column, key, temperature, label, method="pixel")
+                return cache, jnp.where(row * size + column < known, image[:, row, column], pixel)
+
+            return cache, decode(draw_pixel, pixels, previous[:, 0], size, key)
+
+        cache = module.apply(variables, len(image), method="empty_rows")
+        cache, _ = jax.lax.scan(fill, cache, jnp.arange(first))
+        drawn = decode(draw_row, cache, image[:, max(first - 1, 0)], size, key, start=first)
+        return jnp.concatenate([image[:, :first], drawn], axis=1).astype(jnp.uint8)
+
+    def draw_label(key: Array, log_probs: Float[Array, "B K"]) -> Int[Array, " B"]:
+        return jax.random.categorical(jax.random.fold_in(key, size), log_probs)  # rows have the keys before it
+
+    def sample(
+        variables: Variables, key: Array, conditioning: Batch, *, num: int, temperature: float = 1.0
+    ) -> Int[Array, "num H W C"]:
+        """The temperature is that of each sub-pixel's softmax, or of each pixel's mixture."""
+        label = conditioning.get("label")
+        if config.classes is not None and label is None:
+            label = draw_label(key, jnp.zeros((num, config.classes)))
+        return extend(variables, key, jnp.zeros((num, *shape), jnp.uint8), 0, label, temperature)
+
+    def complete(
+        variables: Variables, key: Array, image: Int[Array, "B H W C"], known: np.ndarray, *, temperature: float = 1.0
+    ) -> Int[Array, "B H W C"]:
+        """Where images have labels, each is given one drawn from their probabilities given the known pixels.
+
+        Raises:
+          UserError: `known` is not all pixels from the first to some other in raster order.
+        """
+        count, label = known_prefix(known, 1), None
+        if config.classes is not None:
+
+            def evidence(label: Array) -> Array:
+                values = log_probs(variables, {"image": image, "label": jnp.full(len(image), label)})
+                return jnp.sum(values, axis=(1, 2, 3), where=known[..., None])
+
+            label = draw_label(key, jax.lax.map(evidence, jnp.arange(config.classes)).T)
+        return extend(variables, key, image, count, label, temperature)
+
+    rules = (
+        *subpixel_rules(mixture=config.mixtures is not None),
+        *masked_rules(classes=config.classes is not None),
+    )
+    return Model(
+        inputs=inputs,
+        init=init,
+        loss=loss,
+        rules=rules,
+        log_likelihood=log_likelihood,
+        bound="exact",
+        sample=sample,
+        complete=complete,
+    )
