@@ -43,6 +43,14 @@ def vdm_parameters(width: int, blocks: int) -> int:
     return time + ends + attention + (blocks + 2) * block(width) + (blocks + 1) * block(2 * width) + 2
 
 
+def pixelcnn_parameters(width: int, depth: int, kernel: int) -> int:
+    """Of a Gated PixelCNN with a mixture of ten logistics for RGB: a weight, and for each channel three numbers."""
+    vertical, horizontal = kernel * (kernel // 2 + 1), kernel // 2 + 1
+    layer = (vertical + horizontal + 2) * width * 2 * width + 4 * width + (width + 1) * width
+    head = 2 * width + (width + 1) * width + (width + 1) * 10 * (1 + 3 * 3)
+    return 3 * 256 * width + depth * layer + head
+
+
 def glow_parameters(steps: int, channels: tuple[int, ...], width: int = 512) -> int:
     """Layer by layer, at resolutions of so many channels; of them, each step's permutation is fixed."""
 
@@ -63,6 +71,8 @@ PARAMETERS = {
     "siglip-vit-b16": 203_155_970,
     # 76M in the paper, whose table of colours and head are of another size, and which has no masked convolution.
     "autoregressive-igpt-s": 76_399_716 + 4 * 512**2,
+    # No number is published: of the layers of 1606.05328, figure 2, counted layer by layer.
+    "pixelcnn-cifar10": pixelcnn_parameters(width=384, depth=20, kernel=5),
     # 35.7 million: of google/ddpm-cifar10-32.
     "diffusion-ddpm-cifar10": 35_746_307,
     # No number is published: of the layers that 2107.00630, appendix B, describes, counted layer by layer.
