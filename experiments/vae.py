@@ -32,4 +32,17 @@ def vae_tiny_openmoji() -> Experiment:
     )
 
 
-PRESETS = (vae_tiny, vae_tiny_openmoji)
+def vae_fashion_mnist() -> Experiment:
+    """Fashion-MNIST, 28x28, 256 levels; an hour on two CPU cores."""
+    return Experiment(
+        model=vae.Config(image_size=28, channels=1, latent=64, widths=(32, 64, 128), dropout=0.1),
+        data=Data(name="fashion_mnist", train="train[:95%]", validation="train[95%:]", image_size=28, channels=1),
+        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, eps=1e-6),
+        ema_decay=0.998,
+        steps=6000,
+        batch_size=64,
+        checkpoint_every=500,
+    )
+
+
+PRESETS = (vae_tiny, vae_tiny_openmoji, vae_fashion_mnist)

@@ -18,9 +18,11 @@ PRESETS = {name: experiment for name, (_, experiment) in presets().items()}
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_records_read_back_as_the_same_experiment(name: str) -> None:
-    record = json.loads(json.dumps(to_record(name, PRESETS[name])))
-    optimizer = replace(PRESETS[name].optimizer, decay_steps=PRESETS[name].steps)
-    assert from_record(record) == replace(PRESETS[name], optimizer=optimizer)
+    """With the end of the schedule, where it has one."""
+    experiment = PRESETS[name]
+    record = json.loads(json.dumps(to_record(name, experiment)))
+    end = None if experiment.optimizer.schedule == "constant" else experiment.steps
+    assert from_record(record) == replace(experiment, optimizer=replace(experiment.optimizer, decay_steps=end))
 
 
 def test_the_seed_the_data_and_the_model_make_another_run_and_the_mesh_does_not() -> None:

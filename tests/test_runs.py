@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.presets import presets
 from vlm_jax.trees import leaves_by_path
 from vlm_jax.workdir import load
 
 pytestmark = pytest.mark.slow
 
+DIGITS = [name for name, (_, preset) in presets().items() if preset.data.name == "digits" and name != "vae-tiny"]
+"""A preset of every family that learns images alone; the VAE's has a longer test."""
 ROOT = Path(__file__).parent.parent
 LAYOUTS = {
     "data": (),
@@ -82,6 +85,14 @@ def test_one_trajectory(preset: str, tmp_path: Path, data_dir: Path) -> None:
         assert_close(parameters(tmp_path / name), expected)
     finish(*start_pair(preset, tmp_path / "pair", data_dir, "--steps", "10"))
     assert_close(parameters(tmp_path / "pair"), expected)
+
+
+@pytest.mark.parametrize("preset", DIGITS)
+def test_one_trajectory_of_every_family(preset: str, tmp_path: Path, data_dir: Path) -> None:
+    """Five steps on one device, and on eight that split the batch, the parameters and the hidden units."""
+    finish(start(preset, tmp_path / "one", data_dir, "--steps", "5"))
+    finish(start(preset, tmp_path / "eight", data_dir, "--steps", "5", *LAYOUTS["data, fsdp and tensor"], devices=8))
+    assert_close(parameters(tmp_path / "eight"), parameters(tmp_path / "one"))
 
 
 def test_killed_twice_and_resumed_is_the_same_run(tmp_path: Path, data_dir: Path) -> None:
