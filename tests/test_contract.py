@@ -156,6 +156,8 @@ def test_capabilities_return_what_the_contract_says(model: Model, variables):
                 draw = partial(function, num=3, temperature=temperature)
                 y = jax.eval_shape(draw, variables, KEY, {})
                 assert (y.shape, y.dtype) == ((3, *batch["image"].shape[1:]), jnp.uint8)
+            if model.sampling_steps is not None:
+                jax.eval_shape(partial(function, num=3, on_step=lambda done, state: None), variables, KEY, {})
         elif capability == "complete":
             image = batch["image"]
             known = np.arange(image.shape[1])[:, None].repeat(image.shape[2], axis=1) < image.shape[1] // 2

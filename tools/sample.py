@@ -2,12 +2,13 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from tqdm import tqdm
 
 from vlm_jax.commandline import command
 from vlm_jax.data import Source, example, open_source
@@ -73,8 +74,12 @@ def sample(
 def samples(loaded: Loaded, num: int, seed: int, temperature: float) -> list[tuple[str, list[Cell]]]:
     """`num` draws."""
     assert loaded.model.sample is not None
-    draw = jax.jit(loaded.model.sample, static_argnames=("num", "temperature"))
-    images = np.asarray(draw(loaded.variables, jax.random.key(seed), {}, num=num, temperature=temperature))
+    key, steps = jax.random.key(seed), loaded.model.sampling_steps
+    with tqdm(total=steps, desc="sampling", unit="step", disable=steps is None, leave=False) as bar:
+        options: dict[str, Any] = {} if steps is None else {"on_step": lambda *_: bar.update()}
+        draw = jax.jit(partial(loaded.model.sample, num=num, temperature=temperature, **options))
+        images = np.asarray(draw(loaded.variables, key, {}))
+        jax.effects_barrier()
     cells = [(image, str(index)) for index, image in enumerate(images)]
     return [(f"samples, step {loaded.step}", cells[i : i + COLUMNS]) for i in range(0, num, COLUMNS)]
 

@@ -81,6 +81,9 @@ class Model:
     """`(variables, key, conditioning, *, num, temperature=1.0) -> [num, H, W, C]`; `conditioning` is a mapping, empty
     for none; of classes its `label` is int32 [num], and without it they are drawn uniformly; at temperature 1 a draw
     from the model, below it one with less noise"""
+    sampling_steps: int | None = None
+    """Steps of a `sample` that also takes `on_step(steps done, state)`, called on the host after each of them; None: it
+    does not"""
     complete: Callable[..., jax.Array] | None = None
     """`(variables, key, image, known, *, temperature=1.0) -> image`: draws the pixels that are not known given those
     that are; `known` is a NumPy array of bool [H, W], the same for all images"""

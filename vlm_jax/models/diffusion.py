@@ -212,4 +212,5 @@ def build(config: Config) -> Model:
         log_likelihood=None if config.levels is None else log_likelihood,
         bound=None if config.levels is None else "lower",
         sample=sample,
+        sampling_steps=config.sampling_steps,
     )

@@ -167,4 +167,5 @@ def build(config: Config) -> Model:
         bound=None if config.levels is None else "estimate",
         dequantisation=None if config.levels is None else "uniform",
         sample=sample,
+        sampling_steps=config.sampling_steps,
     )

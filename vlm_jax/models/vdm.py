@@ -179,4 +179,5 @@ def build(config: Config) -> Model:
         log_likelihood=log_likelihood,
         bound="lower",
         sample=sample,
+        sampling_steps=config.sampling_steps,
     )
