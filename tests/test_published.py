@@ -51,6 +51,22 @@ def pixelcnn_parameters(width: int, depth: int, kernel: int) -> int:
     return 3 * 256 * width + depth * layer + head
 
 
+def vdvae_parameters(width: int, hidden: int, latent: int, encoder: dict[int, int], decoder: dict[int, int]) -> int:
+    """Blocks by the height of their resolution; of a mixture of ten logistics for RGB."""
+
+    def bottleneck(size: int, inputs: int, outputs: int) -> int:
+        window = 9 if size > 2 else 1
+        return (inputs + 1) * hidden + 2 * (window * hidden + 1) * hidden + (hidden + 1) * outputs
+
+    def block(size: int) -> int:
+        prior, posterior = bottleneck(size, width, 2 * latent + width), bottleneck(size, 2 * width, 2 * latent)
+        return prior + posterior + (latent + 1) * width + bottleneck(size, width, width)
+
+    ends = (9 * 3 + 1) * width + 2 * width + (width + 1) * 100
+    seen = sum(count * bottleneck(size, width, width) for size, count in encoder.items())
+    return ends + seen + sum(count * block(size) + size**2 * width for size, count in decoder.items())
+
+
 def glow_parameters(steps: int, channels: tuple[int, ...], width: int = 512) -> int:
     """Layer by layer, at resolutions of so many channels; of them, each step's permutation is fixed."""
 
@@ -71,6 +87,10 @@ PARAMETERS = {
     "siglip-vit-b16": 203_155_970,
     # 76M in the paper, whose table of colours and head are of another size, and which has no masked convolution.
     "autoregressive-igpt-s": 76_399_716 + 4 * 512**2,
+    # 39 million, counted layer by layer.
+    "ladder-vae-cifar10": vdvae_parameters(
+        384, 96, 16, encoder={32: 12, 16: 7, 8: 7, 4: 4, 1: 3}, decoder={32: 22, 16: 11, 8: 6, 4: 3, 1: 1}
+    ),
     # No number is published: of the layers of 1606.05328, figure 2, counted layer by layer.
     "pixelcnn-cifar10": pixelcnn_parameters(width=384, depth=20, kernel=5),
     # 35.7 million: of google/ddpm-cifar10-32.

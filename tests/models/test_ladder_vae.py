@@ -1,0 +1,201 @@
+"""The hierarchical VAE: on 2x2 images of 3 levels all 81 probabilities are known, and every bound is checked."""
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vlm_jax.errors import UserError
+from vlm_jax.models import ladder_vae
+from vlm_jax.models.ladder_vae import Config, LadderVAE
+from vlm_jax.trees import map_with_path
+
+CONFIG = Config(
+    image_size=2,
+    channels=1,
+    levels=3,
+    width=8,
+    hidden=8,
+    latent=1,
+    sizes=(2, 1),
+    encoder_blocks=(1, 2),
+    decoder_blocks=(1, 2),
+    mixtures=2,
+)
+MODEL = ladder_vae.build(CONFIG)
+IMAGES = np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)
+BATCH = {"image": IMAGES}
+DRAWS = 4096
+KEY = jax.random.key(1)
+
+
+@pytest.fixture(scope="module")
+def variables() -> Any:
+    """Random values for every parameter, so that latents, posteriors and pixels depend on one another.
+
+    The posteriors are kept wide: those much narrower than the true ones have importance weights of infinite variance.
+    """
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(MODEL.init, KEY, BATCH)
+
+    def value(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        values = 0.3 * random.normal(size=leaf.shape)
+        if "posterior/expand/bias" in path:
+            values = values * 0.1 + np.array([0.0, 0.3])
+        elif "posterior" in path or "prior" in path:
+            values = 0.35 * values
+        return jnp.asarray(values, jnp.float32)
+
+    return map_with_path(value, shapes)
+
+
+def draws(function: Any, variables: Any) -> np.ndarray:
+    """[draws, images], nats"""
+    keys = jax.random.split(KEY, DRAWS)
+    values = jax.jit(lambda keys: jax.lax.map(lambda key: function(variables, BATCH, key), keys, batch_size=64))(keys)
+    return np.asarray(values, np.float64)
+
+
+@pytest.fixture(scope="module")
+def bounds(variables: Any) -> np.ndarray:
+    return draws(MODEL.log_likelihood, variables)
+
+
+@pytest.fixture(scope="module")
+def log_weights(variables: Any) -> np.ndarray:
+    return draws(MODEL.log_weight, variables)
+
+
+def test_importance_weights_are_unbiased(log_weights: np.ndarray):
+    """Their means sum to one; an error of 0.005 bits a dimension would be 0.014 of it."""
+    totals = np.exp(log_weights).sum(axis=1)
+    error = totals.std(ddof=1) / math.sqrt(DRAWS)
+    assert 4 * error < 0.0138
+    assert abs(totals.mean() - 1) < 4 * error
+
+
+def test_the_bound_is_below_every_probability_and_sums_to_at_most_one(bounds: np.ndarray, log_weights: np.ndarray):
+    bound, probability = bounds.mean(axis=0), np.exp(log_weights).mean(axis=0)
+    assert np.exp(bound).sum() <= 1 + 1e-5
+    assert (np.exp(bound) < probability).all()
+    # It is a bound that says something: a constant below all would pass what stands above.
+    assert np.exp(bound).sum() > 0.1
+
+
+def test_the_bound_is_the_mean_of_the_log_weights(bounds: np.ndarray, log_weights: np.ndarray):
+    """The divergences in closed form beside their estimates by samples."""
+    difference = bounds - log_weights
+    error = difference.std(axis=0, ddof=1) / math.sqrt(DRAWS)
+    assert difference.std() > 0.05
+    assert (np.abs(difference.mean(axis=0)) < 5 * error + 1e-5).all()
+
+
+def test_samples_have_the_probabilities_of_the_importance_weights(variables: Any, log_weights: np.ndarray):
+    count = 20_000
+    samples = np.asarray(jax.jit(lambda key: MODEL.sample(variables, key, {}, num=count))(KEY))
+    assert samples.dtype == np.uint8 and samples.shape == (count, 2, 2, 1)
+    observed = np.bincount(samples.reshape(count, 4) @ [27, 9, 3, 1], minlength=81) / count
+    weights = np.exp(log_weights)
+    expected = weights.mean(axis=0)
+    error = np.sqrt(expected / count + weights.var(axis=0) / DRAWS)
+    assert (np.abs(observed - expected) < 5 * error).all()
+
+
+def test_every_latent_is_used(variables: Any):
+    """Moved by itself, each changes the distribution of all pixels."""
+    noise = [np.zeros((blocks, 1, size, size, 1), np.float32) for size, blocks in ((2, 1), (1, 2))]
+    draw = jax.jit(lambda noise: LadderVAE(CONFIG).apply(variables, noise, method="draw"))
+    still = draw(noise)
+    for part, block in ((0, 0), (1, 0), (1, 1)):
+        moved = [values.copy() for values in noise]
+        moved[part][block] = 1.0
+        assert (np.abs(draw(moved) - still).max(axis=-1) > 1e-4).all()
+
+
+def test_at_temperature_zero_all_samples_are_one_image(variables: Any):
+    zero = jax.jit(lambda key: MODEL.sample(variables, key, {}, num=5, temperature=0.0))(KEY)
+    assert (zero == zero[0]).all()
+
+
+def test_the_divergence_weighs_more_and_more_in_training_and_fully_after(variables: Any):
+    model = ladder_vae.build(replace(CONFIG, kl_warmup_steps=100))
+    loss = jax.jit(lambda step, train: model.loss(variables, BATCH, KEY, step, train=train), static_argnums=1)
+    plain, parts = jax.jit(lambda: MODEL.loss(variables, BATCH, KEY, 0, train=True))()
+    rate, distortion = parts.metrics["rate_bits_per_dim"], parts.metrics["distortion_bits_per_dim"]
+    assert rate > 0.01
+    for step, weight in ((0, 0.0), (25, 0.25), (100, 1.0), (1000, 1.0)):
+        value, aux = loss(step, True)
+        np.testing.assert_allclose(value, distortion + weight * rate, rtol=1e-6)
+        np.testing.assert_allclose(aux.metrics["rate_weight"], weight, rtol=1e-6)
+    np.testing.assert_allclose(loss(0, False)[0], plain, rtol=1e-6)
+
+
+def test_the_loss_is_the_negative_bound_in_bits_per_dimension(variables: Any):
+    loss, aux = jax.jit(lambda key: MODEL.loss(variables, BATCH, key, 0, train=False))(KEY)
+    noise_key, _ = jax.random.split(KEY)
+    bound = jax.jit(MODEL.log_likelihood)(variables, BATCH, noise_key)
+    np.testing.assert_allclose(loss, -bound.mean() / (4 * math.log(2)), rtol=1e-5)
+    assert aux.weight == 81
+
+
+def test_a_posterior_that_is_the_prior_costs_nothing():
+    """Priors start as the standard normal; so does a posterior whose last kernel is zero."""
+    variables = jax.jit(MODEL.init)(KEY, BATCH)
+    silent = map_with_path(lambda path, leaf: 0 * leaf if "posterior/expand" in path else leaf, variables)
+    _, aux = jax.jit(lambda: MODEL.loss(silent, BATCH, KEY, 0, train=False))()
+    assert aux.metrics["rate_bits_per_dim"] == 0
+    _, aux = jax.jit(lambda: MODEL.loss(variables, BATCH, KEY, 0, train=False))()
+    assert aux.metrics["rate_bits_per_dim"] > 1e-4
+
+
+def test_reconstructions_become_their_originals():
+    """Trained on two images alone, the model tells them apart and copies them."""
+    model = ladder_vae.build(replace(CONFIG, mixtures=1, kl_warmup_steps=10**6))  # latents cost nothing
+    images = np.array([[0, 2, 2, 0], [2, 0, 1, 2]], np.uint8).reshape(2, 2, 2, 1)
+
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def train(key: jax.Array) -> Any:
+        def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
+            def loss(params: Any) -> jax.Array:
+                return model.loss({"params": params}, {"image": images}, key, 0, train=True)[0]
+
+            params, moments = carry
+            updates, moments = optimizer.update(jax.grad(loss)(params), moments)
+            return (optax.apply_updates(params, updates), moments), None
+
+        params = model.init(key, {"image": images})["params"]
+        return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, 300))[0][0]
+
+    copies = jax.jit(model.reconstruct)({"params": train(KEY)}, images)
+    np.testing.assert_array_equal(copies, images, strict=True)
+
+
+def test_dropout_is_for_training_alone(variables: Any):
+    model = ladder_vae.build(replace(CONFIG, dropout=0.5))
+    loss = jax.jit(lambda train: model.loss(variables, BATCH, KEY, 0, train=train)[0], static_argnums=0)
+    expected = jax.jit(lambda: MODEL.loss(variables, BATCH, KEY, 0, train=True)[0])()
+    np.testing.assert_allclose(loss(False), expected, rtol=1e-6)
+    assert abs(loss(True) - expected) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sizes": (4, 1)}, r"sizes=\[4, 1\] must begin with image_size=2"),
+        ({"image_size": 7, "sizes": (7, 2)}, "each must be a multiple of the next"),
+        ({"decoder_blocks": (1,)}, r"decoder_blocks=\[1\] must be one number, 1 or more, for each of sizes=\[2, 1\]"),
+        ({"encoder_blocks": (1, 0)}, r"encoder_blocks=\[1, 0\] must be one number"),
+        ({"kl_warmup_steps": -1}, "kl_warmup_steps is -1"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        replace(CONFIG, **changes)
