@@ -78,6 +78,13 @@ def glow_parameters(steps: int, channels: tuple[int, ...], width: int = 512) -> 
     return steps * sum(map(step, channels)) + splits + 2 * channels[-1]
 
 
+def tarflow_parameters(patch: int, width: int, blocks: int, depth: int, image_size: int = 64) -> int:
+    """Of RGB images: [P, Ch, T, K] as the paper writes a size, with a norm after each block's layers."""
+    size, length = 3 * patch**2, (image_size // patch) ** 2
+    layer = 4 * (width + 1) * width + (width + 1) * 4 * width + (4 * width + 1) * width + 4 * width
+    return blocks * ((size + 1) * width + length * width + depth * layer + 2 * width + (width + 1) * 2 * size)
+
+
 PARAMETERS = {
     # Of OpenAI's released checkpoints, each with its logit_scale.
     "clip-vit-b32": 151_277_313,
@@ -105,6 +112,8 @@ PARAMETERS = {
     # Of the layers that 1807.03039 describes; no exact number is published.
     "flow-glow-cifar10": glow_parameters(32, (12, 24, 48)),
     "flow-glow-imagenet64": glow_parameters(48, (12, 24, 48, 96)),
+    # [2, 768, 8, 8] of 2412.06329, table 2; its layers counted.
+    "tarflow-imagenet64": tarflow_parameters(2, 768, 8, 8),
 }
 
 
