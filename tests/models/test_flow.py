@@ -18,6 +18,7 @@ from vlm_jax.trees import map_with_path
 
 CONFIGS = {
     "uniform": Config(image_size=2, channels=1, levels=3, scales=1, steps=2, width=8),
+    "masked": Config(image_size=2, channels=1, levels=3, scales=1, steps=1, width=8, masked_width=8),
     "variational": Config(
         image_size=2,
         channels=1,
@@ -63,8 +64,8 @@ def model(name: str) -> Model:
 
 
 @pytest.fixture(scope="module")
-def variables(model: Model) -> Any:
-    return random_variables(model)
+def variables(name: str, model: Model) -> Any:
+    return random_variables(model, scale=0.07 if name == "masked" else 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,7 @@ def test_dropout_is_for_training_alone():
     ("changes", "message"),
     [
         ({"scales": 2}, "an image of 2 pixels a side cannot be halved scales=2 times"),
+        ({"masked_width": 0}, "masked_width is 0: it must be at least 1, or None"),
         ({"scales": 0}, "cannot be halved scales=0 times"),
         ({"logit_margin": 0.5}, r"logit_margin is 0.5: it must lie in \(0, 0.5\)"),
     ],

@@ -1,10 +1,12 @@
 """The multiscale coupling flow (RealNVP, 1605.08803; Glow, 1807.03039): an invertible map of an image to noise.
 
-Its density is one of continuous images; noise below the levels of the data, uniform or learned (Flow++, 1902.00275),
+With MaCow's masked convolutions (1902.04208) it sees pixels on all sides in every step. Its density is one of
+continuous images; noise below the levels of the data, uniform or learned (Flow++, 1902.00275),
 turns it into a bound on the probability of the integers.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -17,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.coupling import FLOW_FROZEN, MultiScale, Repeated, Step, flow_rules, squeeze, unsqueeze
+from vlm_jax.nn.masked_flow import MASKED_RULES, MaskedStep
 from vlm_jax.objectives.dequantisation import (
     from_logit,
     from_symmetric,
@@ -42,6 +45,9 @@ class Config:
     """At each resolution."""
     width: int
     """Hidden channels of each coupling's network."""
+    masked_width: int | None = None
+    """Hidden channels of the masked convolutions, one from each side, that come before each step (MaCow, 1902.04208);
+    None: there are none."""
     mixtures: int = 0
     """Logistics in the mixtures whose distribution functions transform each element (1902.00275); 0: affine alone."""
     dequantisation: Literal["uniform", "variational"] = "uniform"
@@ -56,6 +62,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_scales(self.image_size, self.scales)
+        if self.masked_width is not None and self.masked_width < 1:
+            raise UserError(f"masked_width is {self.masked_width}: it must be at least 1, or None for no such layers")
         if self.logit_margin is not None and not 0 < self.logit_margin < 0.5:
             raise UserError(f"logit_margin is {self.logit_margin}: it must lie in (0, 0.5), or be None for no logit")
 
@@ -76,10 +84,12 @@ class Flow(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        step = partial(Step, c.width, c.mixtures, c.dropout, c.dtype)
-        self.flow = MultiScale(step, c.steps, c.scales)
+        step: Callable[..., nn.Module] = partial(Step, c.width, c.mixtures, c.dropout, c.dtype)
         if c.dequantisation == "variational":
             self.dequantiser = Repeated(step, c.dequantisation_steps)
+        if c.masked_width is not None:
+            step = partial(MaskedStep, c.masked_width, c.width, c.mixtures, c.dropout, c.dtype)
+        self.flow = MultiScale(step, c.steps, c.scales)
 
     def __call__(
         self, image: Int[Array, "B H W C"], noise: Float[Array, "B H W C"], *, train: bool = False
@@ -162,7 +172,7 @@ def build(config: Config) -> Model:
         inputs={"image": Input(shape, "uint8", config.levels)},
         init=init,
         loss=loss,
-        rules=flow_rules(config.scales),
+        rules=(*(() if config.masked_width is None else MASKED_RULES), *flow_rules(config.scales)),
         frozen=FLOW_FROZEN,
         log_likelihood=log_weight,
         bound="lower",
