@@ -237,6 +237,7 @@ def build(config: Config) -> Model:
         rules=rules,
         log_likelihood=log_weight if c.noise is None else None,
         bound="lower" if c.noise is None else None,
+        dequantisation="uniform" if c.noise is None else None,
         log_weight=log_weight if c.noise is None else None,
         sample=sample,
     )
