@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -107,6 +108,14 @@ def test_samples_have_the_probabilities_of_the_importance_weights(variables: Any
     assert (np.abs(observed - expected) < 5 * error).all()
 
 
+def test_no_latent_has_a_negative_divergence(variables: Any):
+    """From the coarsest to the finest, image by image; together they are the rate."""
+    noise = [jax.random.normal(KEY, (blocks, 81, size, size, 1)) for size, blocks in ((2, 1), (1, 2))]
+    _, terms = jax.jit(lambda: LadderVAE(CONFIG).apply(variables, IMAGES, noise))()
+    assert terms.divergence.shape == terms.log_ratio.shape == (3, 81)
+    assert (terms.divergence > 1e-4).all()
+
+
 def test_every_latent_is_used(variables: Any):
     """Moved by itself, each changes the distribution of all pixels."""
     noise = [np.zeros((blocks, 1, size, size, 1), np.float32) for size, blocks in ((2, 1), (1, 2))]
@@ -129,7 +138,7 @@ def test_the_divergence_weighs_more_and_more_in_training_and_fully_after(variabl
     plain, parts = jax.jit(lambda: MODEL.loss(variables, BATCH, KEY, 0, train=True))()
     rate, distortion = parts.metrics["rate_bits_per_dim"], parts.metrics["distortion_bits_per_dim"]
     assert rate > 0.01
-    for step, weight in ((0, 0.0), (25, 0.25), (100, 1.0), (1000, 1.0)):
+    for step, weight in ((0, 0.0), (25, 0.25), (50, 0.5), (100, 1.0), (1000, 1.0)):
         value, aux = loss(step, True)
         np.testing.assert_allclose(value, distortion + weight * rate, rtol=1e-6)
         np.testing.assert_allclose(aux.metrics["rate_weight"], weight, rtol=1e-6)
@@ -145,13 +154,49 @@ def test_the_loss_is_the_negative_bound_in_bits_per_dimension(variables: Any):
 
 
 def test_a_posterior_that_is_the_prior_costs_nothing():
-    """Priors start as the standard normal; so does a posterior whose last kernel is zero."""
+    """Both are told nothing and have the same biases, a mean and a log-deviation."""
     variables = jax.jit(MODEL.init)(KEY, BATCH)
-    silent = map_with_path(lambda path, leaf: 0 * leaf if "posterior/expand" in path else leaf, variables)
-    _, aux = jax.jit(lambda: MODEL.loss(silent, BATCH, KEY, 0, train=False))()
-    assert aux.metrics["rate_bits_per_dim"] == 0
+
+    def told_nothing(path: str, leaf: jax.Array) -> jax.Array:
+        if not re.search("(prior|posterior)/expand", path):
+            return leaf
+        return jnp.zeros_like(leaf).at[..., :2].set(jnp.array([0.7, -0.4]) if path.endswith("bias") else 0.0)
+
+    same = map_with_path(told_nothing, variables)
+    _, aux = jax.jit(lambda: MODEL.loss(same, BATCH, KEY, 0, train=False))()
+    assert abs(aux.metrics["rate_bits_per_dim"]) < 1e-6
     _, aux = jax.jit(lambda: MODEL.loss(variables, BATCH, KEY, 0, train=False))()
     assert aux.metrics["rate_bits_per_dim"] > 1e-4
+
+
+def test_deviations_are_bounded(variables: Any):
+    """Whatever the network says, no divergence overflows."""
+    wild = map_with_path(lambda path, leaf: leaf + 1e4 * ("posterior/expand/bias" in path), variables)
+    _, aux = jax.jit(lambda: MODEL.loss(wild, BATCH, KEY, 0, train=False))()
+    assert jnp.isfinite(aux.metrics["rate_bits_per_dim"])
+    bounds = ladder_vae.bounded(jnp.array([-1e4, -0.01, 0.01, 1e4]))
+    np.testing.assert_allclose(bounds, [-5, -0.01, 0.01, 5], rtol=1e-5)
+
+
+def test_convolutions_in_bf16_leave_latents_and_likelihoods_in_fp32(variables: Any):
+    model = ladder_vae.build(replace(CONFIG, dtype="bfloat16"))
+    bound, rounded = jax.jit(lambda: [each.log_likelihood(variables, BATCH, KEY) for each in (MODEL, model)])()
+    assert rounded.dtype == jnp.float32
+    assert 1e-5 < np.abs(rounded - bound).max() < 0.1
+    block, x = ladder_vae.Bottleneck(8, 8, dtype="bfloat16"), jax.random.normal(KEY, (2, 2, 2, 8))
+    y = block.apply(block.init(KEY, x), x)
+    assert y.dtype == jnp.float32 and (y != y.astype(jnp.bfloat16)).mean() > 0.9
+
+
+def test_sizes_that_are_no_powers_of_two():
+    sizes, blocks = (28, 14, 7, 1), (1, 2, 1, 1)
+    config = replace(CONFIG, image_size=28, channels=3, sizes=sizes, encoder_blocks=blocks, decoder_blocks=blocks)
+    model = ladder_vae.build(config)
+    batch = {"image": jax.ShapeDtypeStruct((2, 28, 28, 3), jnp.uint8)}
+    variables = jax.eval_shape(model.init, KEY, batch)
+    assert jax.eval_shape(model.reconstruct, variables, batch["image"]) == batch["image"]
+    sample = jax.eval_shape(lambda variables: model.sample(variables, KEY, {}, num=3), variables)
+    assert (sample.shape, sample.dtype) == ((3, 28, 28, 3), jnp.uint8)
 
 
 def test_reconstructions_become_their_originals():

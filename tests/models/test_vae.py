@@ -118,6 +118,19 @@ def test_the_loss_is_the_negative_bound_in_bits_per_dimension(model, variables):
     assert aux.weight == 81
 
 
+def test_the_divergence_weighs_more_and_more_in_training_and_fully_after():
+    plain, warm = MODELS["standard"], vae.build(replace(CONFIG, kl_warmup_steps=100))
+    variables = jax.tree.map(lambda leaf: leaf + 0.1, plain.init(KEY, BATCH))
+    loss = jax.jit(lambda step, train: warm.loss(variables, BATCH, KEY, step, train=train), static_argnums=1)
+    expected, parts = jax.jit(lambda: plain.loss(variables, BATCH, KEY, 0, train=True))()
+    rate, distortion = parts.metrics["rate_bits_per_dim"], parts.metrics["distortion_bits_per_dim"]
+    for step, weight in ((0, 0.0), (50, 0.5), (100, 1.0), (1000, 1.0)):
+        value, aux = loss(step, True)
+        np.testing.assert_allclose(value, distortion + weight * rate, rtol=1e-6)
+        np.testing.assert_allclose(aux.metrics["rate_bits_per_dim"], rate, rtol=1e-6)
+    np.testing.assert_allclose(loss(0, False)[0], expected, rtol=1e-6)
+
+
 def test_reconstructions_become_their_originals():
     """Trained on two images alone, the model tells them apart and copies them."""
     config = vae.Config(image_size=2, channels=1, levels=3, latent=2, widths=(8,), mixtures=1)
@@ -162,6 +175,7 @@ def test_images_that_halve_as_often_as_there_are_widths():
     ("changes", "message"),
     [
         ({"pseudo_inputs": 0}, r"pseudo_inputs is 0: it must be at least 1, or None"),
+        ({"kl_warmup_steps": -1}, r"kl_warmup_steps is -1: it must be 0 or more"),
         ({"widths": ()}, r"must be one or more multiples of 8, not \[\]"),
         ({"widths": (8, 12)}, r"must be one or more multiples of 8, not \[8, 12\]"),
         ({"widths": (8, 16, 32)}, r"2 pixels a side cannot be halved for each width of \[8, 16, 32\] after the first"),

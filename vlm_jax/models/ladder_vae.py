@@ -82,9 +82,9 @@ class Config:
 class Terms(NamedTuple):
     """Of the evidence lower bound, nats."""
 
-    divergence: Float[Array, " B"]
-    """KL(q || p), given the latents before."""
-    log_ratio: Float[Array, " B"]
+    divergence: Float[Array, "*L B"]
+    """KL(q || p) of each latent image, given those before."""
+    log_ratio: Float[Array, "*L B"]
     """log p(z) - log q(z), whose mean is the negative of it."""
 
 
@@ -123,7 +123,8 @@ class Bottleneck(nn.Module):
             init = nn.initializers.variance_scaling(self.out_scale, "fan_in", "normal")
         else:
             init = nn.initializers.zeros
-        return nn.Dense(self.out, kernel_init=init, dtype=self.dtype, name="expand")(x).astype(jnp.float32)
+        # In fp32: what comes out is the mean and deviation of a latent, or joins the state that all blocks add to.
+        return nn.Dense(self.out, kernel_init=init, name="expand")(x.astype(jnp.float32))
 
 
 class EncoderBlock(nn.Module):
@@ -207,7 +208,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents from coarse to fine -> parameters of each pixel's mixture of logistics, and the terms of all latents."""
+    """Latents from coarse to fine -> parameters of each pixel's mixture of logistics, and the terms of each latent."""
 
     config: Config
 
@@ -217,7 +218,7 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B H W O"], Terms]:
         """`seen` is what the encoder tells; None: latents are drawn from their priors."""
         c, batch = self.config, noise[0].shape[1]
-        x, totals = jnp.zeros((batch, c.sizes[-1], c.sizes[-1], c.width)), Terms(jnp.zeros(batch), jnp.zeros(batch))
+        x, parts = jnp.zeros((batch, c.sizes[-1], c.sizes[-1], c.width)), []
         for i, size in reversed(list(enumerate(c.sizes))):
             x = enlarge(x, size) + self.param(f"start_{size}", nn.initializers.zeros, (size, size, c.width))
             told = None if seen is None else seen[i]
@@ -227,10 +228,11 @@ class Decoder(nn.Module):
 
             scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True})
             x, terms = scan(DecoderBlock(c, name=f"size_{size}"), x, noise[i])
-            totals = Terms(*(total + jnp.sum(term, axis=0) for total, term in zip(totals, terms, strict=True)))
+            parts.append(terms)
         gain = self.param("final_gain", nn.initializers.ones, (c.width,))
         bias = self.param("final_bias", nn.initializers.zeros, (c.width,))
-        return nn.Dense(mixture_channels(c.mixtures, c.channels), name="mixture")(x * gain + bias), totals
+        outputs = nn.Dense(mixture_channels(c.mixtures, c.channels), name="mixture")(x * gain + bias)
+        return outputs, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 class LadderVAE(nn.Module):
@@ -271,7 +273,8 @@ def build(config: Config) -> Model:
     ) -> tuple[Float[Array, " B"], Terms]:
         """log p(x | z), and what the latents cost."""
         outputs, terms = module.apply(variables, image, draw_noise(key, len(image)), **settings)
-        return jnp.sum(logistic_mixture_log_prob(outputs, image, config.levels), axis=(1, 2)), terms
+        log_prob = jnp.sum(logistic_mixture_log_prob(outputs, image, config.levels), axis=(1, 2))
+        return log_prob, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), terms)
 
     def loss(
         variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
@@ -322,8 +325,7 @@ def build(config: Config) -> Model:
         loss=loss,
         rules=(
             (r"(first|second)/kernel$", (None, "filters")),
-            (r"reduce/kernel$", ("embed", None)),
-            (r"expand/kernel$", (None, "embed")),
+            (r"(reduce|expand)/kernel$", ("embed", None)),
             (r"latent/kernel$", (None, "embed")),
             (r"mixture/kernel$", ("embed", None)),
             (r"start_\d+$", (None, None, "embed")),

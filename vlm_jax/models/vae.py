@@ -49,6 +49,8 @@ class Config:
     """Residual blocks at each resolution."""
     mixtures: int = 5
     """Logistics in each pixel's mixture."""
+    kl_warmup_steps: int = 0
+    """Steps over which the divergence's weight in the loss rises from 0 to 1 (1602.02282, section 2.3)."""
     dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the convolutions; parameters, latents and likelihoods are float32."""
@@ -56,6 +58,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.pseudo_inputs is not None and self.pseudo_inputs < 1:
             raise UserError(f"pseudo_inputs is {self.pseudo_inputs}: it must be at least 1, or None")
+        if self.kl_warmup_steps < 0:
+            raise UserError(f"kl_warmup_steps is {self.kl_warmup_steps}: it must be 0 or more")
         if not self.widths or any(width % GROUPS for width in self.widths):
             raise UserError(f"the widths of a VAE must be one or more multiples of {GROUPS}, not {list(self.widths)}")
         if self.image_size % 2 ** (len(self.widths) - 1):
@@ -189,8 +193,10 @@ def build(config: Config) -> Model:
     def loss(
         variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
     ) -> tuple[Float[Array, ""], Aux]:
-        """The negative evidence lower bound in bits a dimension, with one posterior sample an image."""
-        del step
+        """The negative evidence lower bound in bits a dimension, with one posterior sample an image.
+
+        In training its divergence has the weight of the step; the metrics are the bound's own terms.
+        """
         noise_key, dropout_key = jax.random.split(key)
         image = batch["image"]
         log_prob, _, divergence = module.apply(
@@ -199,7 +205,9 @@ def build(config: Config) -> Model:
         rate = nats_to_bits_per_dim(-jnp.mean(divergence), shape)
         distortion = nats_to_bits_per_dim(jnp.mean(log_prob), shape)
         metrics = {"rate_bits_per_dim": rate, "distortion_bits_per_dim": distortion}
-        return rate + distortion, Aux(metrics, weight=jnp.float32(len(image)))
+        warmup = config.kl_warmup_steps if train else 0
+        weight = jnp.minimum(step / warmup, 1) if warmup else 1
+        return weight * rate + distortion, Aux(metrics, weight=jnp.float32(len(image)))
 
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
         """E_q log p(x | z) - KL(q || p)."""
