@@ -32,7 +32,7 @@ CONFIG = Config(
 MODEL = ladder_vae.build(CONFIG)
 IMAGES = np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)
 BATCH = {"image": IMAGES}
-DRAWS = 4096
+DRAWS = 16_384
 KEY = jax.random.key(1)
 
 
@@ -74,10 +74,10 @@ def log_weights(variables: Any) -> np.ndarray:
 
 
 def test_importance_weights_are_unbiased(log_weights: np.ndarray):
-    """Their means sum to one; an error of 0.005 bits a dimension would be 0.014 of it."""
+    """Their means sum to one; 0.005 bits a dimension, either way, would be 0.0138 of it, twice what is allowed."""
     totals = np.exp(log_weights).sum(axis=1)
     error = totals.std(ddof=1) / math.sqrt(DRAWS)
-    assert 4 * error < 0.0138
+    assert 8 * error < 0.0138
     assert abs(totals.mean() - 1) < 4 * error
 
 
@@ -95,6 +95,9 @@ def test_the_bound_is_the_mean_of_the_log_weights(bounds: np.ndarray, log_weight
     error = difference.std(axis=0, ddof=1) / math.sqrt(DRAWS)
     assert difference.std() > 0.05
     assert (np.abs(difference.mean(axis=0)) < 5 * error + 1e-5).all()
+    # All images together, whose draws are independent: an error that each by itself would hide.
+    together = difference.mean(axis=1)
+    assert abs(together.mean()) < 4 * together.std(ddof=1) / math.sqrt(DRAWS)
 
 
 def test_samples_have_the_probabilities_of_the_importance_weights(variables: Any, log_weights: np.ndarray):
