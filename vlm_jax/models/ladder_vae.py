@@ -100,6 +100,14 @@ def enlarge(x: Float[Array, "B h w C"], size: int) -> Float[Array, "B H W C"]:
     return jnp.repeat(jnp.repeat(x, factor, axis=1), factor, axis=2)
 
 
+def unroll(blocks: int) -> int:
+    """How many blocks of a stack each turn of its loop computes: all of a short one, which then is no loop.
+
+    On the CPU a convolution within a loop takes tens of times as long as one outside.
+    """
+    return blocks if blocks <= 4 else 1
+
+
 class Bottleneck(nn.Module):
     """GELU and a convolution, four times: into few channels, twice among them, and out again (2011.10650, figure 3)."""
 
@@ -201,7 +209,9 @@ class Encoder(nn.Module):
             def body(block: nn.Module, x: Array) -> tuple[Array, None]:
                 return block(x), None
 
-            scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=blocks)
+            scan = nn.scan(
+                body, variable_axes={"params": 0}, split_rngs={"params": True}, length=blocks, unroll=unroll(blocks)
+            )
             x, _ = scan(EncoderBlock(c, name=f"size_{size}"), pool(x, size))
             seen.append(x)
         return seen
@@ -226,7 +236,12 @@ class Decoder(nn.Module):
             def body(block: nn.Module, x: Array, noise: Array, told: Array | None = told) -> tuple[Array, Terms]:
                 return block(x, told, noise, train=train)
 
-            scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True})
+            scan = nn.scan(
+                body,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                unroll=unroll(c.decoder_blocks[i]),
+            )
             x, terms = scan(DecoderBlock(c, name=f"size_{size}"), x, noise[i])
             parts.append(terms)
         gain = self.param("final_gain", nn.initializers.ones, (c.width,))
