@@ -24,7 +24,7 @@ LABEL = jnp.array([0, 1, 1, 0])
 
 SMALL = Config(image_size=2, channels=1, levels=3, blocks=2, transformer=replace(TRANSFORMER, depth=1))
 IMAGES = np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)
-DRAWS = 1024
+DRAWS = 8192
 
 
 def random_variables(module: Any, *args: Any, scale: float = 0.1, alpha: float = 0.0) -> Any:
@@ -110,47 +110,44 @@ def test_the_cached_inverse_equals_the_plain_one():
     np.testing.assert_allclose(invert(module, variables, X, LABEL), plain(X), atol=1e-5)
 
 
-@pytest.fixture(scope="module", params=[None, 2], ids=["plain", "classes"])
-def config(request: pytest.FixtureRequest) -> Config:
-    return replace(SMALL, classes=request.param)
+CONDITIONAL = replace(SMALL, classes=2)
+MODEL = tarflow.build(CONDITIONAL)
+BATCH = {"image": IMAGES, "label": np.ones(81, np.int32)}
 
 
 @pytest.fixture(scope="module")
-def batch(config: Config) -> dict[str, np.ndarray]:
-    """All images, of the last class if there are classes."""
-    return {"image": IMAGES} if config.classes is None else {"image": IMAGES, "label": np.ones(81, np.int32)}
+def variables() -> Any:
+    return random_variables(TarFlow(CONDITIONAL), jnp.zeros((81, 4, 1)), BATCH["label"], scale=0.05, alpha=-0.35)
 
 
 @pytest.fixture(scope="module")
-def variables(config: Config, batch: dict[str, np.ndarray]) -> Any:
-    return random_variables(TarFlow(config), jnp.zeros((81, 4, 1)), batch.get("label"), scale=0.05, alpha=-0.35)
-
-
-@pytest.fixture(scope="module")
-def log_weights(config: Config, batch: dict[str, np.ndarray], variables: Any) -> np.ndarray:
+def log_weights(variables: Any) -> np.ndarray:
     """[draws, images], nats"""
-    model, keys = tarflow.build(config), jax.random.split(KEY, DRAWS)
+    keys = jax.random.split(KEY, DRAWS)
     values = jax.jit(
-        lambda keys: jax.lax.map(lambda key: model.log_weight(variables, batch, key), keys, batch_size=64)
+        lambda keys: jax.lax.map(lambda key: MODEL.log_weight(variables, BATCH, key), keys, batch_size=128)
     )(keys)
     return np.asarray(values, np.float64)
 
 
 @pytest.fixture(scope="module")
-def inside(config: Config, variables: Any) -> tuple[float, float]:
+def inside(variables: Any) -> tuple[float, float]:
     """The mass of the density within the range of the levels, by what falls outside of it, and its error."""
-    count = 100_000
-    label = None if config.classes is None else jnp.ones(count, jnp.int32)
-    y = invert(TarFlow(config), variables, jax.random.normal(KEY, (count, 4, 1)), label)
+    count = 400_000
+    z = jax.random.normal(KEY, (count, 4, 1))
+    y = invert(TarFlow(CONDITIONAL), variables, z, jnp.ones(count, jnp.int32))
     kept = float((np.abs(y) < 1).all(axis=(1, 2)).mean())
     return kept, math.sqrt(kept * (1 - kept) / count)
 
 
 def test_importance_weights_sum_to_the_mass_within_the_range_of_the_levels(log_weights, inside):
-    """Their means are estimates of each image's probability; an error of 0.005 bits a dimension is 0.014 of it."""
+    """Their means are estimates of each image's probability; an error of 0.005 bits a dimension is 0.014 of it.
+
+    The bars are half as wide, so that it shows whichever way the estimate errs.
+    """
     totals = np.exp(log_weights).sum(axis=1)
     error = math.hypot(totals.std(ddof=1) / math.sqrt(DRAWS), inside[1])
-    assert 3.5 * error < 0.0138 * inside[0]
+    assert 3.5 * error < 0.0069 * inside[0]
     assert abs(totals.mean() - inside[0]) < 3.5 * error
     assert inside[0] > 0.5
 
@@ -163,21 +160,19 @@ def test_the_bound_is_below_every_probability_and_sums_to_at_most_one(log_weight
     assert np.exp(bound).sum() > 0.1
 
 
-def test_the_likelihood_is_the_log_weight_and_the_loss_its_negative_mean_in_bits(config, batch, variables):
-    model = tarflow.build(config)
+def test_the_likelihood_is_the_log_weight_and_the_loss_its_negative_mean_in_bits(variables):
     noise_key, _ = jax.random.split(KEY)
-    loss, aux = jax.jit(lambda key: model.loss(variables, batch, key, 0, train=False))(KEY)
-    bound = jax.jit(model.log_likelihood)(variables, batch, noise_key)
+    loss, aux = jax.jit(lambda key: MODEL.loss(variables, BATCH, key, 0, train=False))(KEY)
+    bound = jax.jit(MODEL.log_likelihood)(variables, BATCH, noise_key)
     np.testing.assert_allclose(loss, -bound.mean() / (4 * math.log(2)), rtol=1e-5)
-    assert model.bound == "lower" and aux.weight == 81
+    assert MODEL.bound == "lower" and aux.weight == 81
 
 
-def test_images_have_the_frequencies_of_their_probabilities(config, variables, log_weights):
+def test_images_have_the_frequencies_of_their_probabilities(variables, log_weights):
     """But for those at the edges, which take in what falls outside the range: the middle one alone is none of them."""
     count = 50_000
-    conditioning = {} if config.classes is None else {"label": jnp.ones(count, jnp.int32)}
-    model = tarflow.build(config)
-    samples = np.asarray(jax.jit(lambda key: model.sample(variables, key, conditioning, num=count))(KEY))
+    label = {"label": jnp.ones(count, jnp.int32)}
+    samples = np.asarray(jax.jit(lambda key: MODEL.sample(variables, key, label, num=count))(KEY))
     assert samples.dtype == np.uint8 and samples.shape == (count, 2, 2, 1)
     weights = np.exp(log_weights[:, (IMAGES == 1).all(axis=(1, 2, 3))])
     observed = (samples == 1).all(axis=(1, 2, 3)).mean()
