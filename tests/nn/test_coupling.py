@@ -1,18 +1,15 @@
 """Layers of flows: each is undone by its inverse, and its log-determinant is that of its Jacobian."""
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from invertible import jacobian_log_det, random_variables
 from vlm_jax.nn.coupling import ActNorm, Coupling, InvertibleConv, MultiScale, Repeated, Split, Step, squeeze, unsqueeze
-from vlm_jax.trees import map_with_path
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (3, 2, 2, 4))
@@ -26,22 +23,6 @@ LAYERS = {
     "step": (Step(8), (CONTEXT,)),
     "repeated": (Repeated(partial(Step, 8), 3), ()),
 }
-
-
-def random_variables(module: nn.Module, *args: Any, scale: float = 0.1) -> Any:
-    """As initialised, and each parameter moved at random but the permutations, which never train."""
-    random = np.random.default_rng(0)
-
-    def move(path: str, leaf: jax.Array) -> jax.Array:
-        return leaf if "permutation" in path else leaf + scale * random.normal(size=leaf.shape).astype(np.float32)
-
-    return map_with_path(move, jax.jit(module.init)(KEY, *args))
-
-
-def jacobian_log_det(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-    """log |det| of a function of one image, in float64."""
-    jacobian = np.asarray(jax.jit(jax.jacfwd(lambda x: function(x).ravel()))(x), np.float64)
-    return np.linalg.slogdet(jacobian.reshape(x.size, x.size))[1]
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.nn.test_coupling import jacobian_log_det, random_variables
+from invertible import jacobian_log_det, random_variables
 from vlm_jax.nn.coupling import MultiScale
 from vlm_jax.nn.masked_flow import MaskedStep, MaskedUnit, RowFlow
 
