@@ -23,7 +23,7 @@ class UNet:
     blocks: int = 2
     """Residual blocks at each resolution on the way down; one more on the way up."""
     attention: tuple[int, ...] = ()
-    """Heights at which each block is followed by self-attention; between the ways there always is one."""
+    """Heights at which each block of either way is followed by self-attention; between the ways there always is one."""
     heads: int = 1
     groups: int = 32
     """Of channels that are normalised together."""
@@ -90,8 +90,7 @@ class UNetBlock(nn.Module):
         y = nn.Conv(self.width, (3, 3), kernel_init=init, dtype=c.dtype, name="conv_out")(y)
         if x.shape[-1] != self.width:
             x = nn.Dense(self.width, dtype=c.dtype, name="skip")(x)
-        x = constrain(x + y, "batch", None, None, None)
-        return SpatialAttention(c, name="attention")(x) if x.shape[1] in c.attention else x
+        return constrain(x + y, "batch", None, None, None)
 
 
 class UNetTower(nn.Module):
@@ -113,6 +112,11 @@ class UNetTower(nn.Module):
         c = self.config
         conditioning = Conditioning(4 * c.widths[0], c.widths[0], True, self.classes, c.dtype, name="conditioning")
         condition = conditioning(time, label)
+
+        def block(x: Array, width: int, name: str) -> Array:
+            x = UNetBlock(c, width, name=name)(x, condition, train=train)
+            return SpatialAttention(c, name=f"{name}_attention")(x) if x.shape[1] in c.attention else x
+
         x = constrain(nn.Conv(c.widths[0], (3, 3), dtype=c.dtype, name="first")(x), "batch", None, None, None)
         skips = [x]
         for level, width in enumerate(c.widths):
@@ -120,16 +124,15 @@ class UNetTower(nn.Module):
                 x = Downsample(c.widths[level - 1], c.dtype, name=f"down_{level}")(x)
                 skips.append(x)
             for i in range(c.blocks):
-                x = UNetBlock(c, width, name=f"down_{level}_{i}")(x, condition, train=train)
+                x = block(x, width, f"down_{level}_{i}")
                 skips.append(x)
         x = UNetBlock(c, c.widths[-1], name="middle_0")(x, condition, train=train)
-        if x.shape[1] not in c.attention:  # else the block has it
-            x = SpatialAttention(c, name="attention")(x)
+        x = SpatialAttention(c, name="middle_attention")(x)
         x = UNetBlock(c, c.widths[-1], name="middle_1")(x, condition, train=train)
         for level, width in reversed(list(enumerate(c.widths))):
             for i in range(c.blocks + 1):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = UNetBlock(c, width, name=f"up_{level}_{i}")(x, condition, train=train)
+                x = block(x, width, f"up_{level}_{i}")
             if level:
                 x = Upsample(width, c.dtype, name=f"up_{level}")(x)
         x = nn.silu(GroupNorm(c.groups, c.dtype, name="norm_out")(x)).astype(jnp.float32)
