@@ -24,6 +24,7 @@ def diffusion_tiny() -> Experiment:
             network=Network(unet=TINY_UNET),
             predict="v",
             gamma_min=-8.0,
+            schedule="monotone",
             fourier=(0, 1, 2),
             sampling_steps=100,
         ),
@@ -88,6 +89,7 @@ def diffusion_fashion_mnist() -> Experiment:
             channels=1,
             network=Network(unet=UNet(widths=(64, 128), blocks=2, groups=16, dropout=0.1)),
             predict="v",
+            schedule="monotone",
             sampling_steps=250,
         ),
         data=Data(
@@ -130,6 +132,7 @@ def diffusion_vdm_cifar10() -> Experiment:
         model=vdm.Config(
             image_size=32,
             network=Network(unet=UNet(widths=(128,), blocks=32, dropout=0.1)),
+            schedule="monotone",
             sampling_steps=1000,
         ),
         data=Data(name="cifar10", image_size=32),

@@ -28,7 +28,7 @@ KEY = jax.random.key(0)
 
 
 def vdm_parameters(width: int, blocks: int) -> int:
-    """Of a U-Net that keeps its resolution, for RGB images with two Fourier features and two ends of the schedule."""
+    """Of a U-Net that keeps its resolution, for RGB images with two Fourier features, and of the learned schedule."""
     condition = 4 * width
 
     def block(inputs: int) -> int:
@@ -40,7 +40,8 @@ def vdm_parameters(width: int, blocks: int) -> int:
     time = (width + 1) * condition + (condition + 1) * condition
     ends = 9 * 15 * width + width + 2 * width + 9 * width * 3 + 3
     attention = 2 * width + 4 * (width + 1) * width
-    return time + ends + attention + (blocks + 2) * block(width) + (blocks + 1) * block(2 * width) + 2
+    schedule = 2 + 1 + 3 * 1024  # ends, line, sigmoids
+    return time + ends + attention + (blocks + 2) * block(width) + (blocks + 1) * block(2 * width) + schedule
 
 
 def pixelcnn_parameters(width: int, depth: int, kernel: int) -> int:

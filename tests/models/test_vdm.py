@@ -15,6 +15,7 @@ from vlm_jax.contract import Model
 from vlm_jax.errors import UserError
 from vlm_jax.models import vdm
 from vlm_jax.nn.denoiser import Network
+from vlm_jax.nn.schedule import STEPS, MonotoneSchedule
 from vlm_jax.nn.unet import UNet
 from vlm_jax.objectives.diffusion import Level, from_data, variance_preserving
 
@@ -60,13 +61,25 @@ class Recorder(nn.Module):
 SEEN: list[tuple[np.ndarray, np.ndarray]] = []
 
 
-@pytest.fixture(scope="module")
-def oracle() -> Any:
+def parameters(schedule: str = "linear") -> dict[str, Any]:
+    """The ends of the schedule; a monotone one goes half of its way in the first fifth of the time."""
+    ends = {"first_gamma": jnp.float32(ENDS[0]), "last_gamma": jnp.float32(ENDS[1])}
+    if schedule == "linear":
+        return {"params": ends}
+    centre = jnp.linspace(0, 1, STEPS)
+    weight = jnp.where(centre < 0.2, -4.0, 0.8)  # the sign means nothing
+    return {
+        "params": ends
+        | {"schedule": {"line": jnp.float32(0.2), "gain": jnp.full(STEPS, 20.0), "centre": centre, "weight": weight}}
+    }
+
+
+@pytest.fixture(scope="module", params=["linear", "monotone"])
+def oracle(request: pytest.FixtureRequest) -> Any:
     """The model and its variables."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vdm, "Denoiser", Oracle)
-        model = vdm.build(CONFIG)
-        yield model, {"params": {"first_gamma": jnp.float32(ENDS[0]), "last_gamma": jnp.float32(ENDS[1])}}
+        yield vdm.build(replace(CONFIG, schedule=request.param)), parameters(request.param)
 
 
 def test_the_bounds_of_all_images_sum_to_one_and_each_is_reached(oracle):
@@ -135,10 +148,50 @@ def test_the_loss_is_the_negative_bound_in_bits_per_dimension(oracle):
     assert aux.weight == len(batch["image"])
 
 
+def test_a_learned_schedule_has_the_gradient_of_the_mean_square_and_the_ends_that_of_the_bound(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """With a network that errs by what depends on gamma alone, the mean square is an integral over the time."""
+
+    class Wrong(nn.Module):
+        config: Any
+        channels: int
+
+        def __call__(self, inputs: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+            gamma = (ENDS[0] + (ENDS[1] - ENDS[0]) * time / 1000)[:, None, None, None]
+            return inputs[..., :1] / variance_preserving(gamma).sigma + error(gamma)  # of a grey image, x = 0
+
+    def error(gamma: jax.Array) -> jax.Array:
+        return 1 + 0.5 * jnp.tanh(gamma / 3)
+
+    def cost(progress: jax.Array, slope: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
+        """The diffusion term in bits a dimension."""
+        return 0.5 * slope * (last - first) * error(first + (last - first) * progress) ** 2 / math.log(2)
+
+    def mean_square(schedule: Any) -> jax.Array:
+        progress, slope = MonotoneSchedule().apply({"params": schedule}, (jnp.arange(8192) + 0.5) / 8192)
+        return jnp.mean(jnp.square(cost(progress, slope, *ENDS)))
+
+    monkeypatch.setattr(vdm, "Denoiser", Wrong)
+    variables, batch = parameters("monotone"), {"image": np.ones((8192, 2, 2, 1), np.uint8)}
+    models = {name: vdm.build(replace(CONFIG, schedule=name)) for name in ("linear", "monotone")}
+    gradients = {
+        name: jax.jit(jax.grad(lambda v, m=model: m.loss(v, batch, KEY, 0, train=True)[0]))(variables)["params"]
+        for name, model in models.items()
+    }
+    expected = jax.grad(mean_square)(variables["params"]["schedule"])
+    for name, gradient in gradients["monotone"]["schedule"].items():
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(gradient / scale, expected[name] / scale, atol=2e-3)
+    for end in ("first_gamma", "last_gamma"):
+        np.testing.assert_allclose(gradients["monotone"][end], gradients["linear"][end], rtol=2e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("solver", ["ancestral", "dpm_solver"])
 def test_samples_have_the_probabilities_of_the_images(oracle, solver: str):
     _, variables = oracle
-    count, model = 20_000, vdm.build(replace(CONFIG, solver=solver, sampling_steps=100))
+    schedule = "monotone" if "schedule" in variables["params"] else "linear"
+    count, model = 20_000, vdm.build(replace(CONFIG, solver=solver, sampling_steps=100, schedule=schedule))
     samples = np.asarray(jax.jit(lambda key: model.sample(variables, key, {}, num=count))(KEY))
     observed = np.bincount(samples.reshape(count, 4) @ [27, 9, 3, 1], minlength=81) / count
     error = np.sqrt(PROBABILITIES / count)

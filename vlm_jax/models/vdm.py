@@ -1,12 +1,12 @@
 """The variational diffusion model (Kingma et al. 2021, 2107.00630): continuous time, trained on its own bound.
 
-The data are noised along a line of -log SNR whose ends are learned. The bound on the likelihood of the levels has three
-terms: what the noisiest image still tells (prior), what undoing the noise costs (diffusion), and what the least noisy
-image leaves open (reconstruction).
+The data are noised along gamma, -log SNR, whose ends are learned, and perhaps its way from one to the other. The bound
+on the likelihood of the levels has three terms: what the noisiest image still tells (prior), what undoing the noise
+costs (diffusion), and what the least noisy image leaves open (reconstruction).
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.denoiser import Denoiser, Network, check_network, network_rules, sampling_labels, training_labels
+from vlm_jax.nn.schedule import MONOTONE_SCHEDULE_RULES, MonotoneSchedule
 from vlm_jax.objectives.diffusion import (
     Level,
     continuous_divergence,
@@ -45,6 +46,8 @@ class Config:
     gamma_min: float = -13.3
     """-log SNR of the least noise, and of the most, before training."""
     gamma_max: float = 5.0
+    schedule: Literal["linear", "monotone"] = "linear"
+    """-log SNR between its ends: a line, or a network that only rises and is trained to lessen the loss's variance."""
     fourier: tuple[int, ...] = (6, 7)
     """The network also sees sin and cos of 2 pi 2^n x for these n: fine detail, by which levels are told apart."""
     solver: Literal["ancestral", "ddim", "dpm_solver", "euler", "heun"] = "ancestral"
@@ -60,6 +63,17 @@ class Config:
             )
 
 
+class Terms(NamedTuple):
+    """Of the bound, nats; their means are unbiased."""
+
+    log_prob: Float[Array, " B"]
+    """log p(image | x_0)."""
+    diffusion: Float[Array, " B"]
+    prior: Float[Array, " B"]
+    t: Float[Array, " B"]
+    """Where the diffusion was estimated."""
+
+
 class VDM(nn.Module):
     """The noise schedule and the prediction of the noise."""
 
@@ -69,11 +83,17 @@ class VDM(nn.Module):
         c = self.config
         self.first = self.param("first_gamma", nn.initializers.constant(c.gamma_min), ())
         self.last = self.param("last_gamma", nn.initializers.constant(c.gamma_max), ())
+        if c.schedule == "monotone":
+            self.schedule = MonotoneSchedule()
         self.denoiser = Denoiser(c.network, c.channels)
 
     def ends(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """gamma at t = 0 and at t = 1; between them it is linear."""
+        """gamma at t = 0 and at t = 1."""
         return self.first, self.last
+
+    def progress(self, t: Float[Array, "*B"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+        """How far gamma is from its first value to its last, 0 to 1, and the derivative of that."""
+        return self.schedule(t) if self.config.schedule == "monotone" else (t, jnp.ones_like(t))
 
     def __call__(
         self,
@@ -86,6 +106,8 @@ class VDM(nn.Module):
     ) -> Float[Array, "B H W C"]:
         """The prediction of x."""
         c = self.config
+        if self.is_initializing():
+            self.progress(gamma)
         gamma = jnp.broadcast_to(gamma, (len(x_t),))
         waves = [wave(2 * jnp.pi * 2**n * x_t) for n in c.fourier for wave in (jnp.sin, jnp.cos)]
         time = 1000 * (gamma - c.gamma_min) / (c.gamma_max - c.gamma_min)
@@ -104,37 +126,56 @@ def build(config: Config) -> Model:
         image = batch["image"]
         return module.init(key, to_unit_range(image, config.levels), jnp.zeros(len(image)), batch.get("label"))
 
-    def terms(
-        variables: Variables, batch: Batch, key: Array, label: Int[Array, " B"] | None, *, train: bool
-    ) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
-        """log p(image | x_0), and unbiased estimates of the divergences of diffusion and prior, nats."""
+    def terms(variables: Variables, batch: Batch, key: Array, label: Int[Array, " B"] | None, *, train: bool) -> Terms:
         time_key, noise_key, first_key, dropout_key = jax.random.split(key, 4)
         image, x = batch["image"], to_unit_range(batch["image"], config.levels)
         first, last = module.apply(variables, method="ends")
-        gamma = first + (last - first) * stratified(time_key, len(x))
+        t = stratified(time_key, len(x))
+        # The bound does not depend on the way from end to end: what a gradient would say of it is noise.
+        progress, slope = jax.lax.stop_gradient(module.apply(variables, t, method="progress"))
+        gamma = first + (last - first) * progress
         level = Level(*(spread(value, x) for value in variance_preserving(gamma)))
         eps = jax.random.normal(noise_key, x.shape)
         x_t = level.alpha * x + level.sigma * eps
         data = module.apply(variables, x_t, gamma, label, train=train, rngs={"dropout": dropout_key})
-        diffusion = continuous_divergence(eps, from_data(data, x_t, level, "eps"), last - first)
+        diffusion = continuous_divergence(eps, from_data(data, x_t, level, "eps"), slope * (last - first))
         alpha, sigma = variance_preserving(first)
         x_0 = alpha * x + sigma * jax.random.normal(first_key, x.shape)
-        return level_log_prob(x_0, first, image, config.levels), diffusion, prior_divergence(x, last)
+        return Terms(level_log_prob(x_0, first, image, config.levels), diffusion, prior_divergence(x, last), t)
+
+    def second_moment(variables: Variables, t: Float[Array, " B"], cost: Float[Array, " B"]) -> Float[Array, ""]:
+        """The mean square of the diffusion term, of which the gradient is that of its variance by the schedule.
+
+        Over gamma, which t reaches by progress(t), it is the integral of slope times a square that the schedule does
+        not change: so gamma is held, and t, which reaches it, moves with the schedule (the implicit function theorem).
+        The paper (appendix I.2) differentiates the square itself, through the network.
+        """
+        progress, slope = module.apply(variables, t, method="progress")
+        held, pace = jax.lax.stop_gradient((progress, slope))
+        _, slope = module.apply(variables, t - (progress - held) / pace, method="progress")
+        return jnp.mean(jax.lax.stop_gradient(jnp.square(cost) / pace) * slope)
 
     def loss(
         variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
     ) -> tuple[Float[Array, ""], Aux]:
-        """The negative bound in bits a dimension, estimated at one time an image."""
+        """The negative bound in bits a dimension, estimated at one time an image.
+
+        A learned way of the schedule has the gradient of the estimate's variance, which the value does not hold.
+        """
         del step
         label_key, key = jax.random.split(key)
         label = training_labels(config.network, label_key, batch.get("label")) if train else batch.get("label")
-        log_prob, diffusion, prior = terms(variables, batch, key, label, train=train)
+        log_prob, diffusion, prior, t = terms(variables, batch, key, label, train=train)
         nats = {"reconstruction": log_prob, "diffusion": -diffusion, "prior": -prior}
         metrics = {f"{name}_bits_per_dim": nats_to_bits_per_dim(jnp.mean(value), shape) for name, value in nats.items()}
-        return sum(metrics.values(), jnp.float32(0)), Aux(metrics, weight=jnp.float32(len(log_prob)))
+        value = sum(metrics.values(), jnp.float32(0))
+        if config.schedule == "monotone":
+            moment = second_moment(variables, t, nats_to_bits_per_dim(-diffusion, shape))
+            value = value + moment - jax.lax.stop_gradient(moment)
+        return value, Aux(metrics, weight=jnp.float32(len(t)))
 
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
-        log_prob, diffusion, prior = terms(variables, batch, key, batch.get("label"), train=False)
+        log_prob, diffusion, prior, _ = terms(variables, batch, key, batch.get("label"), train=False)
         return log_prob - diffusion - prior
 
     def sample(
@@ -151,12 +192,14 @@ def build(config: Config) -> Model:
         label = sampling_labels(config.network, label_key, conditioning.get("label"), num)
         first, last = module.apply(variables, method="ends")
 
+        def gamma(t: Array) -> Array:
+            return first + (last - first) * module.apply(variables, t, method="progress")[0]
+
         def schedule(t: Array) -> Level:
-            return variance_preserving(first + (last - first) * t)
+            return variance_preserving(gamma(t))
 
         def denoise(x: Array, t: Array) -> Denoised:
-            gamma = first + (last - first) * t
-            return Denoised(module.apply(variables, x, gamma, label, guidance=config.guidance))
+            return Denoised(module.apply(variables, x, gamma(t), label, guidance=config.guidance))
 
         times = jnp.linspace(1.0, 0.0, config.sampling_steps + 1)
         x = temperature * jax.random.normal(noise_key, (num, *shape))
@@ -175,7 +218,11 @@ def build(config: Config) -> Model:
         },
         init=init,
         loss=loss,
-        rules=((r"(first|last)_gamma$", ()), *network_rules(config.network)),
+        rules=(
+            (r"(first|last)_gamma$", ()),
+            *(MONOTONE_SCHEDULE_RULES if config.schedule == "monotone" else ()),
+            *network_rules(config.network),
+        ),
         log_likelihood=log_likelihood,
         bound="lower",
         sample=sample,

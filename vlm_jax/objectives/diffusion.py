@@ -180,13 +180,6 @@ def continuous_divergence(
     return 0.5 * slope * sum_squares(eps - eps_hat)
 
 
-def step_divergence(
-    eps: Float[Array, "B ..."], eps_hat: Float[Array, "B ..."], gamma_s: Float[Array, "*B"], gamma_t: Float[Array, "*B"]
-) -> Float[Array, " B"]:
-    """KL(q(x_s | x_t, x) || p(x_s | x_t)) of one step from t to s, the variances equal (2107.00630, equation 13)."""
-    return 0.5 * jnp.expm1(gamma_t - gamma_s) * sum_squares(eps - eps_hat)
-
-
 def level_logits(x_t: Float[Array, "B ..."], gamma: Float[Array, ""], levels: int) -> Float[Array, "B ... V"]:
     """p(image | x_t): each sub-pixel by Bayes' rule from its own noisy value, all levels equally likely.
 
