@@ -35,7 +35,7 @@ CONFIGS = {
 MODELS = {name: flow.build(config) for name, config in CONFIGS.items()}
 IMAGES = np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)
 BATCH = {"image": IMAGES}
-DRAWS = 8192
+DRAWS = 32_768
 KEY = jax.random.key(1)
 
 
@@ -81,7 +81,7 @@ def log_weights(model: Model, variables: Any) -> np.ndarray:
 @pytest.fixture(scope="module")
 def inside(name: str, model: Model, variables: Any) -> tuple[float, float]:
     """The mass of the density within the range of the levels, by what falls outside of it, and its error."""
-    c, count = CONFIGS[name], 200_000
+    c, count = CONFIGS[name], 800_000
     shape = (c.image_size, c.image_size, c.channels)
     apply = jax.jit(lambda noise: Flow(c).apply(variables, noise, method=lambda m, z: m.flow.invert(z, shape)))
     y = np.concatenate([apply(jax.random.normal(key, (count // 10, 4))) for key in jax.random.split(KEY, 10)])
@@ -91,10 +91,13 @@ def inside(name: str, model: Model, variables: Any) -> tuple[float, float]:
 
 
 def test_importance_weights_sum_to_the_mass_within_the_range_of_the_levels(log_weights, inside):
-    """Their means are estimates of each image's probability; an error of 0.005 bits a dimension is 0.014 of it."""
+    """Their means are estimates of each image's probability; an error of 0.005 bits a dimension is 0.0138 of it.
+
+    The bars are half as wide, so that it shows whichever way the estimate errs.
+    """
     totals = np.exp(log_weights).sum(axis=1)
     error = math.hypot(totals.std(ddof=1) / math.sqrt(DRAWS), inside[1])
-    assert 3.5 * error < 0.0138 * inside[0]
+    assert 3.5 * error < 0.0069 * inside[0]
     assert abs(totals.mean() - inside[0]) < 3.5 * error
     assert inside[0] > 0.5
 

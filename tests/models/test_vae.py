@@ -18,7 +18,7 @@ CONFIG = vae.Config(image_size=2, channels=1, levels=3, latent=2, widths=(8,), m
 MODELS = {"standard": vae.build(CONFIG), "learned": vae.build(replace(CONFIG, pseudo_inputs=3))}
 IMAGES = np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)
 BATCH = {"image": IMAGES}
-DRAWS = 2048
+DRAWS = 8192
 KEY = jax.random.key(1)
 
 
@@ -61,10 +61,10 @@ def log_weights(model, variables) -> np.ndarray:
 
 
 def test_importance_weights_are_unbiased(log_weights):
-    """Their means, estimates of each image's probability, sum to one."""
+    """Their means sum to one; 0.005 bits a dimension, either way, would be 0.0138 of it, twice what is allowed."""
     totals = np.exp(log_weights).sum(axis=1)
     error = totals.std(ddof=1) / math.sqrt(DRAWS)
-    assert error < 0.006
+    assert 8 * error < 0.0138
     assert abs(totals.mean() - 1) < 4 * error
 
 
@@ -82,6 +82,9 @@ def test_the_bound_is_the_mean_of_the_log_weights(model, bounds, log_weights):
     error = difference.std(axis=0, ddof=1) / math.sqrt(DRAWS)
     assert (difference.std() > 0.1) == (model is MODELS["standard"])
     assert (np.abs(difference.mean(axis=0)) < 5 * error + 1e-5).all()
+    # All images together, whose draws are independent: an error that each by itself would hide.
+    together = difference.mean(axis=1)
+    assert abs(together.mean()) < 4 * together.std(ddof=1) / math.sqrt(DRAWS) + 1e-5
 
 
 def test_samples_have_the_probabilities_of_the_importance_weights(model, variables, log_weights):
