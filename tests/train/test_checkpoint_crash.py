@@ -1,9 +1,13 @@
 """A write that fails and a process that is killed cost the checkpoint in hand and no other."""
 
+import contextlib
+import itertools
 import random
 import resource
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -56,6 +60,28 @@ def test_a_write_that_fails_is_told_and_harms_no_earlier_checkpoint(
         checkpoints.save(200, items(200))
         assert checkpoints.restore(abstract())[0] == 200
     assert sorted(path.name for path in tmp_path.iterdir()) == ["100", "200"]
+
+
+def test_a_temporary_directory_that_still_grows_is_removed(tmp_path: Path) -> None:
+    """As it does when one write of a save has failed and the others go on for a while."""
+    dead = tmp_path / "200.orbax-checkpoint-tmp" / "d"
+    dead.mkdir(parents=True)
+    (dead / "0").touch()
+
+    def grow() -> None:
+        end = time.monotonic() + 0.3
+        with contextlib.suppress(FileNotFoundError):
+            for number in itertools.count():
+                (dead / str(number)).touch()
+                if time.monotonic() > end:
+                    return
+
+    writer = threading.Thread(target=grow)
+    writer.start()
+    with Checkpoints(tmp_path) as checkpoints:
+        writer.join()
+        assert checkpoints.steps() == ()
+    assert list(tmp_path.iterdir()) == []
 
 
 SAVE_UNTIL_KILLED = """

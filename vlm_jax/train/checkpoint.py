@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ class Checkpoints:
         # the barrier in the manager's constructor before it is done.
         if jax.process_index() == 0:
             for dead in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}"):
-                shutil.rmtree(dead)
+                _remove(dead)
         self._losses = _validation_losses(self._directory, _steps(self._directory))
         policies = (ocp.checkpoint_managers.LatestN(n=self._keep_last), _KeepBest(self._keep_best, self._losses))
         options = ocp.CheckpointManagerOptions(
@@ -265,6 +266,18 @@ class _KeepBest:
 
 def _steps(directory: Path) -> tuple[int, ...]:
     return tuple(sorted(int(path.name) for path in directory.glob("[0-9]*") if path.name.isdecimal()))
+
+
+def _remove(directory: Path) -> None:
+    """Deletes it, though it may still grow: other writes go on for a while when one of a save has failed."""
+    for seconds in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4):
+        try:
+            return shutil.rmtree(directory)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+        time.sleep(seconds)
+    shutil.rmtree(directory)
 
 
 def _listed(steps: Sequence[int]) -> str:
