@@ -14,7 +14,7 @@ from vlm_jax.commandline import command
 from vlm_jax.contract import Batch, check_batch
 from vlm_jax.data import Data, Source, evaluation_batches, open_source
 from vlm_jax.errors import UserError
-from vlm_jax.evals import EVALUATIONS, Labelled, Subject
+from vlm_jax.evals import EVALUATIONS, Evaluation, Labelled, Subject
 from vlm_jax.experiment import ZeroShot
 from vlm_jax.sharding import MeshShape, batch_sharding, make_mesh
 from vlm_jax.workdir import Loaded, load
@@ -29,6 +29,7 @@ def evaluate(
     prompts: tuple[str, ...] = ZeroShot.prompts,
     batch_size: int = 128,
     seed: int = 0,
+    only: tuple[str, ...] = (),
 ) -> dict[str, float | int | str]:
     """Runs every evaluation that the model's capabilities allow, prints a table and writes WORKDIR/eval.json.
 
@@ -41,6 +42,10 @@ def evaluate(
       prompts: With --zero-shot: sentences whose mean describes a class; {} stands for its name.
       batch_size: Examples at a time, rounded up to a multiple of the devices.
       seed: Of the noise that bounds are averaged over.
+      only: Names of evaluations; none: all that the model's capabilities allow.
+
+    Raises:
+      UserError: the directory is no run, or what is asked for does not exist or is beyond the model.
     """
     mesh = make_mesh(MeshShape())
     batch_size = -(-batch_size // mesh.size) * mesh.size
@@ -73,12 +78,24 @@ def evaluate(
         results: dict[str, float | int | str] = {"step": loaded.step, "split": split, "examples": len(source)}
         if loaded.model.bound is not None:
             results["bound"] = loaded.model.bound
-        for evaluation in EVALUATIONS:
-            if evaluation.applies_to(subject):
-                for metric, value in evaluation.run(subject).items():
-                    results[f"{evaluation.name}/{metric}"] = value
+        for evaluation in choose(subject, only):
+            for metric, value in evaluation.run(subject).items():
+                results[f"{evaluation.name}/{metric}"] = value
     (workdir / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+def choose(subject: Subject, names: tuple[str, ...]) -> list[Evaluation]:
+    """The evaluations of these names; of none: all that apply.
+
+    Raises:
+      UserError: one does not apply.
+    """
+    able = {evaluation.name: evaluation for evaluation in EVALUATIONS if evaluation.applies_to(subject)}
+    for name in names:
+        if name not in able:
+            raise UserError(f"there is no evaluation {name} of this model: choose from {', '.join(able)} for --only")
+    return [able[name] for name in names or able]
 
 
 def on_device(

@@ -119,6 +119,17 @@ def test_importance_weights_are_averaged_inside_the_logarithm() -> None:
     assert tight == pytest.approx(-(math.exp(scale**2) - 1) / (2 * likelihood.IMPORTANCE_DRAWS), abs=0.01)
 
 
+@pytest.mark.parametrize("images", [2, 5000])
+def test_noise_is_averaged_over_thousands_of_draws_however_few_the_images_are(images: int) -> None:
+    subject = Subject(
+        model=model(log_likelihood=lambda _, batch, key: jax.random.normal(key, (len(batch["image"]),)), bound="lower"),
+        variables={},
+        batches=batches(({"image": jnp.zeros((images, 8, 8, 1))}, images)),
+    )
+    nats = likelihood.run(subject)["bits_per_dim"] * 64 * math.log(2)
+    assert 0 < abs(nats) < 4 / math.sqrt(max(images, likelihood.NOISE_DRAWS))
+
+
 def test_reconstruction_measures_in_the_data_s_own_range() -> None:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 16, (2, 8, 8, 1)).astype(np.uint8)

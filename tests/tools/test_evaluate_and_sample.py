@@ -35,6 +35,13 @@ def test_evaluation_is_the_same_whatever_the_batch_size_and_reads_without_writin
     assert before == {path: path.stat().st_mtime_ns for path in (vae_run / "checkpoints").rglob("*")}
 
 
+def test_some_evaluations_alone_can_be_asked_for(vae_run: Path) -> None:
+    assert [name for name in evaluate(vae_run, only=("reconstruction",)) if "/" in name] == [
+        "reconstruction/psnr",
+        "reconstruction/ssim",
+    ]
+
+
 def test_clip_is_measured_by_retrieval_and_zero_shot(clip_run: Path) -> None:
     results = evaluate(clip_run)
     assert results["examples"] == 400
@@ -74,6 +81,10 @@ def test_damage_in_the_newest_checkpoint_is_told_and_the_one_before_is_used(
         ({"checkpoint_step": 77}, "there is no checkpoint 77"),
         ({"zero_shot": "openmoji"}, "openmoji has no labels to classify"),
         ({"zero_shot": "esy_vqa/color"}, "easy_vqa/color"),
+        (
+            {"only": ("likelihood",)},
+            "no evaluation likelihood of this model: choose from retrieval, zero_shot for",
+        ),
     ],
 )
 def test_refusals_name_the_offender(clip_run: Path, options: dict, message: str) -> None:

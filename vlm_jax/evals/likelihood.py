@@ -11,8 +11,8 @@ from vlm_jax.contract import Batch
 from vlm_jax.evals.subject import Evaluation, Subject
 from vlm_jax.objectives.likelihood import nats_to_bits_per_dim
 
-BOUND_DRAWS = 8
-"""Draws of the noise that a lower bound is averaged over, for each image."""
+NOISE_DRAWS = 4096
+"""Draws of the noise that a bound is averaged over, at least, in all: few images need many each, many images one."""
 IMPORTANCE_DRAWS = 64
 """Samples of the importance-weighted bound, for each image."""
 
@@ -41,7 +41,8 @@ def summary(nats: Float[np.ndarray, " N"], image_shape: tuple[int, ...]) -> dict
 def run(subject: Subject) -> dict[str, float]:
     model = subject.model
     assert model.log_likelihood is not None
-    values = draws(subject, model.log_likelihood, 1 if model.bound == "exact" else BOUND_DRAWS)
+    examples = sum(valid for _, valid in subject.batches())
+    values = draws(subject, model.log_likelihood, 1 if model.bound == "exact" else -(-NOISE_DRAWS // examples))
     return summary(values.mean(axis=0), model.inputs["image"].shape)
 
 
