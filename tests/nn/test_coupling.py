@@ -10,6 +10,7 @@ import pytest
 
 from invertible import jacobian_log_det, random_variables
 from vlm_jax.nn.coupling import ActNorm, Coupling, InvertibleConv, MultiScale, Repeated, Split, Step, squeeze, unsqueeze
+from vlm_jax.nn.masked_flow import MaskedStep
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (3, 2, 2, 4))
@@ -104,3 +105,11 @@ def test_squeezing_gathers_squares_of_pixels():
     y = squeeze(x)
     np.testing.assert_array_equal(y[0, 0, 0], [0, 1, 2, 3, 8, 9, 10, 11])
     np.testing.assert_array_equal(unsqueeze(y), x)
+
+
+@pytest.mark.parametrize(("depth", "loops"), [(8, False), (9, True)])
+def test_a_short_stack_is_no_loop(depth: int, loops: bool):
+    """In one, a convolution takes tens of times as long on the CPU."""
+    module = Repeated(partial(MaskedStep, 8, 8), depth)
+    variables = jax.eval_shape(module.init, KEY, X)
+    assert ("while" in jax.jit(module.apply).lower(variables, X).as_text()) == loops

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
+from vlm_jax.nn.convolution import unroll
 from vlm_jax.objectives.likelihood import (
     from_unit_range,
     gaussian_kl,
@@ -98,14 +99,6 @@ def enlarge(x: Float[Array, "B h w C"], size: int) -> Float[Array, "B H W C"]:
     """Nearest neighbours."""
     factor = size // x.shape[1]
     return jnp.repeat(jnp.repeat(x, factor, axis=1), factor, axis=2)
-
-
-def unroll(blocks: int) -> int:
-    """How many blocks of a stack each turn of its loop computes: all of a short one, which then is no loop.
-
-    On the CPU a convolution within a loop takes tens of times as long as one outside.
-    """
-    return blocks if blocks <= 4 else 1
 
 
 class Bottleneck(nn.Module):

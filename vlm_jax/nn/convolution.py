@@ -11,6 +11,15 @@ GROUPS = 8
 """Of channels that are normalised together, unless said otherwise: they divide every width."""
 
 
+def unroll(depth: int) -> int:
+    """How many layers of a stack of convolutions each turn of its `nn.scan` computes.
+
+    All of a short stack, which then is no loop: on the CPU a convolution within a loop takes tens of times as long as
+    one outside. A deep stack stays a loop, which compiles in a fraction of the time.
+    """
+    return depth if depth <= 8 else 1
+
+
 class GroupNorm(nn.Module):
     """Group normalisation (1803.08494) over positions and the channels of a group, statistics in fp32."""
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.contract import Rule
+from vlm_jax.nn.convolution import unroll
 from vlm_jax.sharding import constrain
 
 Image = Float[Array, "B H W C"]
@@ -262,6 +263,7 @@ class Repeated(nn.Module):
             split_rngs={"params": True, "dropout": True},
             length=self.depth,
             reverse=inverse,
+            unroll=unroll(self.depth),
         )
         (x, log_det), _ = scan(self.step(name="step"), (x.astype(jnp.float32), jnp.zeros(len(x))))
         return x, log_det

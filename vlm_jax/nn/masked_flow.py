@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlm_jax.nn.convolution import unroll
 from vlm_jax.nn.coupling import ActNorm, Image, LogDet, Step, transform
 
 ROWS, COLUMNS = 2, 5
@@ -70,7 +71,9 @@ class MaskedUnit(nn.Module):
                 x = jnp.rot90(x, axes=(1, 2))
             return (x, log_det + more), None
 
-        scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=4, reverse=inverse)
+        scan = nn.scan(
+            body, variable_axes={"params": 0}, split_rngs={"params": True}, length=4, reverse=inverse, unroll=unroll(4)
+        )
         layer = RowFlow(self.width, x.shape[-1], self.dtype, name="layer")
         (x, log_det), _ = scan(layer, (x.astype(jnp.float32), jnp.zeros(len(x))), None)
         return x, log_det
