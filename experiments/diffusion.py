@@ -82,7 +82,7 @@ def diffusion_tiny_flow() -> Experiment:
 
 
 def diffusion_fashion_mnist() -> Experiment:
-    """Variational diffusion of Fashion-MNIST, 28x28, 256 levels; minutes on a GPU, a day on two CPU cores."""
+    """Variational diffusion of Fashion-MNIST, 28x28, 256 levels; a day and a half on two CPU cores."""
     return Experiment(
         model=vdm.Config(
             image_size=28,

@@ -55,7 +55,7 @@ def flow_tiny_macow() -> Experiment:
 
 
 def flow_fashion_mnist() -> Experiment:
-    """Fashion-MNIST, 28x28, 256 levels; hours on a CPU, minutes on a GPU."""
+    """Fashion-MNIST, 28x28, 256 levels; a day on a CPU core."""
     return Experiment(
         model=flow.Config(
             image_size=28,
