@@ -248,7 +248,6 @@ def draw(rows: list[Row], sheets: dict[str, Int[np.ndarray, "n H W C"] | None], 
             axes.axhline(row.bits_per_dim, color="grey", linewidth=0.8, linestyle="dotted")
             axes.annotate(row.variant, (0.01, row.bits_per_dim), xycoords=("axes fraction", "data"), color="grey")
     axes.set_xscale("log")
-    axes.margins(x=0.3)  # room for the names
     axes.set_xlabel("training FLOPs")
     axes.set_ylabel("bits per dimension, held-out")
     axes.set_title(data)
