@@ -17,7 +17,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models import diffusion
 from vlm_jax.nn.denoiser import Network
 from vlm_jax.nn.unet import UNet
-from vlm_jax.objectives.diffusion import Level, discrete_gammas, linear_betas, variance_preserving
+from vlm_jax.objectives.diffusion import Level, cosine_betas, discrete_gammas, linear_betas, variance_preserving
 
 NETWORK = Network(unet=UNet(widths=(8,), blocks=1, groups=4))
 CONFIG = diffusion.Config(
@@ -90,7 +90,10 @@ def step_cost(x_t: np.ndarray, t: np.ndarray, variance: str) -> np.ndarray:
 @pytest.mark.parametrize("error", [0.0, 0.005 * 4 * math.log(2)], ids=["as it is", "five thousandths of a bit off"])
 @pytest.mark.parametrize("variance", ["posterior", "forward", "learned"])
 def test_every_constant_of_the_bound(variance: str, error: float, monkeypatch: pytest.MonkeyPatch):
-    """For the noisy images that the network was shown: the prior, one step for all but the last, and the last."""
+    """For the noisy images that the network was shown: the prior, one step for all but the last, and the last.
+
+    Step t stands for all with the weight 1 / p(t), where log t is nearly uniform over them.
+    """
     monkeypatch.setattr(diffusion, "Denoiser", Recorder)
     model = diffusion.build(replace(CONFIG, variance=variance))
     SEEN.clear()
@@ -99,13 +102,31 @@ def test_every_constant_of_the_bound(variance: str, error: float, monkeypatch: p
     prior = 0.5 * np.sum(noise * (IMAGES - 1.0) ** 2 - noise - np.log1p(-noise), axis=-1)
     (first_x, first_time), (x_t, time) = sorted(SEEN, key=lambda seen: seen[1].max())
     t = np.round(time / 10).astype(int) + 1
-    assert (first_time == 0).all() and t.min() == 2 and t.max() == 100
-    expected = -(prior + 99 * step_cost(x_t, t, variance) + step_cost(first_x, np.ones(81, int), variance))
+    assert (first_time == 0).all() and t.min() == 2 and 90 < t.max() <= 100
+    weight = math.log(101 / 2) / np.log((t + 1) / t)
+    expected = -(prior + weight * step_cost(x_t, t, variance) + step_cost(first_x, np.ones(81, int), variance))
     # Where the last step's bins are hundreds of deviations off, float64 has no mass and the network's is a plain tail.
     sound = np.isfinite(expected)
     assert sound.sum() > 5
     wrong = np.abs(actual - expected)[sound] > 2e-3 + 1e-4 * np.abs(expected[sound])
     assert wrong.any() == (error > 0)
+
+
+@pytest.mark.parametrize("timesteps", [2, 100])
+def test_the_step_that_is_drawn_stands_for_all(timesteps: int):
+    """A network that predicts 0 makes each step's cost a number: over evenly spread draws their mean is the sum."""
+    model = diffusion.build(replace(CONFIG, timesteps=timesteps, sampling_steps=1, betas="cosine"))
+    batch = {"image": np.broadcast_to(np.uint8([[[0], [1]], [[2], [2]]]), (20_000, 2, 2, 1))}
+    variables = model.init(KEY, batch)  # the last layer starts at zero
+    actual = np.asarray(jax.jit(model.log_likelihood)(variables, batch, KEY), np.float64).mean()
+    beta = np.array(cosine_betas(timesteps))
+    products = np.cumprod(1 - beta)
+    steps = 0.5 * 3 * np.sum(products[:-1] / (1 - products[:-1]) * beta[1:] / (1 - products[1:]))
+    prior = 0.5 * (3 * products[-1] - 4 * products[-1] - 4 * np.log1p(-products[-1]))
+    deviation = math.sqrt((1 - products[0]) / (1 - products[1]) * beta[1])
+    outer = scipy.stats.norm.logcdf(-0.5 / deviation)
+    first = -(3 * outer + np.log1p(-2 * np.exp(outer)))
+    np.testing.assert_allclose(-actual, prior + steps + first, rtol=1e-3)
 
 
 def test_bounds_sum_to_at_most_one_and_nearly_so(monkeypatch: pytest.MonkeyPatch):
