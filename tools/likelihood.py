@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jaxtyping import Float, Int
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from scipy.stats import multivariate_normal
 
@@ -240,9 +241,11 @@ def draw(rows: list[Row], sheets: dict[str, Int[np.ndarray, "n H W C"] | None], 
     sides: Any = figure.subfigures(1, 2, width_ratios=[8, SHOWN * 0.6 + 2])
     left, right = sides
     axes = left.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
     for row in trained:
-        axes.errorbar(row.training_flops, row.bits_per_dim, yerr=row.standard_error, fmt="o")
-        axes.annotate(row.variant, (row.training_flops, row.bits_per_dim), textcoords="offset points", xytext=(5, 4))
+        label = f"{row.variant} {row.bits_per_dim:.2f}"
+        axes.errorbar(row.training_flops, row.bits_per_dim, yerr=row.standard_error, fmt="o", label=label)
+    left.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     for row in rows:
         if row.family == "baseline":
             axes.axhline(row.bits_per_dim, color="grey", linewidth=0.8, linestyle="dotted")
