@@ -21,7 +21,7 @@ def tarflow_tiny() -> Experiment:
         data=Data(name="digits", validation="validation", image_size=8, channels=1),
         optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
         ema_decay=0.995,
-        steps=600,
+        steps=1500,
         batch_size=128,
         checkpoint_every=100,
     )
