@@ -29,11 +29,21 @@ def main() -> None:
 
 
 def join(distributed: Distributed) -> None:
-    """Connects this process with the others of its run."""
-    if distributed.coordinator == "auto":
-        jax.distributed.initialize()
-    elif distributed.coordinator is not None:
-        jax.distributed.initialize(distributed.coordinator, distributed.num_processes, distributed.process_id)
+    """Connects this process with the others of its run.
+
+    Raises:
+      UserError: neither the command nor the machine says who they are.
+    """
+    if distributed.coordinator is None:
+        return
+    address = None if distributed.coordinator == "auto" else distributed.coordinator
+    try:
+        jax.distributed.initialize(address, distributed.num_processes, distributed.process_id)
+    except ValueError as error:
+        raise UserError(
+            f"the processes of the run cannot find each other ({error}): give each --distributed.coordinator "
+            f"HOST:PORT, --distributed.num-processes and --distributed.process-id"
+        ) from error
 
 
 def run(preset: str, experiment: Experiment) -> None:

@@ -58,6 +58,17 @@ def test_a_refused_start_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_that_cannot_find_each_other_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"need distributed\.coordinator, without which each process would train alone"):
+        call(monkeypatch, "vae-tiny", "--distributed.num-processes", "2")
+    # In a process of its own, as none can be connected that has computed before.
+    command = [sys.executable, "-m", "experiments.run", "vae-tiny", "--distributed.coordinator", "localhost:1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 2
+    assert "error: the processes of the run cannot find each other" in done.stderr
+    assert done.stderr.endswith("--distributed.num-processes and --distributed.process-id\n")
+
+
 @pytest.mark.parametrize("module", ["tools.evaluate", "tools.sample"])
 def test_errors_are_one_line_and_status_2(module: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", module, str(tmp_path)]

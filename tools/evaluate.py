@@ -26,7 +26,8 @@ def evaluate(
     checkpoint_step: int | None = None,
     data_dir: str | None = None,
     zero_shot: str | None = None,
-    prompts: tuple[str, ...] = ZeroShot.prompts,
+    zero_shot_split: str = ZeroShot.split,
+    prompts: tuple[str, ...] = (),
     batch_size: int = 128,
     seed: int = 0,
     only: tuple[str, ...] = (),
@@ -39,7 +40,8 @@ def evaluate(
       checkpoint_step: Step of a checkpoint; None: the best by validation loss, else the newest.
       data_dir: Where prepared data sets are; None: where the run had them.
       zero_shot: A labelled data set to classify; None: the one that the run names, if any.
-      prompts: With --zero-shot: sentences whose mean describes a class; {} stands for its name.
+      zero_shot_split: With --zero-shot: the part of it to classify.
+      prompts: Sentences whose mean describes a class, {} stands for its name; none: the run's, or the usual ones.
       batch_size: Examples at a time, rounded up to a multiple of the devices.
       seed: Of the noise that bounds are averaged over.
       only: Names of evaluations; none: all that the model's capabilities allow.
@@ -47,6 +49,8 @@ def evaluate(
     Raises:
       UserError: the directory is no run, or what is asked for does not exist or is beyond the model.
     """
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}: it must be at least 1")
     mesh = make_mesh(MeshShape())
     batch_size = -(-batch_size // mesh.size) * mesh.size
     with jax.set_mesh(mesh):
@@ -55,13 +59,21 @@ def evaluate(
         split = split or data.test
         directory = Path(data_dir or loaded.experiment.data_dir).expanduser()
         source = open_source(data.name, split, directory)
-        task = ZeroShot(name=zero_shot, prompts=prompts) if zero_shot else loaded.experiment.zero_shot
+        task = loaded.experiment.zero_shot
+        if zero_shot:
+            task = ZeroShot(name=zero_shot, split=zero_shot_split)
+        if task and prompts:
+            task = replace(task, prompts=prompts)
+        if loaded.model.encode_text is None and (zero_shot or prompts):
+            raise UserError(f"{workdir} holds a model that takes no texts: leave out --zero-shot and --prompts")
+        if prompts and not task:
+            raise UserError(f"{workdir} names nothing to classify by --prompts: add --zero-shot")
 
         def batches(source: Source, data: Data, fields: tuple[str, ...]) -> Callable[[], Iterator[tuple[Batch, int]]]:
             return lambda: on_device(source, data, loaded, batch_size, fields, batch_sharding(mesh))
 
         labelled = None
-        if task is not None and loaded.model.encode_text is not None:
+        if task is not None and (not only or "zero_shot" in only):
             classes = open_source(task.name, task.split, directory)
             if classes.label_names is None:
                 raise UserError(f"{task.name} has no labels to classify: choose another data set for --zero-shot")
@@ -75,27 +87,42 @@ def evaluate(
             labelled=labelled,
             key=jax.random.key(seed),
         )
-        results: dict[str, float | int | str] = {"step": loaded.step, "split": split, "examples": len(source)}
+        results: dict[str, float | int | str] = {"step": loaded.step, "split": split}
+        results |= {"examples": len(source), "seed": seed}
         if loaded.model.bound is not None:
             results["bound"] = loaded.model.bound
+            if "label" in loaded.model.inputs:
+                results["given"] = "class"
         for evaluation in choose(subject, only):
             for metric, value in evaluation.run(subject).items():
                 results[f"{evaluation.name}/{metric}"] = value
-    (workdir / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+    keep(workdir / "eval.json", results)
     return results
+
+
+def keep(path: Path, results: dict[str, float | int | str]) -> None:
+    """Writes results, beside those of other evaluations where these are there of the same checkpoint and images."""
+    try:
+        old = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        old = {}
+    same = all(old.get(name) == value for name, value in results.items() if "/" not in name)
+    path.write_text(json.dumps((old if same else {}) | results, indent=2) + "\n")
 
 
 def choose(subject: Subject, names: tuple[str, ...]) -> list[Evaluation]:
     """The evaluations of these names; of none: all that apply.
 
     Raises:
-      UserError: one does not apply.
+      UserError: there is none of a name, or it does not apply.
     """
-    able = {evaluation.name: evaluation for evaluation in EVALUATIONS if evaluation.applies_to(subject)}
+    known = {evaluation.name: evaluation for evaluation in EVALUATIONS}
     for name in names:
-        if name not in able:
-            raise UserError(f"there is no evaluation {name} of this model: choose from {', '.join(able)} for --only")
-    return [able[name] for name in names or able]
+        if name not in known:
+            raise UserError(f"there is no evaluation {name}: choose from {', '.join(known)} for --only")
+        if not known[name].applies_to(subject):
+            raise UserError(f"the model has nothing for the evaluation {name} to measure: leave it out of --only")
+    return [known[name] for name in names] or [each for each in EVALUATIONS if each.applies_to(subject)]
 
 
 def on_device(

@@ -27,6 +27,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.evals.likelihood import summary
 from vlm_jax.experiment import Experiment, from_record, has_checkpoints, read_record
 from vlm_jax.models import build, family_of
+from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.flops import model_flops
 from vlm_jax.trees import count_parameters
 from vlm_jax.workdir import Loaded, load
@@ -46,10 +47,12 @@ class Row:
     bits_per_dim: float
     standard_error: float
     bound: str
+    given: str
+    """What the likelihood is conditional on: "class", or nothing; a class tells at most its own entropy."""
     dequantisation: str
     parameters: int | None
     training_flops: float | None
-    """Of products and convolutions, up to the checkpoint that is measured."""
+    """Of matrix products and convolutions, up to the checkpoint that is measured; a model may do without any."""
     evaluate_seconds: float | None
     """An image, the compilation not counted."""
     sample_seconds: float | None
@@ -73,20 +76,19 @@ def likelihood(
       data_dir: Where prepared data sets are; None: where the presets have them.
       seed: Of the samples and of the noise that bounds are averaged over.
     """
-    chosen = choose(presets, data)
+    chosen = begun(choose(presets, data), workdir)
     first = next(iter(chosen.values()))
     directory = Path(data_dir or first.data_dir).expanduser()
+    out = workdir / f"likelihood-{data}" if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
     rows, sheets = baselines(first, directory), {}
     for name, experiment in chosen.items():
         path = workdir / name
-        if has_checkpoints(path):  # goes on with its own settings, and ends at once where it is complete
-            experiment = from_record(read_record(path))
-        run(name, replace(experiment, workdir=str(path), data_dir=str(directory)))
+        if not complete(path, experiment):
+            run(name, replace(experiment, workdir=str(path), data_dir=str(directory)))
         sheets[name], row = measure(path, load(path), directory, seed)
         rows.append(row)
     rows.sort(key=lambda row: -row.bits_per_dim)
-    out = workdir / f"likelihood-{data}" if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
     (out / "ledger.json").write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n")
     (out / "ledger.md").write_text(table(rows) + "\n")
     draw(rows, sheets, data, out / "ledger.png")
@@ -112,6 +114,40 @@ def choose(names: tuple[str, ...], data: str) -> dict[str, Experiment]:
         if build(known[name].model).log_likelihood is None:
             raise UserError(f"{name} has no likelihood: leave it out")
     return {name: known[name] for name in names}
+
+
+def begun(chosen: dict[str, Experiment], workdir: Path) -> dict[str, Experiment]:
+    """The same, but where a run has begun with its own settings.
+
+    Raises:
+      UserError: they are of other images than the first preset's.
+    """
+    experiments = {
+        name: from_record(read_record(workdir / name)) if has_checkpoints(workdir / name) else experiment
+        for name, experiment in chosen.items()
+    }
+    first, expected = next((name, held_out(experiment)) for name, experiment in chosen.items())
+    for name, experiment in experiments.items():
+        if held_out(experiment) != expected:
+            raise UserError(
+                f"{workdir / name} is measured on {held_out(experiment)} and {first} on {expected}: "
+                f"choose other --presets, or another --workdir"
+            )
+    return experiments
+
+
+def held_out(experiment: Experiment) -> str:
+    """What two runs must share for their bits to be comparable."""
+    data, image = experiment.data, build(experiment.model).inputs["image"]
+    return f"{data.name}, split {data.test}, shape {image.shape}, {image.limit} levels"
+
+
+def complete(path: Path, experiment: Experiment) -> bool:
+    """Whether the run's last checkpoint is there; such a run is measured wherever it was trained."""
+    if not has_checkpoints(path):
+        return False
+    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+        return max(checkpoints.steps()) >= experiment.steps
 
 
 def on_data(experiment: Experiment, data: str) -> bool:
@@ -140,6 +176,7 @@ def measure(path: Path, loaded: Loaded, data_dir: Path, seed: int) -> tuple[Int[
         bits_per_dim=float(results["likelihood/bits_per_dim"]),
         standard_error=float(results["likelihood/bits_per_dim_standard_error"]),
         bound={"exact": "exact", "lower": "lower bound", "estimate": "estimate"}[model.bound],
+        given="class" if "label" in model.inputs else "",
         dequantisation=model.dequantisation or "none",
         parameters=count_parameters(loaded.variables["params"]),
         training_flops=training_flops(loaded),
@@ -163,7 +200,7 @@ def timed(call: Callable[[], jax.Array]) -> tuple[np.ndarray, float]:
 
 
 def baselines(experiment: Experiment, data_dir: Path) -> list[Row]:
-    """What needs no training: a model that does not beat these has learned nothing of interest."""
+    """What needs no training but a look at this run's: a model that does not beat them has learned little."""
     data, levels = experiment.data, build(experiment.model).inputs["image"].limit
     assert levels is not None
 
@@ -187,6 +224,7 @@ def baselines(experiment: Experiment, data_dir: Path) -> list[Row]:
                 bits_per_dim=metrics["bits_per_dim"],
                 standard_error=metrics["bits_per_dim_standard_error"],
                 bound=bound,
+                given="",
                 dequantisation=dequantisation,
                 parameters=None,
                 training_flops=None,
@@ -215,17 +253,18 @@ def gaussian(train: Int[np.ndarray, "N D"], test: Int[np.ndarray, "M D"], draws:
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    head = "| family | variant | bits/dim | | dequantisation | parameters | FLOPs | s/image: evaluate | sample |"
-    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    head = "| family | variant | bits/dim | | given | dequantised | parameters | FLOPs | s/image: evaluate | sample |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         cells = (
             row.family,
             row.variant,
             f"{row.bits_per_dim:.4f} ± {row.standard_error:.4f}",
             row.bound,
+            row.given,
             row.dequantisation,
             "" if row.parameters is None else f"{row.parameters:,}",
-            "" if row.training_flops is None else f"{row.training_flops:.1e}",
+            f"{row.training_flops:.1e}" if row.training_flops else "",
             "" if row.evaluate_seconds is None else f"{row.evaluate_seconds:.1e}",
             "" if row.sample_seconds is None else f"{row.sample_seconds:.1e}",
         )
@@ -235,22 +274,25 @@ def table(rows: list[Row]) -> str:
 
 def draw(rows: list[Row], sheets: dict[str, Int[np.ndarray, "n H W C"] | None], data: str, path: Path) -> None:
     """Bits per dimension against training compute, and samples of each model."""
-    trained = [row for row in rows if row.training_flops]
     drawn = [row for row in reversed(rows) if sheets.get(row.variant) is not None]
-    figure = Figure(figsize=(8 + SHOWN * 0.6, max(5, 0.65 * len(drawn))), layout="constrained")
-    sides: Any = figure.subfigures(1, 2, width_ratios=[8, SHOWN * 0.6 + 2])
+    cell_size = 0.65 if len(drawn) > 6 else 1.0
+    figure = Figure(figsize=(8 + SHOWN * cell_size, max(5, cell_size * len(drawn))), layout="constrained")
+    sides: Any = figure.subfigures(1, 2, width_ratios=[8, SHOWN * cell_size + 2])
     left, right = sides
     axes = left.subplots()
     axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
-    for row in trained:
-        label = f"{row.variant} {row.bits_per_dim:.2f}"
-        axes.errorbar(row.training_flops, row.bits_per_dim, yerr=row.standard_error, fmt="o", label=label)
-    left.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     for row in rows:
-        if row.family == "baseline":
+        if row.training_flops:
+            label = f"{row.variant} {row.bits_per_dim:.2f}"
+            axes.errorbar(row.training_flops, row.bits_per_dim, yerr=row.standard_error, fmt="o", label=label)
+        else:
             axes.axhline(row.bits_per_dim, color="grey", linewidth=0.8, linestyle="dotted")
             axes.annotate(row.variant, (0.01, row.bits_per_dim), xycoords=("axes fraction", "data"), color="grey")
+    left.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     axes.set_xscale("log")
+    compute = [row.training_flops for row in rows if row.training_flops]
+    if compute:  # a decade at least, in which the ticks have room
+        axes.set_xlim(min(compute) / 3, max(compute) * 3)
     axes.set_xlabel("training FLOPs")
     axes.set_ylabel("bits per dimension, held-out")
     axes.set_title(data)

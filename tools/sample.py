@@ -1,6 +1,6 @@
 """Draws what a run has learned: `python -m tools.sample WORKDIR --num N --out FILE.png`."""
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,25 +48,31 @@ def sample(
         raise UserError(f"--num is {num}: at least 1 must be drawn")
     if temperature < 0:
         raise UserError(f"--temperature is {temperature}: it must be at least 0")
+    out = workdir / "samples.png" if out is None else out
+    if out.suffix != ".png":
+        raise UserError(f"--out is {out}: it must end in .png")
     loaded = load(workdir, step=checkpoint_step)
     model, data = loaded.model, loaded.experiment.data
-    source = open_source(data.name, split or data.test, Path(data_dir or loaded.experiment.data_dir).expanduser())
+
+    @cache
+    def source() -> Source:  # samples alone need no data
+        return open_source(data.name, split or data.test, Path(data_dir or loaded.experiment.data_dir).expanduser())
+
     rows: list[tuple[str, list[Cell]]] = []
     if model.sample is not None:
         if prompt:
             raise UserError(f"{workdir} holds a model that takes no texts: leave out --prompt")
         rows += samples(loaded, num, seed, temperature)
     if model.complete is not None:
-        rows += completions(loaded, source, min(num, COLUMNS), seed, temperature)
+        rows += completions(loaded, source(), min(num, COLUMNS), seed, temperature)
     if model.reconstruct is not None:
-        rows += reconstructions(loaded, source, min(num, COLUMNS))
+        rows += reconstructions(loaded, source(), min(num, COLUMNS))
     if model.encode_image is not None and model.encode_text is not None:
-        rows += nearest_images(loaded, source, prompt, num)
+        rows += nearest_images(loaded, source(), prompt, num)
     if not rows:
         raise UserError(
             f"{workdir} holds a model that neither samples, completes, reconstructs nor compares images with texts"
         )
-    out = workdir / "samples.png" if out is None else out
     write_sheet(rows, out, levels=model.inputs["image"].limit or 256)
     return out
 
@@ -84,12 +90,18 @@ def samples(loaded: Loaded, num: int, seed: int, temperature: float) -> list[tup
     return [(f"samples, step {loaded.step}", cells[i : i + COLUMNS]) for i in range(0, num, COLUMNS)]
 
 
+def first_images(loaded: Loaded, source: Source, num: int) -> np.ndarray:
+    """At most `num`, as many as there are."""
+    records = [source[i] for i in range(min(num, len(source)))]
+    return np.stack([example(record, loaded.experiment.data, None, None)["image"] for record in records])
+
+
 def completions(
     loaded: Loaded, source: Source, num: int, seed: int, temperature: float
 ) -> list[tuple[str, list[Cell]]]:
     """Held-out images above draws of their lower halves given the upper ones."""
     assert loaded.model.complete is not None
-    images = np.stack([example(source[i], loaded.experiment.data, None, None)["image"] for i in range(num)])
+    images = first_images(loaded, source, num)
     known = np.zeros(images.shape[1:3], bool)
     known[: images.shape[1] // 2] = True
     complete = jax.jit(partial(loaded.model.complete, known=known, temperature=temperature))
@@ -103,7 +115,7 @@ def completions(
 def reconstructions(loaded: Loaded, source: Source, num: int) -> list[tuple[str, list[Cell]]]:
     """Held-out images above their reconstructions."""
     assert loaded.model.reconstruct is not None
-    images = np.stack([example(source[i], loaded.experiment.data, None, None)["image"] for i in range(num)])
+    images = first_images(loaded, source, num)
     copies = np.asarray(jax.jit(loaded.model.reconstruct)(loaded.variables, images))
     return [
         (f"{source.split} images", [(image, "") for image in images]),
@@ -120,7 +132,8 @@ def nearest_images(loaded: Loaded, source: Source, prompts: tuple[str, ...], num
     texts = list(prompts or captions[:num])
     images = np.stack([example(record, data, None, None)["image"] for record in records])
     encode_image, encode_text = jax.jit(model.encode_image), jax.jit(model.encode_text)
-    vectors = jnp.concatenate([encode_image(loaded.variables, part) for part in np.array_split(images, 8)])
+    parts = np.array_split(images, min(8, len(images)))
+    vectors = jnp.concatenate([encode_image(loaded.variables, part) for part in parts])
     tokens = tokenizer.encode(texts, model.inputs["tokens"].shape[0])
     similarity = np.asarray(encode_text(loaded.variables, tokens) @ vectors.T)
     rows = []

@@ -57,6 +57,13 @@ class Distributed:
     process_id: int | None = None
     """0, 1, ...; not needed with auto."""
 
+    def __post_init__(self) -> None:
+        if self.coordinator is None and (self.num_processes, self.process_id) != (None, None):
+            raise UserError(
+                "distributed.num_processes and distributed.process_id need distributed.coordinator, without which each "
+                "process would train alone"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
@@ -131,7 +138,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
     path = workdir / "config.json"
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{workdir} is not the directory of a run: it has no config.json") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is damaged ({error}): restore it from a copy, or train anew elsewhere") from error

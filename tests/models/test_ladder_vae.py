@@ -242,6 +242,7 @@ def test_dropout_is_for_training_alone(variables: Any):
         ({"decoder_blocks": (1,)}, r"decoder_blocks=\[1\] must be one number, 1 or more, for each of sizes=\[2, 1\]"),
         ({"encoder_blocks": (1, 0)}, r"encoder_blocks=\[1, 0\] must be one number"),
         ({"kl_warmup_steps": -1}, "kl_warmup_steps is -1"),
+        ({"mixtures": 0}, "mixtures is 0: it must be at least 1"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(changes: dict[str, Any], message: str):

@@ -183,6 +183,7 @@ def test_images_that_halve_as_often_as_there_are_widths():
     [
         ({"pseudo_inputs": 0}, r"pseudo_inputs is 0: it must be at least 1, or None"),
         ({"kl_warmup_steps": -1}, r"kl_warmup_steps is -1: it must be 0 or more"),
+        ({"mixtures": 0}, r"mixtures is 0: it must be at least 1"),
         ({"widths": ()}, r"must be one or more multiples of 8, not \[\]"),
         ({"widths": (8, 12)}, r"must be one or more multiples of 8, not \[8, 12\]"),
         ({"widths": (8, 16, 32)}, r"2 pixels a side cannot be halved for each width of \[8, 16, 32\] after the first"),

@@ -224,6 +224,8 @@ def test_classes_are_read_and_asked_for(monkeypatch: pytest.MonkeyPatch):
     assert (right > wrong + 1).all() and (right > -0.1).all()
 
 
-def test_a_schedule_without_noise_is_refused():
+def test_configurations_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"gamma_min=2.0 must be below gamma_max=2.0"):
         vdm.Config(image_size=2, network=NETWORK, gamma_min=2.0, gamma_max=2.0)
+    with pytest.raises(UserError, match=r"sampling_steps is 0: it must be at least 1"):
+        vdm.Config(image_size=2, network=NETWORK, sampling_steps=0)

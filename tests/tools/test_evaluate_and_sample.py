@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from tools.evaluate import evaluate, print_table
 from tools.sample import sample
 from vlm_jax.errors import UserError
+from vlm_jax.evals import Subject
 
 
 def test_a_vae_is_measured_by_what_it_can_do(vae_run: Path, capsys: pytest.CaptureFixture) -> None:
@@ -18,7 +20,7 @@ def test_a_vae_is_measured_by_what_it_can_do(vae_run: Path, capsys: pytest.Captu
     assert results == json.loads((vae_run / "eval.json").read_text())
     assert (results["split"], results["examples"], results["bound"]) == ("test", 360, "lower")
     assert {name.split("/")[0] for name in results} == {
-        "step", "split", "examples", "bound", "likelihood", "importance_weighted", "reconstruction",
+        "step", "split", "examples", "seed", "bound", "likelihood", "importance_weighted", "reconstruction",
     }  # fmt: skip
     assert 0 < results["importance_weighted/bits_per_dim"] < results["likelihood/bits_per_dim"] < 10
     assert 0 < results["likelihood/bits_per_dim_standard_error"] < 0.1
@@ -35,11 +37,23 @@ def test_evaluation_is_the_same_whatever_the_batch_size_and_reads_without_writin
     assert before == {path: path.stat().st_mtime_ns for path in (vae_run / "checkpoints").rglob("*")}
 
 
-def test_some_evaluations_alone_can_be_asked_for(vae_run: Path) -> None:
-    assert [name for name in evaluate(vae_run, only=("reconstruction",)) if "/" in name] == [
-        "reconstruction/psnr",
-        "reconstruction/ssim",
-    ]
+def test_some_evaluations_alone_can_be_asked_for_and_join_those_of_the_same_images(
+    vae_run: Path, tmp_path: Path
+) -> None:
+    workdir = shutil.copytree(vae_run, tmp_path / "run")
+    (workdir / "eval.json").write_text("damaged")
+
+    def ask(name: str, **options: Any) -> set[str]:
+        asked = evaluate(workdir, only=(name,), **options)
+        assert {metric.split("/")[0] for metric in asked if "/" in metric} == {name}
+        kept = json.loads((workdir / "eval.json").read_text())
+        assert asked.items() <= kept.items()
+        return {metric.split("/")[0] for metric in kept if "/" in metric}
+
+    assert ask("reconstruction") == {"reconstruction"}
+    assert ask("likelihood") == {"reconstruction", "likelihood"}
+    assert ask("reconstruction", split="test[:50]") == {"reconstruction"}
+    assert ask("likelihood", split="test[:50]", seed=1) == {"likelihood"}
 
 
 def test_clip_is_measured_by_retrieval_and_zero_shot(clip_run: Path) -> None:
@@ -54,11 +68,29 @@ def test_clip_is_measured_by_retrieval_and_zero_shot(clip_run: Path) -> None:
 
 
 def test_another_split_checkpoint_and_task_can_be_asked_for(clip_run: Path) -> None:
-    results = evaluate(
-        clip_run, split="train[:50]", checkpoint_step=2, zero_shot="easy_vqa/shape", prompts=("a {}", "{} shape")
-    )
+    options = {"split": "train[:50]", "checkpoint_step": 2, "prompts": ("a {}", "{} shape")}
+    results = evaluate(clip_run, zero_shot="easy_vqa/shape", zero_shot_split="test[:70]", **options)
     assert (results["step"], results["split"], results["examples"]) == (2, "train[:50]", 50)
-    assert results["zero_shot/chance"] == pytest.approx(1 / 3)
+    assert (results["zero_shot/chance"], results["zero_shot/examples"]) == (pytest.approx(1 / 3), 70)
+
+
+def test_prompts_replace_those_of_the_runs_own_task(clip_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    subject = Subject
+    monkeypatch.setattr("tools.evaluate.Subject", lambda **fields: seen.append(fields["labelled"]) or subject(**fields))
+    evaluate(clip_run, only=("zero_shot",), prompts=("one {}",))
+    assert seen[0].prompts == ("one {}",) and len(seen[0].label_names) == 8
+
+
+def test_retrieval_alone_needs_no_labelled_data(clip_run: Path, tmp_path: Path) -> None:
+    """Such as ImageNet, which the published presets name."""
+    workdir = shutil.copytree(clip_run, tmp_path / "run")
+    record = json.loads((workdir / "config.json").read_text())
+    record["zero_shot"]["name"] = "imagenet2012"
+    (workdir / "config.json").write_text(json.dumps(record))
+    assert "retrieval/text_to_image_recall@1" in evaluate(workdir, only=("retrieval",))
+    with pytest.raises(UserError, match="imagenet2012"):
+        evaluate(workdir)
 
 
 def test_damage_in_the_newest_checkpoint_is_told_and_the_one_before_is_used(
@@ -81,10 +113,9 @@ def test_damage_in_the_newest_checkpoint_is_told_and_the_one_before_is_used(
         ({"checkpoint_step": 77}, "there is no checkpoint 77"),
         ({"zero_shot": "openmoji"}, "openmoji has no labels to classify"),
         ({"zero_shot": "esy_vqa/color"}, "easy_vqa/color"),
-        (
-            {"only": ("likelihood",)},
-            "no evaluation likelihood of this model: choose from retrieval, zero_shot for",
-        ),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"only": ("likelihod",)}, "no evaluation likelihod: choose from retrieval, zero_shot, .* for --only"),
+        ({"only": ("likelihood",)}, "nothing for the evaluation likelihood to measure"),
     ],
 )
 def test_refusals_name_the_offender(clip_run: Path, options: dict, message: str) -> None:
@@ -92,9 +123,17 @@ def test_refusals_name_the_offender(clip_run: Path, options: dict, message: str)
         evaluate(clip_run, **options)
 
 
-def test_refuses_a_directory_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not the directory of a run"):
-        evaluate(tmp_path)
+@pytest.mark.parametrize("options", [{"zero_shot": "easy_vqa/color"}, {"prompts": ("a {}",)}])
+def test_a_model_without_texts_classifies_nothing(vae_run: Path, options: dict) -> None:
+    with pytest.raises(UserError, match="takes no texts: leave out --zero-shot and --prompts"):
+        evaluate(vae_run, **options)
+
+
+def test_refuses_what_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UserError, match="is not the directory of a run"):
+            evaluate(path)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -115,8 +154,15 @@ def test_captions_or_prompts_find_images(clip_run: Path, tmp_path: Path) -> None
     assert len(pixels(by_caption)) > len(pixels(by_prompt))
 
 
+def test_sheets_of_fewer_images_than_asked_for(vae_run: Path, clip_run: Path, tmp_path: Path) -> None:
+    for index, workdir in enumerate((vae_run, clip_run)):
+        assert sample(workdir, num=4, split="test[:3]", out=tmp_path / f"{index}.png").exists()
+
+
 def test_sampling_refusals(vae_run: Path) -> None:
     with pytest.raises(UserError, match="takes no texts: leave out --prompt"):
         sample(vae_run, prompt=("red circle",))
     with pytest.raises(UserError, match="--num is 0"):
         sample(vae_run, num=0)
+    with pytest.raises(UserError, match=r"--out is sheet: it must end in \.png"):
+        sample(vae_run, out=Path("sheet"))

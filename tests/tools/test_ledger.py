@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def test_a_finished_run_is_measured_as_it_is_beside_the_baselines(
     (row,) = (row for row in rows if row.family == "vae")
     assert row.bits_per_dim == pytest.approx(results["likelihood/bits_per_dim"], rel=1e-6)
     assert row.standard_error == pytest.approx(results["likelihood/bits_per_dim_standard_error"], rel=1e-4)
-    assert (row.variant, row.bound, row.dequantisation) == ("vae-tiny", "lower bound", "none")
+    assert (row.variant, row.bound, row.given, row.dequantisation) == ("vae-tiny", "lower bound", "", "none")
     assert row.parameters is not None and row.parameters < 1e5
     assert row.training_flops is not None and 1e8 < row.training_flops < 1e11
     assert row.evaluate_seconds is not None and row.sample_seconds is not None
@@ -35,6 +36,41 @@ def test_a_finished_run_is_measured_as_it_is_beside_the_baselines(
     assert (out / "ledger.png").stat().st_size > 10_000
     uniform = next(row for row in rows if row.variant == "uniform")
     assert uniform.bits_per_dim == pytest.approx(math.log2(17))
+
+
+def test_what_is_missing_is_trained_and_what_is_complete_is_not_touched(
+    vae_run: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A complete run need not even find the devices that it was trained on."""
+    shutil.copytree(vae_run, tmp_path / "vae-tiny")
+    record = json.loads((vae_run / "config.json").read_text())
+    record["mesh"] = {"data": 1, "fsdp": 512, "tensor": 1}
+    (tmp_path / "vae-tiny" / "config.json").write_text(json.dumps(record))
+    pixels = presets()["autoregressive-tiny"][1]
+    transformer = replace(pixels.model.transformer, width=8, depth=1, heads=1, mlp=8)
+    small = replace(pixels, model=replace(pixels.model, classes=10, transformer=transformer), steps=2, batch_size=16)
+    known = presets() | {"autoregressive-tiny": ("", small)}
+    monkeypatch.setattr("tools.likelihood.presets", lambda: known)
+    rows = likelihood(presets=("vae-tiny", "autoregressive-tiny"), workdir=tmp_path, data_dir=str(data_dir))
+    assert {row.variant: row.given for row in rows if row.family != "baseline"} == {
+        "vae-tiny": "",
+        "autoregressive-tiny": "class",
+    }
+    assert (tmp_path / "autoregressive-tiny" / "checkpoints" / "2").exists()
+    assert json.loads((tmp_path / "vae-tiny" / "config.json").read_text()) == record
+
+
+@pytest.mark.parametrize("change", [{"test": "validation"}, {"name": "fashion_mnist"}, {"image_size": 16}])
+def test_a_run_of_other_images_is_refused(vae_run: Path, tmp_path: Path, change: dict) -> None:
+    workdir = shutil.copytree(vae_run, tmp_path / "vae-tiny")
+    record = json.loads((workdir / "config.json").read_text())
+    record["data"] |= change
+    if "image_size" in change:
+        record["model"] |= change
+    (workdir / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"vae-tiny is measured on .* and kde-tiny on digits, split test, shape"):
+        likelihood(presets=("kde-tiny", "vae-tiny"), workdir=tmp_path)
+    assert not (tmp_path / "kde-tiny").exists()
 
 
 def test_independent_categorical_pixels_are_counted_with_half_a_count_for_each_level() -> None:
@@ -57,6 +93,7 @@ def test_every_preset_on_the_data_that_has_a_likelihood_is_chosen() -> None:
     tiny = {name for name, (_, experiment) in presets().items() if experiment.data.name == "digits"}
     assert chosen.keys() == tiny
     assert {"kde-tiny", "flow-tiny", "diffusion-tiny", "autoregressive-tiny", "vae-tiny"} <= chosen.keys()
+    assert choose((), "openmoji").keys() == {"autoregressive-tiny-openmoji", "vae-tiny-openmoji"}  # and no clip
 
 
 @pytest.mark.parametrize(

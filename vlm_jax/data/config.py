@@ -30,7 +30,7 @@ class Data:
     train: str = "train"
     """Split to train on, or part of one, such as train[:90%]."""
     validation: str | None = None
-    """Split to watch during training; None: none."""
+    """Split to watch during training, as many of its examples as fill batches; None: none."""
     test: str = "test"
     """Split to report on."""
     image_size: int

@@ -76,6 +76,8 @@ class Config:
             blocks = getattr(self, name)
             if len(blocks) != len(sizes) or min(blocks) < 1:
                 raise UserError(f"{name}={list(blocks)} must be one number, 1 or more, for each of sizes={list(sizes)}")
+        if self.mixtures < 1:
+            raise UserError(f"mixtures is {self.mixtures}: it must be at least 1")
         if self.kl_warmup_steps < 0:
             raise UserError(f"kl_warmup_steps is {self.kl_warmup_steps}: it must be 0 or more")
 

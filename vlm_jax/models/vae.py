@@ -58,6 +58,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.pseudo_inputs is not None and self.pseudo_inputs < 1:
             raise UserError(f"pseudo_inputs is {self.pseudo_inputs}: it must be at least 1, or None")
+        if self.mixtures < 1:
+            raise UserError(f"mixtures is {self.mixtures}: it must be at least 1")
         if self.kl_warmup_steps < 0:
             raise UserError(f"kl_warmup_steps is {self.kl_warmup_steps}: it must be 0 or more")
         if not self.widths or any(width % GROUPS for width in self.widths):

@@ -57,6 +57,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_network(self.network, self.image_size)
+        if self.sampling_steps < 1:
+            raise UserError(f"sampling_steps is {self.sampling_steps}: it must be at least 1")
         if self.gamma_min >= self.gamma_max:
             raise UserError(
                 f"gamma_min={self.gamma_min} must be below gamma_max={self.gamma_max}: noise grows with time"

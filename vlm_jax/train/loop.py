@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from vlm_jax.contract import Model, Variables, abstract_batch, check_batch
+from vlm_jax.contract import Batch, Model, Variables, abstract_batch, check_batch
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.sharding import check_batch_size, make_mesh, process_rows, replicated, to_global
@@ -79,6 +79,7 @@ def fit(
             donate_argnums=0,
             out_shardings=(shardings, replicated(mesh)),
         )
+        loss = jax.jit(lambda variables, batch, key: model.loss(variables, batch, key, 0, train=False)[0])
         log = stack.enter_context(MetricsLog(workdir, start, enabled=jax.process_index() == 0))
         stop = stack.enter_context(StopSignal())
         bar = stack.enter_context(progress_bar(start, experiment.steps))
@@ -99,7 +100,7 @@ def fit(
                 values["examples_per_second"] = len(pending) * experiment.batch_size / elapsed
                 if saving and validation_batches is not None:
                     variables = eval_variables(model, state)
-                    values |= validate(model, variables, validation_batches, mesh, validation_key)
+                    values |= validate(model, loss, variables, validation_batches, mesh, validation_key)
                 log.write(step, values)
                 bar.set_postfix_str(f"loss {values['loss']:.4g}, {values['examples_per_second']:.0f} examples/s")
             if saving:
@@ -153,13 +154,13 @@ def fetch_finite(pending: list[tuple[int, dict[str, jax.Array]]], checkpoints: C
 
 def validate(
     model: Model,
+    loss: Callable[[Variables, Batch, jax.Array], jax.Array],
     variables: Variables,
     batches: ValidationBatches,
     mesh: Mesh,
     key: jax.Array,
 ) -> dict[str, float]:
     """The mean loss over the full batches of the validation split, with the same noise at each call."""
-    loss = jax.jit(lambda variables, batch, key: model.loss(variables, batch, key, 0, train=False)[0])
     losses = []
     for index, (batch, valid) in enumerate(batches()):
         fields = check_batch(model.inputs, batch)
