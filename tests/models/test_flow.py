@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from optimized import mapped
 from vlm_jax.contract import Model
 from vlm_jax.errors import UserError
 from vlm_jax.models import flow
@@ -71,11 +72,7 @@ def variables(name: str, model: Model) -> Any:
 @pytest.fixture(scope="module")
 def log_weights(model: Model, variables: Any) -> np.ndarray:
     """[draws, images], nats"""
-    keys = jax.random.split(KEY, DRAWS)
-    values = jax.jit(
-        lambda keys: jax.lax.map(lambda key: model.log_weight(variables, BATCH, key), keys, batch_size=64)
-    )(keys)
-    return np.asarray(values, np.float64)
+    return mapped(lambda key: model.log_weight(variables, BATCH, key), jax.random.split(KEY, DRAWS), batch_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +80,12 @@ def inside(name: str, model: Model, variables: Any) -> tuple[float, float]:
     """The mass of the density within the range of the levels, by what falls outside of it, and its error."""
     c, count = CONFIGS[name], 800_000
     shape = (c.image_size, c.image_size, c.channels)
-    apply = jax.jit(lambda noise: Flow(c).apply(variables, noise, method=lambda m, z: m.flow.invert(z, shape)))
-    y = np.concatenate([apply(jax.random.normal(key, (count // 10, 4))) for key in jax.random.split(KEY, 10)])
+
+    def draw(key: jax.Array) -> jax.Array:
+        noise = jax.random.normal(key, (count // 10, 4))
+        return Flow(c).apply(variables, noise, method=lambda m, z: m.flow.invert(z, shape))
+
+    y = mapped(draw, jax.random.split(KEY, 10)).reshape(count, *shape)
     limit = 1 if c.logit_margin is None else math.log(1 / c.logit_margin - 1)
     kept = (np.abs(y) < limit).all(axis=(1, 2, 3)).mean()
     return kept, math.sqrt(kept * (1 - kept) / count)

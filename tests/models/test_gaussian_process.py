@@ -12,6 +12,7 @@ import pytest
 from scipy.special import gamma, kv
 from scipy.stats import multivariate_normal
 
+from optimized import mapped
 from vlm_jax.contract import Model
 from vlm_jax.errors import UserError
 from vlm_jax.models import gaussian_process
@@ -111,8 +112,8 @@ def test_the_log_likelihood_is_scipys_at_the_dequantised_pixels(large):
 def draws(small) -> np.ndarray:
     """[draws, 81], nats"""
     model, variables = small
-    function = jax.jit(lambda key: model.log_likelihood(variables, {"image": IMAGES}, key))
-    return np.float64(jax.lax.map(function, jax.random.split(KEY, DRAWS), batch_size=64))
+    keys = jax.random.split(KEY, DRAWS)
+    return mapped(lambda key: model.log_likelihood(variables, {"image": IMAGES}, key), keys, batch_size=64)
 
 
 def test_the_density_integrates_to_the_mass_of_each_bin_and_bounds_it(small, draws):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from optimized import mapped
 from vlm_jax.contract import Model
 from vlm_jax.errors import UserError
 from vlm_jax.models import kde
@@ -61,7 +62,7 @@ def test_the_density_integrates_to_the_mass_of_each_bin_and_bounds_it(variables)
     def draw(key: jax.Array) -> jax.Array:
         return model.log_likelihood(variables, {"image": IMAGES}, key)
 
-    values = np.float64(jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=64))(jax.random.split(KEY, DRAWS)))
+    values = mapped(draw, jax.random.split(KEY, DRAWS), batch_size=64)
     densities, expected = np.exp(values), masses(variables, tails=False)
     error = densities.std(axis=0, ddof=1) / math.sqrt(DRAWS)
     assert (np.abs(densities.mean(axis=0) - expected) < 5 * error).all()

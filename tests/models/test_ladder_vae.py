@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from optimized import mapped
 from vlm_jax.errors import UserError
 from vlm_jax.models import ladder_vae
 from vlm_jax.models.ladder_vae import Config, LadderVAE
@@ -58,9 +59,7 @@ def variables() -> Any:
 
 def draws(function: Any, variables: Any) -> np.ndarray:
     """[draws, images], nats"""
-    keys = jax.random.split(KEY, DRAWS)
-    values = jax.jit(lambda keys: jax.lax.map(lambda key: function(variables, BATCH, key), keys, batch_size=64))(keys)
-    return np.asarray(values, np.float64)
+    return mapped(lambda key: function(variables, BATCH, key), jax.random.split(KEY, DRAWS), batch_size=64)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from optimized import mapped
 from vlm_jax.errors import UserError
 from vlm_jax.models import probability_flow
 from vlm_jax.nn.denoiser import Network
@@ -60,8 +61,8 @@ def test_the_likelihoods_of_all_images_sum_to_the_density_between_the_ends(confi
     """In expectation over the noise of dequantisation, which the probability of an image averages over."""
     model = probability_flow.build(config)
     keys = jax.random.split(KEY, 256)
-    values = jax.jit(lambda keys: jax.lax.map(lambda key: model.log_likelihood({}, BATCH, key), keys))(keys)
-    totals = np.exp(np.float64(values) + error).sum(axis=1)
+    values = mapped(lambda key: model.log_likelihood({}, BATCH, key), keys)
+    totals = np.exp(values + error).sum(axis=1)
     expected = math.erf(1 / (DEVIATION * math.sqrt(2))) ** 4
     standard_error = totals.std(ddof=1) / 16
     assert standard_error < 2e-3 * expected

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from optimized import mapped
 from vlm_jax.errors import UserError
 from vlm_jax.models import tarflow
 from vlm_jax.models.tarflow import Block, Config, TarFlow
@@ -123,11 +124,7 @@ def variables() -> Any:
 @pytest.fixture(scope="module")
 def log_weights(variables: Any) -> np.ndarray:
     """[draws, images], nats"""
-    keys = jax.random.split(KEY, DRAWS)
-    values = jax.jit(
-        lambda keys: jax.lax.map(lambda key: MODEL.log_weight(variables, BATCH, key), keys, batch_size=128)
-    )(keys)
-    return np.asarray(values, np.float64)
+    return mapped(lambda key: MODEL.log_weight(variables, BATCH, key), jax.random.split(KEY, DRAWS), batch_size=128)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from optimized import mapped
 from vlm_jax.contract import Model
 from vlm_jax.errors import UserError
 from vlm_jax.models import vae
@@ -49,9 +50,7 @@ def variables(model) -> Any:
 
 def draws(function: Any, variables: Any) -> np.ndarray:
     """[draws, images], nats"""
-    keys = jax.random.split(KEY, DRAWS)
-    values = jax.jit(lambda keys: jax.lax.map(lambda key: function(variables, BATCH, key), keys, batch_size=64))(keys)
-    return np.asarray(values, np.float64)
+    return mapped(lambda key: function(variables, BATCH, key), jax.random.split(KEY, DRAWS), batch_size=64)
 
 
 @pytest.fixture(scope="module")

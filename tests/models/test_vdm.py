@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from optimized import mapped
 from vlm_jax.contract import Model
 from vlm_jax.errors import UserError
 from vlm_jax.models import vdm
@@ -91,7 +92,7 @@ def test_the_bounds_of_all_images_sum_to_one_and_each_is_reached(oracle):
         return jnp.mean(model.log_likelihood(variables, {"image": image}, pair[1]))
 
     pairs = jnp.tile(jnp.arange(81), REPETITIONS), jax.random.split(KEY, 81 * REPETITIONS)
-    bounds = np.asarray(jax.jit(lambda pairs: jax.lax.map(bound, pairs))(pairs), np.float64).reshape(REPETITIONS, 81)
+    bounds = mapped(bound, pairs).reshape(REPETITIONS, 81)
     error = np.exp(bounds).sum(axis=1).std(ddof=1) / math.sqrt(REPETITIONS)
     assert error < 0.02
     assert abs(np.exp(bounds.mean(axis=0)).sum() - 1) < 3 * error

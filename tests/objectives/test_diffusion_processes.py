@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from optimized import mapped
 from vlm_jax.objectives import diffusion
 from vlm_jax.objectives.diffusion import Level, Parameterisation
 
@@ -168,8 +169,7 @@ def bounds() -> np.ndarray:
         return continuous_bound(jnp.clip(points, 1e-6, 1 - 1e-6), pair[1])
 
     pairs = jnp.arange(REPETITIONS * 81), jnp.arange(REPETITIONS * 81) % 81
-    compiled = jax.jit(lambda pairs: jax.lax.map(shifted, pairs))
-    return np.asarray(compiled(pairs), np.float64).reshape(REPETITIONS, 81)
+    return mapped(shifted, pairs).reshape(REPETITIONS, 81)
 
 
 def standard_error(values: np.ndarray) -> float:
