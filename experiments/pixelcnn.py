@@ -41,7 +41,7 @@ def pixelcnn_fashion_mnist() -> Experiment:
 
 
 def pixelcnn_cifar10() -> Experiment:
-    """The largest Gated PixelCNN of 1606.05328 (section 3.2): 20 layers of 384 features, windows of 5x5.
+    """The largest Gated PixelCNN of 1606.05328 (section 3.1): 20 layers of 384 features, windows of 5x5.
 
     The paper states that size for 32x32 ImageNet; of CIFAR-10 it reports 3.03 bits/dim, and PixelCNN++ (1701.05517),
     whose mixture of ten logistics and dropout of a half these are, 2.92. Needs cifar10 prepared by TFDS.

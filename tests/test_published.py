@@ -132,6 +132,42 @@ def test_the_number_of_parameters_is_that_of_the_release(name: str):
 
 
 @pytest.mark.parametrize(
+    ("name", "learning_rate", "b2", "clip_norm", "batch_size", "steps", "ema_decay", "flip"),
+    [
+        ("diffusion-ddpm-cifar10", 2e-4, 0.999, 1.0, 128, 800_000, 0.9999, True),
+        ("diffusion-vdm-cifar10", 2e-4, 0.99, None, 128, 10_000_000, 0.9999, False),
+        ("diffusion-dit-s2", 1e-4, 0.999, None, 256, 400_000, 0.9999, False),
+        ("diffusion-dit-xl2", 1e-4, 0.999, None, 256, 7_000_000, 0.9999, False),
+        ("ladder-vae-cifar10", 2e-4, 0.9, 200 / math.log(2), 32, 1_100_000, 0.9999, False),
+    ],
+)
+def test_generative_models_are_trained_as_published(
+    name: str,
+    learning_rate: float,
+    b2: float,
+    clip_norm: float | None,
+    batch_size: int,
+    steps: int,
+    ema_decay: float,
+    flip: bool,
+):
+    """2006.11239, appendix B; 2107.00630, appendix B; 2212.09748, section 4; VDVAE's release, whose loss is in nats."""
+    experiment = PUBLISHED[name]
+    optimizer = experiment.optimizer
+    assert (optimizer.learning_rate, optimizer.b2, optimizer.clip_norm) == (learning_rate, b2, clip_norm)
+    assert (experiment.batch_size, experiment.steps, experiment.ema_decay) == (batch_size, steps, ema_decay)
+    assert experiment.data.flip == flip
+
+
+def test_published_samples_are_drawn_as_those_that_were_scored():
+    """2212.09748, table 4: all but the largest without guidance; 2006.11239: with the variance of the forward step."""
+    guidance = {size: PUBLISHED[f"diffusion-dit-{size}"].model.guidance for size in ("s2", "b2", "l2", "xl2")}
+    assert guidance == {"s2": 1.0, "b2": 1.0, "l2": 1.0, "xl2": 1.5}
+    ddpm = PUBLISHED["diffusion-ddpm-cifar10"].model
+    assert (ddpm.variance, ddpm.solver, ddpm.sampling_steps) == ("forward", "ancestral", 1000)
+
+
+@pytest.mark.parametrize(
     ("name", "patch", "image", "text", "embedding"),
     [
         ("clip-vit-b32", 32, (768, 12, 12), (512, 12, 8), 512),

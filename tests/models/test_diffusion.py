@@ -68,12 +68,14 @@ def step_cost(x_t: np.ndarray, t: np.ndarray, variance: str) -> np.ndarray:
     """The papers' terms for the network of `Recorder`, t counted from 1: 2006.11239, equations 5 to 13."""
     x, products = IMAGES.astype(np.float64) - 1, np.cumprod(1 - BETAS)
     data = np.clip(0.4 * x_t, -1, 1)
-    mix = {"posterior": 0.0, "forward": 1.0, "learned": 0.2}[variance]
     costs = []
     for row, at in enumerate(t):
+        mix = {"posterior": 0.0, "forward": 1.0, "learned": 0.2}[variance]
         upper = max(at, 2)
         beta, now, before = BETAS[upper - 1], products[upper - 1], products[upper - 2]
         least = (1 - before) / (1 - now) * beta
+        if at == 1 and variance == "forward":  # as the authors' "fixedlarge" has it
+            mix = 0.0
         deviation = math.exp(0.5 * (mix * math.log(BETAS[at - 1]) + (1 - mix) * math.log(least)))
         if at == 1:
             edges = np.array([-np.inf, -0.5, 0.5, np.inf])
@@ -147,13 +149,40 @@ def test_bounds_sum_to_at_most_one_and_nearly_so(monkeypatch: pytest.MonkeyPatch
     assert total > 0.9
 
 
-@pytest.mark.parametrize("solver", ["ancestral", "ddim"])
+@pytest.mark.parametrize("solver", ["ancestral", "ddim", "heun"])
 def test_samples_have_the_probabilities_of_the_images(solver: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(diffusion, "Denoiser", Oracle)
     count, model = 20_000, diffusion.build(replace(CONFIG, solver=solver))
     samples = np.asarray(jax.jit(lambda key: model.sample({}, key, {}, num=count))(KEY))
     observed = np.bincount(samples.reshape(count, 4) @ [27, 9, 3, 1], minlength=81) / count
     assert (np.abs(observed - PROBABILITIES) < 5 * np.sqrt(PROBABILITIES / count) + 0.003).all()
+
+
+def draw(solver: str, **changes: Any) -> np.ndarray:
+    """Samples that are no levels but real vectors, all solvers from the same noise."""
+    model = diffusion.build(replace(CONFIG, levels=None, solver=solver, **changes))
+    return np.asarray(jax.jit(lambda key: model.sample({}, key, {}, num=50))(KEY))
+
+
+@pytest.mark.parametrize("betas", ["linear", "cosine"])
+@pytest.mark.parametrize("solver", ["ancestral", "ddim", "dpm_solver", "euler", "heun"])
+def test_a_network_that_knows_the_data_leaves_no_noise(solver: str, betas: Any, monkeypatch: pytest.MonkeyPatch):
+    class Known(nn.Module):
+        config: Any
+        channels: int
+
+        def __call__(self, x_t: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+            return jnp.full_like(x_t, 0.3)
+
+    monkeypatch.setattr(diffusion, "Denoiser", Known)
+    np.testing.assert_allclose(draw(solver, betas=betas, sampling_steps=20), 0.3, atol=1e-4)
+
+
+def test_eulers_steps_on_a_chain_are_ddims_and_heuns_are_of_higher_order(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(diffusion, "Denoiser", Oracle)
+    ddim, limit = draw("ddim", sampling_steps=20), draw("heun")
+    np.testing.assert_allclose(draw("euler", sampling_steps=20), ddim, atol=1e-4)
+    assert np.abs(draw("heun", sampling_steps=20) - limit).mean() < np.abs(ddim - limit).mean() / 3
 
 
 def test_the_loss_trains_the_variance_by_the_bound_and_the_mean_by_its_error(monkeypatch: pytest.MonkeyPatch):

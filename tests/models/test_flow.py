@@ -130,7 +130,7 @@ def test_images_have_the_frequencies_of_their_probabilities(model, variables, lo
     observed = (samples == 1).all(axis=(1, 2, 3)).mean()
     error = math.sqrt(expected[middle][0] / count + weights[:, middle].var() / DRAWS)
     assert abs(observed - expected[middle][0]) < 4 * error
-    np.testing.assert_allclose(np.bincount(samples.reshape(count, 4) @ [27, 9, 3, 1], minlength=81).sum(), count)
+    assert set(np.unique(samples)) == {0, 1, 2}
 
 
 def test_samples_are_what_the_noise_stands_for(name, model, variables):

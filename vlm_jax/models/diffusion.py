@@ -6,6 +6,7 @@ the squared error of its prediction; its bound on the likelihood is a sum over a
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from vlm_jax.objectives.diffusion import (
     spread,
     stratified,
     to_data,
+    variance_exploding,
     variance_preserving,
 )
 from vlm_jax.objectives.likelihood import from_unit_range, gaussian_log_density, nats_to_bits_per_dim, to_unit_range
@@ -115,13 +117,15 @@ def build(config: Config) -> Model:
     ) -> Float[Array, " B"]:
         """The term of the negative bound that belongs to the step from t to t - 1, nats.
 
-        From 1 to 0 it is the levels' own cost, with the posterior variance of the step before, for its own is 0.
+        From 1 to 0 it is the levels' own cost, with the posterior variance of the step before, for its own is 0. There
+        the forward variance is no larger, but the range of a learned one ends at beta_1: as in the authors' releases.
         """
         upper = spread(jnp.maximum(t, 2), x)
         true = posterior(x, x_t, gammas[upper - 2], gammas[upper - 1])
         model = posterior(p.data, x_t, gammas[upper - 2], gammas[upper - 1])
         first = spread(t, x) == 1
-        forward = jnp.where(first, jax.nn.log_sigmoid(gammas[0]), true.log_forward_variance)
+        end = jax.nn.log_sigmoid(gammas[0]) if learned else true.log_variance
+        forward = jnp.where(first, end, true.log_forward_variance)
         log_variance = p.mix * forward + (1 - p.mix) * true.log_variance
         divergence = divergence_of_gaussians(true.mean, true.log_variance, model.mean, log_variance)
         if config.levels is None:
@@ -186,25 +190,33 @@ def build(config: Config) -> Model:
         temperature: float = 1.0,
         on_step: OnStep | None = None,
     ) -> Num[Array, "num H W C"]:
-        """The temperature scales all noise. `on_step` sees the states."""
+        """The temperature scales all noise. `on_step` sees the states, of `euler` and `heun` over alpha."""
         label_key, noise_key, solver_key = jax.random.split(key, 3)
         label = sampling_labels(config.network, label_key, conditioning.get("label"), num)
-        # Before the first step there is no noise; between two steps the levels lie on a line.
-        steps, levels = jnp.arange(config.timesteps + 1), variance_preserving(gammas)
-        alphas = jnp.concatenate([jnp.ones(1), levels.alpha])
+        levels = variance_preserving(gammas)
+        alphas = jnp.concatenate([jnp.ones(1), levels.alpha])  # before the first step there is no noise
         sigmas = jnp.concatenate([jnp.zeros(1), levels.sigma])
+        ratios = sigmas / alphas
 
         def schedule(t: Array) -> Level:
-            return Level(jnp.interp(t, steps, alphas), jnp.interp(t, steps, sigmas))
+            return Level(alphas[t], sigmas[t])
 
         def denoise(x: Array, t: Array) -> Denoised:
             prediction = predict(variables, x, schedule(t), t, label, guidance=config.guidance)
             return Denoised(prediction.data, prediction.mix)
 
-        times = jnp.round(jnp.linspace(config.timesteps, 0, config.sampling_steps + 1))
+        def denoise_ratio(x: Array, ratio: Array) -> Denoised:
+            t = jnp.argmin(jnp.abs(ratios - ratio))
+            return denoise(alphas[t] * x, t)
+
+        times = jnp.round(jnp.linspace(config.timesteps, 0, config.sampling_steps + 1)).astype(jnp.int32)
         x = temperature * jax.random.normal(noise_key, (num, *shape))
-        solve = SOLVERS[config.solver]
-        x = solve(denoise, schedule, times, x, solver_key, temperature=temperature, on_step=on_step)
+        solve = partial(SOLVERS[config.solver], key=solver_key, temperature=temperature, on_step=on_step)
+        if config.solver in ("euler", "heun"):
+            # The chain has no slope in t, which an ODE needs: x / alpha moves along sigma / alpha (2010.02502, eq. 14).
+            x = solve(denoise_ratio, variance_exploding, ratios[times], x / alphas[-1])
+        else:
+            x = solve(denoise, schedule, times, x)
         return x if config.levels is None else from_unit_range(x, config.levels)
 
     classes = config.network.classes

@@ -115,6 +115,8 @@ class VDM(nn.Module):
         time = 1000 * (gamma - c.gamma_min) / (c.gamma_max - c.gamma_min)
         inputs = jnp.concatenate([x_t, *waves], axis=-1)
         output = self.denoiser(inputs, time, label, train=train, guidance=guidance)
+        if c.predict == "eps":
+            output = output + x_t  # at high noise nearly right before any training; so in the authors' release
         level = Level(*(spread(value, x_t) for value in variance_preserving(gamma)))
         return to_data(output, x_t, level, c.predict)
 

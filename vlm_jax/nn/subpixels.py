@@ -77,7 +77,7 @@ class SoftmaxHead(nn.Module):
         self.query = self.param("query", nn.initializers.normal(0.02), (self.size, self.width))
         self.norm = nn.LayerNorm(self.norm_eps, dtype=self.dtype)
         self.up = nn.Dense(self.width, dtype=self.dtype)
-        self.logits = nn.Dense(self.levels, kernel_init=smooth_outputs, dtype=self.dtype)
+        self.logits = nn.Dense(self.levels, kernel_init=smooth_outputs)
 
     def __call__(self, x: Float[Array, "*B D"], patches: Int[Array, "*B N"]) -> Float[Array, "*B N V"]:
         """Logits of every sub-pixel, those before it read from `patches`."""
@@ -92,7 +92,7 @@ class SoftmaxHead(nn.Module):
         for i, query in enumerate(self.query):
             if i:
                 x = x + self.table.at(i - 1, patch[-1])
-            logits = self.predict(x + query).astype(jnp.float32)
+            logits = self.predict(x + query)
             if temperature == 0:
                 patch.append(jnp.argmax(logits, axis=-1))
             else:
@@ -100,7 +100,7 @@ class SoftmaxHead(nn.Module):
         return jnp.stack(patch, axis=-1)
 
     def predict(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        return self.logits(nn.gelu(self.up(self.norm(x))))
+        return self.logits(nn.gelu(self.up(self.norm(x))).astype(jnp.float32))
 
 
 class MixtureHead(nn.Module):
