@@ -59,15 +59,8 @@ def evaluate(
         split = split or data.test
         directory = Path(data_dir or loaded.experiment.data_dir).expanduser()
         source = open_source(data.name, split, directory)
-        task = loaded.experiment.zero_shot
-        if zero_shot:
-            task = ZeroShot(name=zero_shot, split=zero_shot_split)
-        if task and prompts:
-            task = replace(task, prompts=prompts)
-        if loaded.model.encode_text is None and (zero_shot or prompts):
-            raise UserError(f"{workdir} holds a model that takes no texts: leave out --zero-shot and --prompts")
-        if prompts and not task:
-            raise UserError(f"{workdir} names nothing to classify by --prompts: add --zero-shot")
+        asked = ZeroShot(name=zero_shot, split=zero_shot_split) if zero_shot else None
+        task = choose_task(workdir, loaded, asked, prompts)
 
         def batches(source: Source, data: Data, fields: tuple[str, ...]) -> Callable[[], Iterator[tuple[Batch, int]]]:
             return lambda: on_device(source, data, loaded, batch_size, fields, batch_sharding(mesh))
@@ -98,6 +91,24 @@ def evaluate(
                 results[f"{evaluation.name}/{metric}"] = value
     keep(workdir / "eval.json", results)
     return results
+
+
+def choose_task(workdir: Path, loaded: Loaded, asked: ZeroShot | None, prompts: tuple[str, ...]) -> ZeroShot | None:
+    """What to classify: what is asked for, else what the run names.
+
+    Raises:
+      UserError: the model takes no texts, or prompts describe nothing.
+    """
+    if loaded.model.encode_text is None:
+        if asked or prompts:
+            raise UserError(f"{workdir} holds a model that takes no texts: leave out --zero-shot and --prompts")
+        return None
+    task = asked or loaded.experiment.zero_shot
+    if not prompts:
+        return task
+    if task is None:
+        raise UserError(f"{workdir} names nothing to classify by --prompts: add --zero-shot")
+    return replace(task, prompts=prompts)
 
 
 def keep(path: Path, results: dict[str, float | int | str]) -> None:

@@ -126,7 +126,8 @@ def begun(chosen: dict[str, Experiment], workdir: Path) -> dict[str, Experiment]
         name: from_record(read_record(workdir / name)) if has_checkpoints(workdir / name) else experiment
         for name, experiment in chosen.items()
     }
-    first, expected = next((name, held_out(experiment)) for name, experiment in chosen.items())
+    first = next(iter(chosen))
+    expected = held_out(chosen[first])
     for name, experiment in experiments.items():
         if held_out(experiment) != expected:
             raise UserError(
@@ -176,7 +177,7 @@ def measure(path: Path, loaded: Loaded, data_dir: Path, seed: int) -> tuple[Int[
         bits_per_dim=float(results["likelihood/bits_per_dim"]),
         standard_error=float(results["likelihood/bits_per_dim_standard_error"]),
         bound={"exact": "exact", "lower": "lower bound", "estimate": "estimate"}[model.bound],
-        given="class" if "label" in model.inputs else "",
+        given=str(results.get("given", "")),
         dequantisation=model.dequantisation or "none",
         parameters=count_parameters(loaded.variables["params"]),
         training_flops=training_flops(loaded),
