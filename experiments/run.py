@@ -1,16 +1,14 @@
 """Trains a preset: `python -m experiments.run PRESET [--field.subfield VALUE ...]`."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 
-from experiments.presets import check_preset, presets
+from experiments.presets import from_command_line
 from vlm_jax.commandline import command
 from vlm_jax.data import Tokenizer, evaluation_batches, load_tokenizer, make_tokenizer, open_source, train_batches
 from vlm_jax.errors import UserError
@@ -21,11 +19,10 @@ from vlm_jax.train.loop import fit
 
 
 def main() -> None:
-    known = presets()
-    check_preset(sys.argv[1:], known)
-    experiment = tyro.extras.overridable_config_cli(known)
+    purpose = "Trains a preset; the same command again goes on where it stopped."
+    preset, experiment = from_command_line("python -m experiments.run", purpose, lambda preset: preset)
     join(experiment.distributed)
-    run(sys.argv[1], experiment)
+    run(preset, experiment)
 
 
 def join(distributed: Distributed) -> None:

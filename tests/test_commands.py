@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import run
-from experiments.presets import presets
+from experiments import clip, run
+from experiments.presets import from_command_line, presets
 from vlm_jax.errors import UserError
+from vlm_jax.experiment import Experiment
+
+ROOT = Path(__file__).parents[1]
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -32,7 +36,9 @@ def test_an_unknown_field_is_answered_with_the_right_one(
     with pytest.raises(SystemExit) as refused:
         call(monkeypatch, "clip-tiny", "--optimizer.learning-rat", "1")
     assert refused.value.code == 2
-    assert "--optimizer.learning-rate" in "".join(capsys.readouterr())
+    told = "".join(capsys.readouterr())
+    assert told.count("--optimizer.learning-rate ") == 1
+    assert "autoregressive" not in told, "the help of other presets"
 
 
 def test_a_value_of_the_wrong_type_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -47,7 +53,37 @@ def test_help_lists_every_preset(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         call(monkeypatch, "--help")
     assert ended.value.code == 0
     output = capsys.readouterr().out
-    assert all(name in output for name in presets())
+    assert all(f"  {name} " in output for name in presets())
+
+
+def test_a_command_without_a_preset_says_what_its_first_word_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments in ((), ("--steps", "3")):
+        with pytest.raises(UserError, match=r"the first word after python -m experiments\.run is a preset's name"):
+            call(monkeypatch, *arguments)
+
+
+def test_a_preset_is_built_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Experiment:
+        raise AssertionError("nobody asked for this one")
+
+    monkeypatch.setattr(clip, "PRESETS", (broken, *clip.PRESETS))
+    monkeypatch.setattr(sys, "argv", ["run", "clip-tiny", "--steps", "7"])
+    name, experiment = from_command_line("run", "Trains.", lambda preset: preset)
+    assert (name, experiment.steps, experiment.batch_size) == ("clip-tiny", 7, clip.clip_tiny().batch_size)
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    """As in `--help | head -1`."""
+    shell = f"{sys.executable} -m experiments.run --help | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert (done.stdout.strip() in ("0", "1"), done.stderr) == (True, "")
+
+
+@pytest.mark.parametrize("package", ["experiments", "tools"])
+def test_ctrl_c_while_a_command_imports_ends_it_without_a_traceback(package: str) -> None:
+    code = f"import os, signal, sys; sys.argv = ['-m']; import {package}; os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_a_refused_start_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -63,7 +99,7 @@ def test_processes_that_cannot_find_each_other_are_told(monkeypatch: pytest.Monk
         call(monkeypatch, "vae-tiny", "--distributed.num-processes", "2")
     # In a process of its own, as none can be connected that has computed before.
     command = [sys.executable, "-m", "experiments.run", "vae-tiny", "--distributed.coordinator", "localhost:1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2
     assert "error: the processes of the run cannot find each other" in done.stderr
     assert done.stderr.endswith("--distributed.num-processes and --distributed.process-id\n")
@@ -72,7 +108,7 @@ def test_processes_that_cannot_find_each_other_are_told(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("module", ["tools.evaluate", "tools.sample"])
 def test_errors_are_one_line_and_status_2(module: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", module, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path} is not the directory of a run: it has no config.json\n"
 

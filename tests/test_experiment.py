@@ -101,7 +101,14 @@ def test_a_record_of_another_version_is_refused_by_its_field() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"steps": 0}, "steps is 0: it must be at least 1"), ({"ema_decay": 1.0}, r"ema_decay is 1.0: .*\[0, 1\)")],
+    [
+        ({"steps": 0}, "steps is 0: it must be at least 1"),
+        ({"steps": 10**19}, r"steps is 1(0){19}: .* less than 2\^31"),
+        ({"batch_size": 2**31}, "batch_size is 2147483648: .* less than"),
+        ({"seed": 2**32}, r"seed is 4294967296: it must be at least 0 and less than 2\^32"),
+        ({"seed": -1}, "seed is -1"),
+        ({"ema_decay": 1.0}, r"ema_decay is 1.0: .*\[0, 1\)"),
+    ],
 )
 def test_refuses_impossible_settings(fields: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):

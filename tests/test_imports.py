@@ -2,10 +2,13 @@
 
 import ast
 import graphlib
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import vlm_jax
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for package in ("vlm_jax", "experiments", "tools") for path in (ROOT / package).rglob("*.py"))
@@ -84,6 +87,20 @@ def test_only_networks_import_flax():
     users = {name for name, found in IMPORTS.items() if any(inside(imported, ("flax",)) for imported in found)}
     assert users
     assert {name for name in users if not inside(name, ("vlm_jax.nn", "vlm_jax.models"))} == set()
+
+
+def test_the_contract_loads_jax_and_nothing_of_ours_that_is_heavy():
+    loaded = "import sys, vlm_jax.contract; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    heavy = {"flax", "optax", "orbax", "grain", "tensorflow_datasets", "tokenizers", "msgspec", "tyro", "PIL"}
+    assert "jax" in found.split()
+    assert heavy.intersection(found.split()) == set()
+
+
+def test_what_the_package_promises_is_there():
+    assert {name for name in vlm_jax.__all__ if not hasattr(vlm_jax, name)} == set()
+    with pytest.raises(AttributeError, match="has no attribute 'laod'"):
+        _ = vlm_jax.laod
 
 
 def test_no_modules_import_each_other_in_a_circle():

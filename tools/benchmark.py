@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from experiments.presets import check_preset, presets
+from experiments.presets import from_command_line
 from experiments.run import join
 from vlm_jax.commandline import command
 from vlm_jax.contract import Input, Model, abstract_batch, check_batch
@@ -66,17 +65,12 @@ class Benchmark:
 
 
 def main() -> None:
-    known = {
-        name: (
-            f"Times the input pipeline and --steps train steps of: {description}",
-            Benchmark(experiment=brief(preset)),
-        )
-        for name, (description, preset) in presets().items()
-    }
-    check_preset(sys.argv[1:], known)
-    options = tyro.extras.overridable_config_cli(known)
+    purpose = "Times the input pipeline and --steps train steps of a preset."
+    preset, options = from_command_line(
+        "python -m tools.benchmark", purpose, lambda preset: Benchmark(experiment=brief(preset))
+    )
     join(options.experiment.distributed)
-    results: Results = {"preset": sys.argv[1], **benchmark(options.experiment, pipeline=options.pipeline)}
+    results: Results = {"preset": preset, **benchmark(options.experiment, pipeline=options.pipeline)}
     if jax.process_index() == 0:
         print_table(results)
         if options.json is not None:

@@ -17,7 +17,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from scipy.stats import multivariate_normal
 
-from experiments.presets import check_preset, presets
+from experiments.presets import presets, unknown_preset
 from experiments.run import run
 from tools.evaluate import evaluate
 from vlm_jax.commandline import command
@@ -108,7 +108,8 @@ def choose(names: tuple[str, ...], data: str) -> dict[str, Experiment]:
     if not names:
         raise UserError(f"no preset that has a likelihood trains on {data}: choose another --data")
     for name in names:
-        check_preset([name], known)
+        if name not in known:
+            raise unknown_preset(name, known)
         if known[name].data.name != data:
             raise UserError(f"{name} trains on {known[name].data.name}, not on {data}: leave it out, or change --data")
         if build(known[name].model).log_likelihood is None:

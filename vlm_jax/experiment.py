@@ -100,8 +100,10 @@ class Experiment:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_steps", "log_every", "checkpoint_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+            if not 1 <= getattr(self, name) < 2**31:  # on the devices they are int32
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1 and less than 2^31")
+        if not 0 <= self.seed < 2**32:  # of a larger one JAX would take the lower 32 bits
+            raise UserError(f"seed is {self.seed}: it must be at least 0 and less than 2^32")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay}: it must lie in [0, 1)")
 

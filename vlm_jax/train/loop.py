@@ -50,7 +50,7 @@ def fit(
     mesh = make_mesh(experiment.mesh)
     check_batch_size(experiment.batch_size, mesh, experiment.micro_steps)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
-    learning_rate = learning_rate_schedule(experiment.optimizer, experiment.steps)
+    learning_rate = jax.jit(learning_rate_schedule(experiment.optimizer, experiment.steps))
     rows = process_rows(experiment.batch_size, mesh)
     init_key, step_key, validation_key = jax.random.split(jax.random.key(experiment.seed), 3)
 
