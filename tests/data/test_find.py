@@ -49,7 +49,7 @@ def test_foreign_names(foreign, name, directory):
         ("imagenet_resized", r"several configurations in .*: choose one of \['imagenet_resized/32x32', 'imagenet_"),
         (
             "fashion_mnist",
-            r"fashion_mnist is not prepared in .*: run `pip install 'vlm_jax\[prepare\]'` and "
+            r"fashion_mnist is not prepared in .*: run `pip install -e '\.\[prepare\]'` and "
             r"`tfds build fashion_mnist --data_dir=/.* --file_format=array_record`",
         ),
         (

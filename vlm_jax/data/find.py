@@ -56,7 +56,7 @@ def mend(name: str, data_dir: Path) -> str:
     if _base(name) in BUILDERS:
         return "run this again, which prepares it anew"
     return (
-        f"run `pip install 'vlm_jax[prepare]'` and `tfds build {name} --data_dir={data_dir} --file_format=array_record`"
+        f"run `pip install -e '.[prepare]'` and `tfds build {name} --data_dir={data_dir} --file_format=array_record`"
     )
 
 
