@@ -65,6 +65,6 @@ def test_what_cannot_be_found(foreign, name, message):
 
 def test_unreadable_description(foreign):
     with pytest.raises(
-        UserError, match=r"the description of cifar10 in .*/cifar10/3\.0\.10 .*: delete that .*tfds build"
+        UserError, match=r"the description of cifar10 in .*/cifar10/3\.0\.10 .*: move that .*tfds build"
     ):
         open_source("cifar10", "train", foreign)

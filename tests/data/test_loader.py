@@ -1,8 +1,10 @@
+import io
 import itertools
 import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlm_jax.data import (
     Data,
@@ -14,6 +16,7 @@ from vlm_jax.data import (
     train_batches,
     train_tokenizer,
 )
+from vlm_jax.data.picture import Picture
 from vlm_jax.errors import UserError
 
 DIGITS = Data(name="digits", image_size=8, channels=1)
@@ -38,6 +41,17 @@ def _assert_equal(one, other):
     assert set(one) == set(other)
     for name in one:
         np.testing.assert_array_equal(one[name], other[name])
+
+
+def _picture(image):
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, "png")
+    return Picture(encoded.getvalue(), "record 0")
+
+
+def _stored(source):
+    """The images of digits as the loader gives them."""
+    return [record["image"].pixels(1).tobytes() for record in source]
 
 
 def _images(batches):
@@ -115,17 +129,17 @@ def test_an_epoch_is_a_permutation_and_the_next_is_another(data_dir):
     source = open_source("digits", "train[:50]", data_dir)
     images = _images(_train(source, DIGITS, batch_size=8, stop=19))  # 152 examples: batches straddle the epochs
     epochs = [images[:50], images[50:100], images[100:150]]
-    stored = {record["image"].tobytes() for record in source}
+    stored = set(_stored(source))
     for epoch in epochs:
         assert len(epoch) == 50
         assert set(epoch) == stored
-    for one, other in itertools.combinations([*epochs, [record["image"].tobytes() for record in source]], 2):
+    for one, other in itertools.combinations([*epochs, _stored(source)], 2):
         assert one != other
 
 
 def test_images_and_labels_stay_together(data_dir):
     source = open_source("digits", "test", data_dir)
-    labels = {record["image"].tobytes(): record["label"] for record in source}
+    labels = {record["image"].pixels(1).tobytes(): record["label"] for record in source}
     for batch in _train(source, DIGITS, batch_size=32, stop=3):
         assert [labels[image.tobytes()] for image in batch["image"]] == batch["label"].tolist()
 
@@ -156,22 +170,22 @@ def test_each_visit_of_an_image_has_its_own_augmentation(data_dir):
 
 
 def test_without_crops_training_sees_the_centre_too():
-    record = {"image": np.random.default_rng(0).integers(0, 256, (20, 50, 3), np.uint8)}
+    record = {"image": _picture(np.random.default_rng(0).integers(0, 256, (20, 50, 3), np.uint8))}
     plain = Data(name="openmoji", image_size=16)
     rng = np.random.default_rng(0)
     _assert_equal(example(record, plain, None, rng), example(record, plain, None, None))
 
 
 def test_training_chooses_among_the_captions_and_evaluation_takes_the_first(tokenizer):
-    record = {"image": np.zeros((16, 16, 3), np.uint8), "text": ("dog", "cat", "horse")}
+    record = {"image": _picture(np.zeros((16, 16, 3), np.uint8)), "text": ("dog", "cat", "horse")}
     rng = np.random.default_rng(0)
-    chosen = [tokenizer.decode(example(record, AUGMENTED, tokenizer, rng)["tokens"]) for _ in range(60)]
-    assert set(chosen) == {"dog", "cat", "horse"}
+    chosen = [tokenizer.decode(example(record, AUGMENTED, tokenizer, rng)["tokens"]) for _ in range(600)]
+    assert all(160 < chosen.count(caption) < 240 for caption in ("dog", "cat", "horse"))
     assert tokenizer.decode(example(record, AUGMENTED, tokenizer, None)["tokens"]) == "dog"
 
 
 def test_an_image_without_captions(tokenizer):
-    record = {"image": np.zeros((16, 16, 3), np.uint8), "text": ()}
+    record = {"image": _picture(np.zeros((16, 16, 3), np.uint8)), "text": ()}
     assert set(example(record, DIGITS, None, None)) == {"image"}
     with pytest.raises(UserError, match="openmoji has an image without captions"):
         example(record, AUGMENTED, tokenizer, None)
@@ -180,7 +194,7 @@ def test_an_image_without_captions(tokenizer):
 @pytest.mark.parametrize("batch_size", [7, 30, 64])
 def test_evaluation_covers_all_examples_in_order(data_dir, batch_size):
     source = open_source("digits", "test[:30]", data_dir)
-    stored = [record["image"].tobytes() for record in source]
+    stored = _stored(source)
     images, sizes = [], []
     for batch, valid in evaluation_batches(source, DIGITS, None, batch_size=batch_size):
         rows = _images([batch])

@@ -1,4 +1,5 @@
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -53,37 +54,26 @@ class Foreign(tfds.core.GeneratorBasedBuilder):
         yield from enumerate({**record, "file": "a.png"} for record in records)
 
 
-class Imageless(tfds.core.GeneratorBasedBuilder):
-    """A data set without images."""
+def build(data_dir: Path, features: dict, *records: dict) -> Path:
+    """Prepares the data set `made` of these records."""
 
-    name = "imageless"
-    VERSION = tfds.core.Version("1.0.0")
+    class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """A data set."""
 
-    def _info(self):
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+        name = "made"
+        VERSION = tfds.core.Version("1.0.0")
 
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
-    def _generate_examples(self):
-        yield 0, {"text": "a"}
+        def _split_generators(self, dl_manager):
+            return {"train": enumerate(records)}
 
+        def _generate_examples(self):
+            raise NotImplementedError
 
-class Deep(tfds.core.GeneratorBasedBuilder):
-    """A data set of 16-bit images."""
-
-    name = "deep"
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        image = tfds.features.Image(shape=(4, 5, 1), dtype=np.uint16)
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"image": image}))
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        yield 0, {"image": _png(GREY.astype(np.uint16))}
+    Made(data_dir=data_dir).download_and_prepare(file_format="array_record")
+    return data_dir
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +90,10 @@ def digits(data_dir, tmp_path) -> Path:
     return tmp_path
 
 
+def _images(source) -> list[np.ndarray]:
+    return [record["image"].pixels(1) for record in source]
+
+
 def test_keys_of_other_data_sets(foreign):
     source = open_source("foreign", "nested", foreign)
     assert source.label_names == ("cat", "dog")
@@ -108,21 +102,23 @@ def test_keys_of_other_data_sets(foreign):
     assert records[0]["text"] == ()
     for record in records.values():
         assert set(record) == {"image", "text", "label"}
-        np.testing.assert_array_equal(record["image"], np.stack([GREY] * 3, axis=-1))
+        np.testing.assert_array_equal(record["image"].pixels(3), np.stack([GREY] * 3, axis=-1))
     assert sorted(source.texts()) == ["a dog", "ein Hündchen"]
 
 
 def test_parts_of_splits(data_dir):
-    whole = open_source("digits", "test", data_dir)
+    whole = _images(open_source("digits", "test", data_dir))
     for split, indices in (("test[:90%]", range(324)), ("test[90%:]", range(324, 360)), ("test[5:7]", range(5, 7))):
         part = open_source("digits", split, data_dir)
         assert part.split == split
         assert len(part) == len(indices)
-        np.testing.assert_array_equal([record["image"] for record in part], [whole[i]["image"] for i in indices])
+        np.testing.assert_array_equal(_images(part), [whole[i] for i in indices])
     assert len(open_source("digits", "train+test", data_dir)) == 1257 + 360
 
 
-@pytest.mark.parametrize("split", ["val", "test[:0%]", "test[:90%", ""])
+@pytest.mark.parametrize(
+    "split", ["val", "test[:0%]", "test[:90%", "", "test[5:2]", "test[5:2]+train", "train+test[9:9]"]
+)
 def test_unknown_splits(data_dir, split):
     with pytest.raises(UserError, match=r"is not a split of digits, or an empty one: choose among \{.*'test': 360"):
         open_source("digits", split, data_dir)
@@ -136,7 +132,7 @@ def test_index_out_of_range(data_dir):
 
 
 def test_a_flipped_bit_is_told_and_the_other_records_are_read(digits):
-    before = [record["image"] for record in open_source("digits", "test", digits)]
+    before = _images(open_source("digits", "test", digits))
     (shard,) = (digits / "digits" / "1.0.0").glob("digits-test*")
     content = bytearray(shard.read_bytes())
     content[content.index(b"\x89PNG", 1000) + 40] ^= 1
@@ -146,7 +142,7 @@ def test_a_flipped_bit_is_told_and_the_other_records_are_read(digits):
     damaged = []
     for index, image in enumerate(before):
         try:
-            np.testing.assert_array_equal(source[index]["image"], image)
+            np.testing.assert_array_equal(source[index]["image"].pixels(1), image)
         except UserError:
             damaged.append(index)
     assert len(damaged) == 1
@@ -176,24 +172,123 @@ def test_a_missing_file_is_told(digits):
 def test_a_broken_image_is_told(foreign):
     source = open_source("foreign", "broken", foreign)
     assert list(source.texts()) == ["whole"]
-    broken = [index for index in range(2) if source._read(index)["text"]]
+    broken = [index for index in range(2) if source[index]["text"]]
+    with pytest.raises(
+        UserError, match=rf"record {broken[0]} of foreign, split broken, in .* has an image that cannot .*truncated.*"
+    ):
+        source[broken[0]]["image"].pixels(3)
+
+
+IMAGE = tfds.features.Image(shape=(4, 5, 1))
+TEXT = tfds.features.Text()
+
+
+@pytest.mark.parametrize(
+    ("features", "record", "message"),
+    [
+        ({"text": TEXT}, {"text": "a"}, r"made has no images but \['text'\]"),
+        (
+            {"image": tfds.features.Image(shape=(4, 5, 1), dtype=np.uint16)},
+            {"image": _png(GREY.astype(np.uint16))},
+            "made has images of uint16: choose",
+        ),
+        (
+            {"mask": tfds.features.LabeledImage(labels=2, shape=(4, 5, 1))},
+            {"mask": _png(GREY)},
+            r"made has no images but \['mask'\]",
+        ),
+    ],
+)
+def test_images_that_are_none_are_refused(tmp_path, features, record, message):
+    data_dir = build(tmp_path, features, record)
+    with pytest.raises(UserError, match=message):
+        open_source("made", "train", data_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "feature", "value", "message"),
+    [
+        ("text", tfds.features.Sequence(np.int64), [3, 4], r"its 'text' holds Tensor of int64"),
+        (
+            "caption",
+            tfds.features.Translation(["de", "en"]),
+            {"de": "Hund", "en": "dog"},
+            r"its 'caption' holds dictionaries of \['de', 'en'\]",
+        ),
+        (
+            "captions",
+            tfds.features.Sequence({"text": np.int64, "id": np.int64}),
+            [{"text": 3, "id": 1}],
+            r"its 'captions' holds Tensor of int64",
+        ),
+    ],
+)
+def test_texts_that_are_no_captions_are_told_as_such_and_the_images_are_read(tmp_path, name, feature, value, message):
+    record = {"image": _png(GREY), name: value}
+    source = open_source("made", "train", build(tmp_path, {"image": IMAGE, name: feature}, record))
+    assert set(source[0]) == {"image"}
+    with pytest.raises(UserError, match=rf"^made has no captions: {message}; .*choose a data set whose captions"):
+        list(source.texts())
+
+
+@pytest.mark.parametrize("field", ["caption", "question"])
+def test_a_text_that_is_not_utf_8_is_told_as_such(tmp_path, field):
+    texts = {"question": "Größe?".encode(), "answer": b"no"} if field == "question" else {}
+    texts[field] = "Größe".encode("latin-1")
+    features = {"image": IMAGE} | dict.fromkeys(texts, TEXT)
+    source = open_source("made", "train", build(tmp_path, features, {"image": _png(GREY)} | texts))
+    for read in (lambda: source[0], lambda: list(source.texts())):
+        with pytest.raises(
+            UserError, match=r"record 0 of made, split train, in .* has a text that is not UTF-8"
+        ) as told:
+            read()
+        assert "delete" not in str(told.value)
+
+
+def test_questions_and_answers_of_other_kinds_are_left_out(tmp_path):
+    features = {"image": IMAGE, "question": TEXT, "answer": tfds.features.Sequence(TEXT)}
+    record = {"image": _png(GREY), "question": "what?", "answer": ["a", "b"]}
+    assert set(open_source("made", "train", build(tmp_path, features, record))[0]) == {"image", "question"}
+
+
+def _edit(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def _rename(features: dict, old: str, new: str) -> None:
+    fields = features["featuresDict"]["features"]
+    fields[new] = fields.pop(old)
+
+
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", [b"", b"null", b"3", b"[]", b"{}", b"{", b'{"a": 1}', b"\xff\xfe", None])
+def test_a_damaged_description_of_our_own_data_is_made_anew(digits, file, content):
+    path = digits / "digits" / "1.0.0" / file
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(
         UserError,
-        match=rf"record {broken[0]} of foreign, split broken, in .*truncated.*: delete .*`tfds build foreign ",
+        match=rf"(?s)the description of digits in {digits}/digits/1\.0\.0 cannot be read \(.*\): "
+        r"delete that directory and run this again, which prepares it anew$",
     ):
-        source[broken[0]]
+        open_source("digits", "test", digits)
 
 
-def test_a_data_set_without_images(tmp_path):
-    Imageless(data_dir=tmp_path).download_and_prepare(file_format="array_record")
-    with pytest.raises(UserError, match=r"imageless has no images but \['text'\]"):
-        open_source("imageless", "train", tmp_path)
+def test_a_description_without_splits_is_told(digits):
+    _edit(digits / "digits" / "1.0.0" / "dataset_info.json", lambda info: info.pop("splits"))
+    with pytest.raises(UserError, match=r"the description of digits in .* cannot be read \(it names no splits"):
+        open_source("digits", "test", digits)
 
 
-def test_a_data_set_of_16_bit_images(tmp_path):
-    Deep(data_dir=tmp_path).download_and_prepare(file_format="array_record")
-    with pytest.raises(UserError, match="deep has images of uint16"):
-        open_source("deep", "train", tmp_path)
+@pytest.mark.parametrize("field", ["image", "label"])
+def test_a_description_that_does_not_fit_the_records_is_told(digits, field):
+    _edit(digits / "digits" / "1.0.0" / "features.json", lambda features: _rename(features, field, "renamed"))
+    source = open_source("digits", "test", digits)
+    with pytest.raises(UserError, match=r"record 5 of digits, split test, in .* lacks \['renamed'\], .*: delete that"):
+        source[5]
 
 
 def test_a_data_set_in_another_format(foreign, tmp_path):
@@ -203,7 +298,5 @@ def test_a_data_set_in_another_format(foreign, tmp_path):
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     for shard in copy.glob("*array_record*"):
         shard.rename(copy / shard.name.replace("array_record", "tfrecord"))
-    with pytest.raises(
-        UserError, match=r"foreign in .* is stored as tfrecord, .*: delete .* --file_format=array_record"
-    ):
+    with pytest.raises(UserError, match=r"foreign in .* is stored as tfrecord, .*: move .* --file_format=array_record"):
         open_source("foreign", "nested", tmp_path)

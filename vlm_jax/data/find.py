@@ -52,12 +52,14 @@ def find_data_set(name: str, data_dir: Path) -> Path:
 
 
 def mend(name: str, data_dir: Path) -> str:
-    """What to do once the directory of a data set is deleted."""
+    """What to do about the directory of a data set that cannot be used; only what we make ourselves is deleted."""
     if _base(name) in BUILDERS:
-        return "run this again, which prepares it anew"
-    return (
-        f"run `pip install -e '.[prepare]'` and `tfds build {name} --data_dir={data_dir} --file_format=array_record`"
-    )
+        return "delete that directory and run this again, which prepares it anew"
+    return f"move that directory away and {_build(name, data_dir)}"
+
+
+def _build(name: str, data_dir: Path) -> str:
+    return f"run `pip install -e '.[prepare]'` and `tfds build {name} --data_dir={data_dir} --file_format=array_record`"
 
 
 def _base(name: str) -> str:
@@ -78,6 +80,6 @@ def _why_not_found(name: str, data_dir: Path, prepared: list[_Prepared]) -> str:
     there = sorted(f"{found.name}:{found.version}" for found in prepared)
     known = {*tfds.list_builders(with_community_datasets=False), *(_base(found.name) for found in prepared)}
     if base in known:
-        return f"{name} is not prepared in {data_dir}, which has {there}: {mend(name, data_dir)}"
+        return f"{name} is not prepared in {data_dir}, which has {there}: {_build(name, data_dir)}"
     near = difflib.get_close_matches(base, {*known, *own_names()}, n=3)
     return f"there is no data set {name!r}: did you mean one of {near or own_names() + there}?"

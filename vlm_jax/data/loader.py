@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from vlm_jax.data.config import Data
 from vlm_jax.data.source import Source, open_source
 from vlm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from vlm_jax.data.transforms import random_flip, random_resized_crop, resize, to_channels
+from vlm_jax.data.transforms import Box, centre_box, random_box, random_flip
 from vlm_jax.errors import UserError
 
 # A thread makes whole batches. Half the cores are left to the model; and of small images a second thread on two cores
@@ -52,15 +53,13 @@ def example(
       Of these what the record has: `image` uint8 [S, S, C], `tokens` int32 [T], `label` int32 [].
 
     Raises:
-      UserError: the record has an empty list of captions.
+      UserError: its image cannot be used, or it has an empty list of captions.
     """
-    if rng is None or data.crop_min_area == 1.0:
-        image = resize(record["image"], data.image_size)
-    else:
-        image = random_resized_crop(record["image"], data.image_size, data.crop_min_area, rng)
-    if rng is not None and data.flip:
-        image = random_flip(image, rng)
-    fields = {"image": to_channels(image, data.channels)}
+    choose: Callable[[int, int], Box] = centre_box
+    if rng is not None and data.crop_min_area < 1.0:
+        choose = partial(random_box, min_area=data.crop_min_area, rng=rng)
+    image = record["image"].view(data.image_size, data.channels, choose)
+    fields = {"image": image if rng is None or not data.flip else random_flip(image, rng)}
     if data.text is not None and tokenizer is not None and "text" in record:
         captions = record["text"]
         if not captions:

@@ -39,14 +39,14 @@ def prepare(name: str, data_dir: Path) -> Path:
       UserError: `data_dir` cannot be written.
     """
     base, _, config = name.partition("/")
+    directory = data_dir / name / str(BUILDERS[base].VERSION)
     try:
-        builder = BUILDERS[base](config=config or None, data_dir=data_dir)
-        directory = Path(builder.data_dir)
         if not directory.exists():
             data_dir.mkdir(parents=True, exist_ok=True)
             with FileLock(data_dir / f"{base}.lock"), _quiet():
                 _remove_interrupted(directory.parent)
                 # Does nothing if another process has just done it.
+                builder = BUILDERS[base](config=config or None, data_dir=data_dir)
                 builder.download_and_prepare(file_format="array_record")
     except OSError as error:
         raise UserError(f"{name} cannot be prepared in {data_dir} ({error}): choose another data directory") from error

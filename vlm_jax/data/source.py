@@ -1,6 +1,6 @@
 """Data sets by name: ours and any that TFDS has prepared, as random-access records with the same few keys."""
 
-import io
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,26 +8,20 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from google.protobuf.json_format import ParseError
-from google.protobuf.message import DecodeError
-from PIL import Image
 
 from vlm_jax.data.find import find_data_set, mend
+from vlm_jax.data.picture import Picture
 from vlm_jax.errors import UserError
 
 TEXT_KEYS = ("captions", "caption", "text")
 """What data sets call the captions of an image; coco_captions nests the last in the first."""
-
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# What array_record, protocol buffers and Pillow raise when they are given damaged bytes.
-_DAMAGE = (RuntimeError, DecodeError, OSError, SyntaxError, ValueError)
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """The records of one split. `source[i]` is a dictionary of those of these that the data set has:
 
-    - `image`: uint8 [H, W, C], not writable;
+    - `image`: a `Picture`;
     - `text`: tuple of str, all captions of the image; where there are questions, the one line "question answer";
     - `question` and `answer`: str;
     - `label`: int, an index into `label_names`.
@@ -41,57 +35,70 @@ class Source:
     _features: tfds.features.FeaturesDict = field(repr=False)
     _keys: dict[str, str] = field(repr=False)
     """Our names of the fields -> the data set's."""
+    _not_captions: str | None = field(repr=False)
+    """What the data set calls text without being that."""
     _mend: str = field(repr=False)
+    """What to do about damage."""
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Reads and decodes one record.
+        """Reads one record; its image is decoded when it is looked at.
 
         Raises:
-          UserError: the bytes of the record, or of its image, are damaged.
+          UserError: the record is damaged, or lacks a field that the data set describes, or has a text that is not
+            UTF-8.
           IndexError: `index` is outside `[0, len(source))`.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        try:
-            record = self._read(index)
-            record["image"] = _decode_image(record["image"], self._features[self._keys["image"]].shape[-1])
-        except _DAMAGE as error:
-            raise self._damaged(index, error) from error
-        return record
+        record = self._read(index)
+        return record | {"image": Picture(record["image"], self._called(index))}
 
     def texts(self) -> Iterator[str]:
-        """Every caption of every record in order; images are not decoded.
+        """Every caption of every record in order.
 
         Raises:
-          UserError: the bytes of a record are damaged.
+          UserError: as reading a record, or what the data set calls text is not captions.
         """
+        if self._not_captions is not None:
+            raise UserError(
+                f"{self.name} has no captions: {self._not_captions}; set text to None or choose a data set whose "
+                f"captions are strings"
+            )
         for index in range(len(self)):
-            try:
-                yield from self._read(index).get("text", ())
-            except _DAMAGE as error:
-                raise self._damaged(index, error) from error
+            yield from self._read(index).get("text", ())
 
     def _read(self, index: int) -> dict[str, Any]:
         """A record with our keys and the image still encoded."""
         decoders = {self._keys["image"]: tfds.decode.SkipDecoding()}
-        values = self._features.deserialize_example_np(self._records[index], decoders=decoders)
+        try:
+            values = self._features.deserialize_example_np(self._records[index], decoders=decoders)
+        except Exception as error:  # of many kinds, from array_record, protocol buffers and TFDS
+            raise UserError(f"{self._called(index)} cannot be read ({error}): {self._mend}") from error
+        missing = [name for name in self._keys.values() if values[name] is None]
+        if missing:
+            raise UserError(
+                f"{self._called(index)} lacks {missing}, which the description of the data set names: {self._mend}"
+            )
         record = {key: values[name] for key, name in self._keys.items()}
-        for key in record.keys() & {"question", "answer"}:
-            record[key] = record[key].decode()
-        if "text" in record:
-            record["text"] = tuple(_texts(record["text"]))
-        elif "question" in record and "answer" in record:
+        try:
+            for key in record.keys() & {"question", "answer"}:
+                record[key] = record[key].decode()
+            if "text" in record:
+                record["text"] = tuple(_texts(record["text"]))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self._called(index)} has a text that is not UTF-8 ({error}): encode it where the data set is made, "
+                f"or choose another data set"
+            ) from error
+        if "text" not in record and "question" in record and "answer" in record:
             record["text"] = (f"{record['question']} {record['answer']}",)
         return record
 
-    def _damaged(self, index: int, error: Exception) -> UserError:
-        return UserError(
-            f"record {index} of {self.name}, split {self.split}, in {self.directory} cannot be read ({error}): "
-            f"delete that directory and {self._mend}"
-        )
+    def _called(self, index: int) -> str:
+        return f"record {index} of {self.name}, split {self.split}, in {self.directory}"
 
 
 def open_source(name: str, split: str, data_dir: Path) -> Source:
@@ -107,17 +114,18 @@ def open_source(name: str, split: str, data_dir: Path) -> Source:
     directory = find_data_set(name, data_dir)
     try:
         builder = tfds.builder_from_directory(directory)
-    except (OSError, ValueError, ParseError) as error:
+        features, splits = builder.info.features, {key: info.num_examples for key, info in builder.info.splits.items()}
+        if not splits or not isinstance(features, tfds.features.FeaturesDict):
+            raise ValueError("it names no splits or no features")
+    except Exception as error:  # of many kinds, from TFDS and protocol buffers
         raise UserError(
-            f"the description of {name} in {directory} cannot be read ({error}): delete that directory and "
-            f"{mend(name, data_dir)}"
+            f"the description of {name} in {directory} cannot be read ({error}): {mend(name, data_dir)}"
         ) from error
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
         raise UserError(
-            f"{name} in {directory} is stored as {builder.info.file_format.value}, which has no random access: delete "
-            f"that directory and {mend(name, data_dir)}"
+            f"{name} in {directory} is stored as {builder.info.file_format.value}, which has no random access: "
+            f"{mend(name, data_dir)}"
         )
-    features = builder.info.features
     keys = _keys(features)
     if "image" not in keys:
         raise UserError(f"{name} has no images but {sorted(features)}: choose a data set that has")
@@ -129,36 +137,59 @@ def open_source(name: str, split: str, data_dir: Path) -> Source:
         split=split,
         directory=directory,
         label_names=tuple(features[keys["label"]].names) if "label" in keys else None,
-        _records=_open_split(builder, name, split),
+        _records=_open_split(builder, name, split, splits),
         _features=tfds.features.FeaturesDict({key: features[key] for key in keys.values()}),
         _keys=keys,
+        _not_captions=_not_captions(features, keys),
         _mend=mend(name, data_dir),
     )
 
 
-def _open_split(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Any:
-    try:
-        return builder.as_data_source(
-            split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-        )
-    except ValueError as error:
-        splits = {key: info.num_examples for key, info in builder.info.splits.items()}
-        raise UserError(
-            f"{split!r} is not a split of {name}, or an empty one: choose among {splits} or a part such as "
-            f"{next(iter(splits))}[:90%]"
-        ) from error
+def _open_split(builder: tfds.core.DatasetBuilder, name: str, split: str, splits: dict[str, int]) -> Any:
+    with contextlib.suppress(KeyError, ValueError):
+        # TFDS takes train[5:2] for -3 examples, and train[5:2]+test for three fewer than test has.
+        if all(builder.info.splits[part].num_examples > 0 for part in split.split("+")):
+            return builder.as_data_source(
+                split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            )
+    raise UserError(
+        f"{split!r} is not a split of {name}, or an empty one: choose among {splits} or a part such as "
+        f"{next(iter(splits))}[:90%]"
+    )
 
 
 def _keys(features: tfds.features.FeaturesDict) -> dict[str, str]:
     """Our names of the fields -> the data set's, for the fields it has."""
+    images = [key for key in features if isinstance(features[key], tfds.features.Image)]
+    strings = [key for key in features if _is_string(features[key])]
     candidates = {
-        "image": [key for key in features if isinstance(features[key], tfds.features.Image)],
+        "image": [key for key in images if not isinstance(features[key], tfds.features.LabeledImage)],  # a mask
         "label": [key for key in features if isinstance(features[key], tfds.features.ClassLabel)],
-        "text": [key for key in TEXT_KEYS if key in features],
-        "question": [key for key in features if key == "question"],
-        "answer": [key for key in features if key == "answer"],
+        "text": [key for key in TEXT_KEYS if key in features and _unlike_text(features[key]) is None],
+        "question": [key for key in strings if key == "question"],
+        "answer": [key for key in strings if key == "answer"],
     }
     return {ours: ours if ours in found else found[0] for ours, found in candidates.items() if found}
+
+
+def _not_captions(features: tfds.features.FeaturesDict, keys: dict[str, str]) -> str | None:
+    if "text" in keys or {"question", "answer"} <= keys.keys():
+        return None
+    return next((f"its {key!r} holds {_unlike_text(features[key])}" for key in TEXT_KEYS if key in features), None)
+
+
+def _unlike_text(feature: Any) -> str | None:
+    """What a field holds; None: a text, a sequence of texts, or a sequence of dictionaries with texts."""
+    if isinstance(feature, tfds.features.Sequence):
+        return _unlike_text(feature.feature)
+    if isinstance(feature, tfds.features.FeaturesDict):
+        inner = next((key for key in TEXT_KEYS if key in feature), None)
+        return f"dictionaries of {sorted(feature)}" if inner is None else _unlike_text(feature[inner])
+    return None if _is_string(feature) else f"{type(feature).__name__} of {feature.np_dtype}"
+
+
+def _is_string(feature: Any) -> bool:
+    return isinstance(feature, tfds.features.Tensor) and feature.shape == () and feature.np_dtype == np.object_
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -170,11 +201,3 @@ def _texts(value: Any) -> Iterator[str]:
     else:
         for item in value:
             yield from _texts(item)
-
-
-def _decode_image(encoded: bytes, channels: int | None) -> np.ndarray:
-    """uint8 [H, W, C] of PNG or JPEG bytes, with the channels that the data set declares."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        mode = image.mode if channels is None else _MODES[channels]
-        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-    return pixels if pixels.ndim == 3 else pixels[..., None]
