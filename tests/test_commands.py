@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -84,6 +85,23 @@ def test_ctrl_c_while_a_command_imports_ends_it_without_a_traceback(package: str
     code = f"import os, signal, sys; sys.argv = ['-m']; import {package}; os.kill(os.getpid(), signal.SIGINT)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "printed"),
+    [
+        ("plain", 0, "\\xb1 done\n"),
+        ("ü", 2, r"error: the argument '\udcc3\udcbc' is not text in the encoding ascii of this terminal: set LC_ALL="),
+    ],
+)
+def test_a_terminal_that_knows_ascii_alone(argument: str, status: int, printed: str) -> None:
+    """What it cannot show is escaped, and what it cannot pass on is refused before anything is done."""
+    code = "from vlm_jax.commandline import command\nwith command(): print('\\xb1 done')"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", code, argument]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.returncode == status, done.stderr
+    assert (done.stdout if status == 0 else done.stderr).startswith(printed)
 
 
 def test_a_refused_start_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What all commands have in common."""
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -23,8 +24,12 @@ def command() -> Iterator[None]:
     jax.config.update("jax_compilation_cache_dir", str(cache))
     # Small programs too: by default those that compile within a second do so again at every start, a second in all.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python's stderr: no sign is worth losing a result
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
+        for argument in sys.argv[1:]:
+            check_text(argument)
         try:
             yield
         finally:
@@ -36,3 +41,18 @@ def command() -> Iterator[None]:
         # Python flushes once more as it ends, and would tell of it there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def check_text(argument: str) -> None:
+    """Refuses what was read from the command line without being understood, and could not be written anywhere.
+
+    Raises:
+      UserError: it is not text in the encoding of the terminal.
+    """
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the argument {argument!a} is not text in the encoding {sys.getfilesystemencoding()} of this terminal: "
+            f"set LC_ALL=C.UTF-8 or choose another name"
+        ) from error

@@ -221,6 +221,17 @@ def test_a_damaged_record_stops_training_with_its_message(data_dir, tmp_path):
         _train(open_source("digits", "test", tmp_path), DIGITS, batch_size=4, stop=1)
 
 
+def test_an_image_that_cannot_be_used_stops_training_with_its_message():
+    with pytest.raises(UserError, match=r"^record 3 of birds has an image that cannot be used \("):
+        _train([{"image": Picture(b"", "record 3 of birds")}], DIGITS, batch_size=4, stop=1)
+
+
+def test_scaled_digits_have_the_levels_of_digits(data_dir):
+    larger = Data(name="digits", image_size=12, channels=1)
+    ((batch, _),) = evaluation_batches(open_source("digits", "test[:50]", data_dir), larger, None, batch_size=50)
+    assert batch["image"].max() == 16
+
+
 def test_make_tokenizer(data_dir, tokenizer, tmp_path):
     assert make_tokenizer(DIGITS, data_dir) is None
     assert tokenizer.vocab_size == 400

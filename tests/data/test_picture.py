@@ -109,13 +109,13 @@ REFUSED = {
         png(1, 1, 16, 2, b"\x12\xff" * 3, (b"tRNS", b"\x12\xff" * 3)),
         "unusual depth RGB;16B",
     ),
-    "no pixels": (png(0, 1, 8, 0, b""), "cannot identify image file"),
-    "a GIF without pixels": (b"GIF89a\0\0\0\0\0\0\0,\0\0\0\0\0\0\0\0\0\2\0;", "it has no pixels|cannot identify"),
+    "no pixels": (png(0, 1, 8, 0, b""), "no kind that Pillow knows"),
+    "a GIF without pixels": (b"GIF89a\0\0\0\0\0\0\0,\0\0\0\0\0\0\0\0\0\2\0;", "no kind that Pillow knows"),
     "a truncated PNG": (png(64, 64, 8, 0, bytes(range(64)))[:-30], "truncated"),
     "a truncated JPEG": (encoded(Image.effect_noise((64, 64), 50), "jpeg")[:-200], "truncated"),
     "a decompression bomb": (png(60_000, 60_000, 1, 0, b""), "decompression bomb"),
-    "something else": (b"<svg/>", "cannot identify image file"),
-    "nothing": (b"", "cannot identify image file"),
+    "something else": (b"<svg/>", "no kind that Pillow knows"),
+    "nothing": (b"", "no kind that Pillow knows"),
 }
 
 

@@ -271,7 +271,7 @@ def test_a_damaged_description_of_our_own_data_is_made_anew(digits, file, conten
         path.write_bytes(content)
     with pytest.raises(
         UserError,
-        match=rf"(?s)the description of digits in {digits}/digits/1\.0\.0 cannot be read \(.*\): "
+        match=rf"the description of digits in {digits}/digits/1\.0\.0 cannot be read \(.*\): "
         r"delete that directory and run this again, which prepares it anew$",
     ):
         open_source("digits", "test", digits)

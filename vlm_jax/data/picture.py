@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
 from vlm_jax.data.transforms import Box, resample
@@ -77,16 +77,15 @@ class Picture:
         try:
             yield
         except Exception as error:
+            reason = "no kind that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
             raise UserError(
-                f"{self.record} has an image that cannot be used ({error}): leave it out of the data set, or choose "
+                f"{self.record} has an image that cannot be used ({reason}): leave it out of the data set, or choose "
                 f"another data set"
             ) from error
 
 
 def _shown(stored: ImageFile, channels: int) -> Image.Image:
     """The image decoded, opaque, of mode L or RGB, and upright."""
-    if 0 in stored.size:
-        raise ValueError("it has no pixels")
     bits = stored.tile[0].args if stored.tile else None
     stored.load()
     # Pillow compares such pixels with a transparent colour of another depth, and lets the wrong ones vanish.

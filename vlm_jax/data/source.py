@@ -114,12 +114,13 @@ def open_source(name: str, split: str, data_dir: Path) -> Source:
     directory = find_data_set(name, data_dir)
     try:
         builder = tfds.builder_from_directory(directory)
-        features, splits = builder.info.features, {key: info.num_examples for key, info in builder.info.splits.items()}
-        if not splits or not isinstance(features, tfds.features.FeaturesDict):
+        features = builder.info.features
+        if not _examples(builder) or not isinstance(features, tfds.features.FeaturesDict):
             raise ValueError("it names no splits or no features")
     except Exception as error:  # of many kinds, from TFDS and protocol buffers
         raise UserError(
-            f"the description of {name} in {directory} cannot be read ({error}): {mend(name, data_dir)}"
+            f"the description of {name} in {directory} cannot be read ({' '.join(str(error).split())}): "
+            f"{mend(name, data_dir)}"
         ) from error
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
         raise UserError(
@@ -137,7 +138,7 @@ def open_source(name: str, split: str, data_dir: Path) -> Source:
         split=split,
         directory=directory,
         label_names=tuple(features[keys["label"]].names) if "label" in keys else None,
-        _records=_open_split(builder, name, split, splits),
+        _records=_open_split(builder, name, split),
         _features=tfds.features.FeaturesDict({key: features[key] for key in keys.values()}),
         _keys=keys,
         _not_captions=_not_captions(features, keys),
@@ -145,17 +146,22 @@ def open_source(name: str, split: str, data_dir: Path) -> Source:
     )
 
 
-def _open_split(builder: tfds.core.DatasetBuilder, name: str, split: str, splits: dict[str, int]) -> Any:
+def _open_split(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Any:
     with contextlib.suppress(KeyError, ValueError):
         # TFDS takes train[5:2] for -3 examples, and train[5:2]+test for three fewer than test has.
         if all(builder.info.splits[part].num_examples > 0 for part in split.split("+")):
             return builder.as_data_source(
                 split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
+    splits = _examples(builder)
     raise UserError(
         f"{split!r} is not a split of {name}, or an empty one: choose among {splits} or a part such as "
         f"{next(iter(splits))}[:90%]"
     )
+
+
+def _examples(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
+    return {split: info.num_examples for split, info in builder.info.splits.items()}
 
 
 def _keys(features: tfds.features.FeaturesDict) -> dict[str, str]:
