@@ -10,7 +10,15 @@ import numpy as np
 
 from experiments.presets import from_command_line
 from vlm_jax.commandline import command
-from vlm_jax.data import Tokenizer, evaluation_batches, load_tokenizer, make_tokenizer, open_source, train_batches
+from vlm_jax.data import (
+    Tokenizer,
+    check_tokenizer,
+    evaluation_batches,
+    load_tokenizer,
+    make_tokenizer,
+    open_source,
+    train_batches,
+)
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Distributed, Experiment, claimed_workdir, has_checkpoints, to_record
 from vlm_jax.models import build
@@ -66,6 +74,9 @@ def run(preset: str, experiment: Experiment) -> None:
             # A run keeps the tokenizer that it began with, whatever another version would make of the captions.
             saved = workdir / "tokenizer.json"
             tokenizer = load_tokenizer(saved) if has_checkpoints(workdir) else make_tokenizer(data, data_dir)
+            if tokenizer is not None and "tokens" in model.inputs:
+                tokens = model.inputs["tokens"]
+                check_tokenizer(tokenizer, vocab_size=tokens.limit, eos_id=tokens.contains)
             if first and tokenizer is not None:
                 tokenizer.save(saved)
 

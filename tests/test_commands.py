@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from experiments import clip, run
 from experiments.presets import from_command_line, presets
@@ -142,3 +143,15 @@ def test_a_validation_split_smaller_than_the_batch_is_used_and_one_smaller_than_
     run.run("vae-tiny", replace(small, data=replace(preset.data, validation="validation[:20]")))
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert math.isfinite(line["validation_loss"])
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused_before_a_step(tmp_path: Path, data_dir: Path) -> None:
+    """Though no id of the data's captions may be outside the model's vocabulary."""
+    preset = presets()["clip-tiny"][1]
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "a": 2048}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = replace(preset.data, text=replace(preset.data.text, tokenizer=str(tmp_path / "tokenizer.json")))
+    with pytest.raises(UserError, match=r"ids up to 2048 and the model's vocab_size is 2048: .* at least 2049"):
+        run.run("clip-tiny", replace(preset, data=data, workdir=str(tmp_path / "run"), data_dir=str(data_dir)))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

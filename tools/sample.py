@@ -1,5 +1,6 @@
 """Draws what a run has learned: `python -m tools.sample WORKDIR --num N --out FILE.png`."""
 
+import math
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +11,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from vlm_jax.commandline import command
+from vlm_jax.commandline import check_seed, command
 from vlm_jax.data import Source, example, open_source
 from vlm_jax.errors import UserError
+from vlm_jax.files import check_writable
 from vlm_jax.sheets import Cell, write_sheet
 from vlm_jax.workdir import Loaded, load
 
@@ -43,15 +45,20 @@ def sample(
       data_dir: Where prepared data sets are; None: where the run had them.
       seed: Of the samples.
       temperature: 1: draw from the model; lower: with less noise, down to 0.
+
+    Raises:
+      UserError: the directory is no run, or what is asked for does not exist, is beyond the model or cannot be written.
     """
     if num < 1:
         raise UserError(f"--num is {num}: at least 1 must be drawn")
-    if temperature < 0:
-        raise UserError(f"--temperature is {temperature}: it must be at least 0")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature is {temperature}: it must be a number, at least 0")
+    check_seed(seed)
     out = workdir / "samples.png" if out is None else out
     if out.suffix != ".png":
         raise UserError(f"--out is {out}: it must end in .png")
     loaded = load(workdir, step=checkpoint_step)
+    check_writable(out)
     model, data = loaded.model, loaded.experiment.data
 
     @cache

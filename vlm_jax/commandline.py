@@ -56,3 +56,13 @@ def check_text(argument: str) -> None:
             f"the argument {argument!a} is not text in the encoding {sys.getfilesystemencoding()} of this terminal: "
             f"set LC_ALL=C.UTF-8 or choose another name"
         ) from error
+
+
+def check_seed(seed: int) -> None:
+    """Refuses what makes no key.
+
+    Raises:
+      UserError: the seed is out of range.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed is {seed}: it must lie in [0, 2**32)")

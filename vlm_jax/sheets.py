@@ -4,8 +4,11 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+
+from vlm_jax.files import replace_file
 
 Cell = tuple[np.ndarray, str]
 """An image, uint8 [H, W, C], and the label above it."""
@@ -16,7 +19,16 @@ def write_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], path: Path, *, level
 
     Args:
       levels: values of a sub-pixel; the highest is drawn white.
+
+    Raises:
+      UserError: the file cannot be written.
     """
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):  # captions are text, not formulae
+        figure = draw(rows, levels)
+        replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def draw(rows: Sequence[tuple[str, Sequence[Cell]]], levels: int) -> Figure:
     columns = max(len(cells) for _, cells in rows)
     figure = Figure(figsize=(1.2 * columns + 1.8, 1.3 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=[1.5, *[1] * columns])
@@ -29,5 +41,4 @@ def write_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], path: Path, *, level
             pixels = np.repeat(image, 3, axis=-1) if grey else image
             axes.imshow(pixels.astype(float) / (levels - 1), interpolation="nearest")
             axes.set_title(textwrap.fill(label, 20), fontsize=6)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    return figure

@@ -37,10 +37,16 @@ def load(workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = No
       mesh: where to lay out the variables, by the model's rules; None: on the first device.
 
     Raises:
-      UserError: `workdir` is not the directory of a run, or has no such or no sound checkpoint.
+      UserError: `workdir` is not the directory of a run, or has no such or no sound checkpoint, or has lost
+        its tokenizer.
     """
     workdir = Path(workdir).expanduser()
     experiment = from_record(read_record(workdir))
+    tokenizer = None
+    if experiment.data.text is not None:
+        if not (workdir / "tokenizer.json").exists():
+            raise UserError(f"{workdir} has lost its tokenizer.json, by which its model reads: copy it back")
+        tokenizer = load_tokenizer(workdir / "tokenizer.json")
     model = build(experiment.model)
     batch = abstract_batch(model.inputs, experiment.batch_size)
     collections = dict(jax.eval_shape(model.init, jax.random.key(0), batch))
@@ -73,7 +79,7 @@ def load(workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = No
     return Loaded(
         model=model,
         variables={"params": values["params"], **values["state"]},
-        tokenizer=load_tokenizer(workdir / "tokenizer.json") if (workdir / "tokenizer.json").exists() else None,
+        tokenizer=tokenizer,
         experiment=experiment,
         step=step,
     )

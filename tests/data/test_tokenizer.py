@@ -3,7 +3,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from vlm_jax.data import load_tokenizer, train_tokenizer
+from vlm_jax.data import check_tokenizer, load_tokenizer, train_tokenizer
 from vlm_jax.errors import UserError
 
 TEXTS = ["Woman technologist, light skin tone", "woman running", "light bulb", "skin tone"] * 5
@@ -46,6 +46,21 @@ def test_special_ids_and_vocabulary(trained):
     assert trained.vocab_size == 290
     assert train_tokenizer([], 300).vocab_size == 259
     assert trained.encode(TEXTS + UNSEEN, 64).max() < 290
+
+
+def test_the_vocabulary_ends_after_the_highest_id_whatever_is_left_out(tmp_path):
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2, "[UNK]": 100}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert loaded.vocab_size == 101
+    assert loaded.encode(["a never seen"], 4).max() == 100
+    check_tokenizer(loaded, vocab_size=101, eos_id=0)
+    check_tokenizer(loaded, vocab_size=None, eos_id=None)
+    with pytest.raises(UserError, match=r"ids up to 100 and the model's vocab_size is 100: .* at least 101"):
+        check_tokenizer(loaded, vocab_size=100, eos_id=0)
+    with pytest.raises(UserError, match=r"ends a text with the id 0 and the model's eos_id is 2"):
+        check_tokenizer(loaded, vocab_size=101, eos_id=2)
 
 
 @pytest.mark.parametrize("text", TEXTS[:2] + UNSEEN)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +160,37 @@ def test_sheets_of_fewer_images_than_asked_for(vae_run: Path, clip_run: Path, tm
         assert sample(workdir, num=4, split="test[:3]", out=tmp_path / f"{index}.png").exists()
 
 
-def test_sampling_refusals(vae_run: Path) -> None:
-    with pytest.raises(UserError, match="takes no texts: leave out --prompt"):
-        sample(vae_run, prompt=("red circle",))
-    with pytest.raises(UserError, match="--num is 0"):
-        sample(vae_run, num=0)
-    with pytest.raises(UserError, match=r"--out is sheet: it must end in \.png"):
-        sample(vae_run, out=Path("sheet"))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": ("red circle",)}, "takes no texts: leave out --prompt"),
+        ({"num": 0}, "--num is 0"),
+        ({"out": Path("sheet")}, r"--out is sheet: it must end in \.png"),
+        ({"temperature": float("nan")}, "--temperature is nan: it must be a number, at least 0"),
+        ({"temperature": float("inf")}, "--temperature is inf"),
+        ({"temperature": -1.0}, "--temperature is -1.0"),
+        ({"seed": 2**70}, r"--seed is 1180591620717411303424: it must lie in \[0, 2\*\*32\)"),
+        ({"seed": -1}, "--seed is -1"),
+    ],
+)
+def test_sampling_refusals(vae_run: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sample(vae_run, **options)
+
+
+def test_a_sheet_is_refused_before_it_is_drawn_where_it_cannot_be(vae_run: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tools.sample.samples", None)
+    (tmp_path / "directory.png").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"directory\.png is a directory"):
+        sample(vae_run, out=tmp_path / "directory.png")
+    with pytest.raises(UserError, match=r"sheet\.png cannot be written \((Not a directory|File exists)\)"):
+        sample(vae_run, out=tmp_path / "file" / "sheet.png")
+
+
+@pytest.mark.parametrize("tool", [evaluate, sample])
+def test_a_run_that_lost_its_tokenizer_is_told_so(clip_run: Path, tmp_path: Path, tool: Callable) -> None:
+    workdir = shutil.copytree(clip_run, tmp_path / "run")
+    (workdir / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"run has lost its tokenizer\.json.*: copy it back"):
+        tool(workdir)

@@ -3,13 +3,14 @@
 from vlm_jax.data.config import Data, Text
 from vlm_jax.data.loader import evaluation_batches, example, make_tokenizer, train_batches
 from vlm_jax.data.source import Source, open_source
-from vlm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from vlm_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
     "Data",
     "Source",
     "Text",
     "Tokenizer",
+    "check_tokenizer",
     "evaluation_batches",
     "example",
     "load_tokenizer",

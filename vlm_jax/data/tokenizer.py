@@ -31,8 +31,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """All ids are below it."""
-        return self.tokenizer.get_vocab_size()
+        """The highest id and one: more than there are tokens, where ids are left out."""
+        return 1 + max(self.tokenizer.get_vocab().values())
 
     def encode(self, texts: Sequence[str], length: int) -> np.ndarray:
         """int32 [N, length]: for each text `bos` if there is one, its tokens, `eos`, then `pad` up to the length.
@@ -114,6 +114,28 @@ def load_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return _wrap(tokenizer, str(path))
+
+
+def check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int | None, eos_id: int | None) -> None:
+    """Refuses a tokenizer whose ids a model does not read, before one of them turns up in some batch.
+
+    Args:
+      vocab_size: the model reads ids below it; None: any.
+      eos_id: the id by which the model finds the end of a text; None: it does not.
+
+    Raises:
+      UserError: an id is outside the model's vocabulary, or texts end otherwise.
+    """
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1} and the model's vocab_size is {vocab_size}: use a "
+            f"tokenizer that fits, or a vocab_size of at least {tokenizer.vocab_size}"
+        )
+    if eos_id is not None and tokenizer.eos_id != eos_id:
+        raise UserError(
+            f"the tokenizer ends a text with the id {tokenizer.eos_id} and the model's eos_id is {eos_id}: "
+            f"make them agree"
+        )
 
 
 def _wrap(tokenizer: tokenizers.Tokenizer, where: str) -> Tokenizer:
