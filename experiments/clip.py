@@ -1,6 +1,7 @@
 """CLIP and SigLIP."""
 
 from vlm_jax.data import Data, Text
+from vlm_jax.data.class_names import imagenet_prompts
 from vlm_jax.experiment import Experiment, ZeroShot
 from vlm_jax.models import clip
 from vlm_jax.nn.transformer import Transformer
@@ -47,7 +48,7 @@ def published(
             ),
         ),
         optimizer=Optimizer(learning_rate=learning_rate, warmup_steps=2000, weight_decay=weight_decay, b2=b2, eps=eps),
-        zero_shot=ZeroShot(name="imagenet2012", split="validation"),
+        zero_shot=ZeroShot(name="imagenet2012", split="validation", prompts=imagenet_prompts()),
         steps=steps,
         batch_size=32768,
         log_every=50,

@@ -1,23 +1,29 @@
 """Evaluates a run: `python -m tools.evaluate WORKDIR`. Runs all that the model can do; writes WORKDIR/eval.json."""
 
 import json
+import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
 from tqdm import tqdm
 
-from vlm_jax.commandline import command
-from vlm_jax.contract import Batch, check_batch
-from vlm_jax.data import Data, Source, evaluation_batches, open_source
+from vlm_jax.commandline import check_seed, command
+from vlm_jax.contract import Batch, Input, check_batch
+from vlm_jax.data import Data, Source, class_names, evaluation_batches, open_source, read_class_names
 from vlm_jax.errors import UserError
 from vlm_jax.evals import EVALUATIONS, Evaluation, Labelled, Subject
 from vlm_jax.experiment import ZeroShot
+from vlm_jax.files import check_writable, replace_file
 from vlm_jax.sharding import MeshShape, batch_sharding, make_mesh
 from vlm_jax.workdir import Loaded, load
+
+Results = dict[str, float | int | str | None]
+"""By name: facts of the evaluation, and EVALUATION/METRIC; None: not defined, or not finite."""
 
 
 def evaluate(
@@ -26,13 +32,19 @@ def evaluate(
     checkpoint_step: int | None = None,
     data_dir: str | None = None,
     zero_shot: str | None = None,
-    zero_shot_split: str = ZeroShot.split,
+    zero_shot_split: str | None = None,
+    zero_shot_label: str | None = None,
+    zero_shot_names: str | None = None,
     prompts: tuple[str, ...] = (),
     batch_size: int = 128,
     seed: int = 0,
     only: tuple[str, ...] = (),
-) -> dict[str, float | int | str]:
-    """Runs every evaluation that the model's capabilities allow, prints a table and writes WORKDIR/eval.json.
+    out: Path | None = None,
+) -> Results:
+    """Runs every evaluation that the model's capabilities allow, prints what it finds and writes WORKDIR/eval.json.
+
+    Each result is printed, then written, when it is there. Where an evaluation fails, the others go on; then the
+    command says which and ends with status 2.
 
     Args:
       workdir: The directory of a run.
@@ -40,85 +52,162 @@ def evaluate(
       checkpoint_step: Step of a checkpoint; None: the best by validation loss, else the newest.
       data_dir: Where prepared data sets are; None: where the run had them.
       zero_shot: A labelled data set to classify; None: the one that the run names, if any.
-      zero_shot_split: With --zero-shot: the part of it to classify.
+      zero_shot_split: The part of it to classify; None: test, or the run's.
+      zero_shot_label: Its field to classify by, where it has several labels.
+      zero_shot_names: A file with the name of each class, one a line or JSON; None: the data set's own names.
       prompts: Sentences whose mean describes a class, {} stands for its name; none: the run's, or the usual ones.
       batch_size: Examples at a time, rounded up to a multiple of the devices.
       seed: Of the noise that bounds are averaged over.
       only: Names of evaluations; none: all that the model's capabilities allow.
+      out: The file to write; None: WORKDIR/eval.json.
 
     Raises:
-      UserError: the directory is no run, or what is asked for does not exist or is beyond the model.
+      UserError: the directory is no run, what is asked for does not exist or is beyond the model, or an evaluation
+        failed.
     """
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}: it must be at least 1")
+    check_seed(seed)
+    if out is not None:
+        check_writable(out)
     mesh = make_mesh(MeshShape())
     batch_size = -(-batch_size // mesh.size) * mesh.size
+    changes = {"split": zero_shot_split, "label": zero_shot_label, "names": zero_shot_names, "prompts": prompts}
+    failures: dict[str, Exception] = {}
     with jax.set_mesh(mesh):
         loaded = load(workdir, step=checkpoint_step, mesh=mesh)
         data = loaded.experiment.data
         split = split or data.test
         directory = Path(data_dir or loaded.experiment.data_dir).expanduser()
         source = open_source(data.name, split, directory)
-        asked = ZeroShot(name=zero_shot, split=zero_shot_split) if zero_shot else None
-        task = choose_task(workdir, loaded, asked, prompts)
+        task = choose_task(workdir, loaded, zero_shot, changes)
 
-        def batches(source: Source, data: Data, fields: tuple[str, ...]) -> Callable[[], Iterator[tuple[Batch, int]]]:
-            return lambda: on_device(source, data, loaded, batch_size, fields, batch_sharding(mesh))
+        def batches(source: Source, data: Data, inputs: dict[str, Input]) -> Callable[[], Iterator[tuple[Batch, int]]]:
+            return lambda: on_device(source, data, loaded, batch_size, inputs, batch_sharding(mesh))
 
         labelled = None
         if task is not None and (not only or "zero_shot" in only):
-            classes = open_source(task.name, task.split, directory)
-            if classes.label_names is None:
-                raise UserError(f"{task.name} has no labels to classify: choose another data set for --zero-shot")
-            shown = batches(classes, replace(data, text=None), ("image", "label"))
-            labelled = Labelled(shown, classes.label_names, task.prompts)
+            try:
+                classes = open_source(task.name, task.split, directory, label=task.label)
+                names = name_classes(classes, task)
+                inputs = {"image": loaded.model.inputs["image"], "label": Input((), "int32", len(names))}
+                labelled = Labelled(batches(classes, replace(data, text=None), inputs), names, task.prompts)
+            except UserError as error:
+                if only or zero_shot or any(changes.values()):
+                    raise
+                failures["zero_shot"] = error  # asked for by the run, not by the command: the rest is worth having
+                tell("zero_shot", error)
         subject = Subject(
             model=loaded.model,
             variables=loaded.variables,
-            batches=batches(source, data, tuple(loaded.model.inputs)),
+            batches=batches(source, data, dict(loaded.model.inputs)),
             tokenizer=loaded.tokenizer,
             labelled=labelled,
             key=jax.random.key(seed),
         )
-        results: dict[str, float | int | str] = {"step": loaded.step, "split": split}
-        results |= {"examples": len(source), "seed": seed}
+        chosen = choose(subject, only)
+        facts: Results = {"step": loaded.step, "split": split, "examples": len(source), "seed": seed}
         if loaded.model.bound is not None:
-            results["bound"] = loaded.model.bound
+            facts["bound"] = loaded.model.bound
             if "label" in loaded.model.inputs:
-                results["given"] = "class"
-        for evaluation in choose(subject, only):
-            for metric, value in evaluation.run(subject).items():
-                results[f"{evaluation.name}/{metric}"] = value
-    keep(workdir / "eval.json", results)
+                facts["given"] = "class"
+        print_table(facts)
+        results = dict(facts)
+        for evaluation in chosen:
+            try:
+                measured = dict(evaluation.run(subject))
+            except Exception as error:
+                failures[evaluation.name] = error
+                tell(evaluation.name, error)
+                continue
+            found: Results = {f"{evaluation.name}/{metric}": value for metric, value in measured.items()}
+            if evaluation.labelled and task is not None:
+                found |= describe(task)
+            print_table(found)
+            results |= {name: finite(value) for name, value in found.items()}
+            try:
+                keep(out or workdir / "eval.json", facts, results)
+            except UserError as error:
+                failures["the file of results"] = error
+    if failures:
+        told = "; ".join(f"{name}: {sentence(error)}" for name, error in failures.items())
+        raise UserError(f"{told} (what is printed above holds)" if len(results) > len(facts) else told)
     return results
 
 
-def choose_task(workdir: Path, loaded: Loaded, asked: ZeroShot | None, prompts: tuple[str, ...]) -> ZeroShot | None:
-    """What to classify: what is asked for, else what the run names.
+def choose_task(workdir: Path, loaded: Loaded, name: str | None, changes: dict[str, Any]) -> ZeroShot | None:
+    """What to classify: what is asked for, else what the run names, with its fields changed to what is given.
 
     Raises:
-      UserError: the model takes no texts, or prompts describe nothing.
+      UserError: the model takes no texts, or changes are of nothing.
     """
+    changes = {field: value for field, value in changes.items() if value}
     if loaded.model.encode_text is None:
-        if asked or prompts:
+        if name or changes:
             raise UserError(f"{workdir} holds a model that takes no texts: leave out --zero-shot and --prompts")
         return None
-    task = asked or loaded.experiment.zero_shot
-    if not prompts:
+    task = ZeroShot(name=name) if name else loaded.experiment.zero_shot
+    if not changes:
         return task
     if task is None:
-        raise UserError(f"{workdir} names nothing to classify by --prompts: add --zero-shot")
-    return replace(task, prompts=prompts)
+        flag = "--prompts" if "prompts" in changes else f"--zero-shot-{next(iter(changes))}"
+        raise UserError(f"{workdir} names nothing to classify by {flag}: add --zero-shot")
+    return replace(task, **changes)
 
 
-def keep(path: Path, results: dict[str, float | int | str]) -> None:
-    """Writes results, beside those of other evaluations where these are there of the same checkpoint and images."""
+def name_classes(classes: Source, task: ZeroShot) -> tuple[str, ...]:
+    """What the classes of a data set are called.
+
+    Raises:
+      UserError: it has no labels, or several, or they have no names.
+    """
+    if classes.label_names is None:
+        if classes.label_fields:
+            raise UserError(
+                f"{task.name} has several labels: choose one of {', '.join(classes.label_fields)} for --zero-shot-label"
+            )
+        raise UserError(f"{task.name} has no labels to classify: choose another data set for --zero-shot")
+    if task.names is not None:
+        return read_class_names(Path(task.names).expanduser(), classes.label_names)
+    return class_names(classes.label_names)
+
+
+def describe(task: ZeroShot) -> Results:
+    """What was classified, and how."""
+    described = {"data": task.name, "split": task.split, "label": task.label, "names": task.names}
+    described["prompts"] = " | ".join(task.prompts)
+    return {f"zero_shot_{field}": value for field, value in described.items() if value is not None}
+
+
+def finite(value: float | int | str | None) -> float | int | str | None:
+    """None for what JSON has no number for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def keep(path: Path, facts: Results, results: Results) -> None:
+    """Writes results, beside those of other evaluations where these are there of the same checkpoint and images.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     try:
-        old = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        old = {}
-    same = all(old.get(name) == value for name, value in results.items() if "/" not in name)
-    path.write_text(json.dumps((old if same else {}) | results, indent=2) + "\n")
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        old = None
+    same = isinstance(old, dict) and all(old.get(name) == value for name, value in facts.items())
+    text = json.dumps((old if same else {}) | results, indent=2, allow_nan=False) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def sentence(error: Exception) -> str:
+    """One line of an error."""
+    line = " ".join(str(error).split())
+    return line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
+
+
+def tell(name: str, error: Exception) -> None:
+    """At once, so that nobody waits for what will not come."""
+    print(f"{name} failed: {sentence(error)}", file=sys.stderr, flush=True)
 
 
 def choose(subject: Subject, names: tuple[str, ...]) -> list[Evaluation]:
@@ -141,24 +230,24 @@ def on_device(
     data: Data,
     loaded: Loaded,
     batch_size: int,
-    fields: tuple[str, ...],
+    inputs: dict[str, Input],
     sharding: jax.sharding.Sharding,
 ) -> Iterator[tuple[Batch, int]]:
     """The source's examples in order, on the devices, with a progress bar."""
-    inputs = {name: spec for name, spec in loaded.model.inputs.items() if name in fields}
     batches = evaluation_batches(source, data, loaded.tokenizer, batch_size=batch_size)
     for batch, valid in tqdm(batches, total=-(-len(source) // batch_size), desc=source.name, leave=False):
-        check_batch(inputs, batch)
-        yield {name: jax.device_put(batch[name], sharding) for name in fields}, valid
+        fields = check_batch(inputs, batch)
+        yield {name: jax.device_put(values, sharding) for name, values in fields.items()}, valid
 
 
-def print_table(results: dict[str, float | int | str]) -> None:
+def print_table(results: Results) -> None:
     """One result a line."""
-    width = max(map(len, results))
+    width = max(map(len, results), default=0)
     for name, value in results.items():
-        print(f"{name:<{width}}  {value:.4f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+        shown = "undefined" if value is None else f"{value:.4f}" if isinstance(value, float) else value
+        print(f"{name:<{width}}  {shown}", flush=True)
 
 
 if __name__ == "__main__":
     with command():
-        print_table(tyro.cli(evaluate))
+        tyro.cli(evaluate)

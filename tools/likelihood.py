@@ -13,19 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jaxtyping import Float, Int
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from scipy.stats import multivariate_normal
 
 from experiments.presets import presets, unknown_preset
 from experiments.run import run
 from tools.evaluate import evaluate
-from vlm_jax.commandline import command
+from vlm_jax.commandline import check_seed, command
 from vlm_jax.contract import abstract_batch
 from vlm_jax.data import example, open_source
 from vlm_jax.errors import UserError
-from vlm_jax.evals.likelihood import summary
+from vlm_jax.evals.likelihood import mean_and_error
 from vlm_jax.experiment import Experiment, from_record, has_checkpoints, read_record
+from vlm_jax.files import check_writable, replace_file
 from vlm_jax.models import build, family_of
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.flops import model_flops
@@ -45,7 +46,8 @@ class Row:
     family: str
     variant: str
     bits_per_dim: float
-    standard_error: float
+    standard_error: float | None
+    """None: there is one image."""
     bound: str
     given: str
     """What the likelihood is conditional on: "class", or nothing; a class tells at most its own entropy."""
@@ -80,7 +82,8 @@ def likelihood(
     first = next(iter(chosen.values()))
     directory = Path(data_dir or first.data_dir).expanduser()
     out = workdir / f"likelihood-{data}" if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out / "ledger.json")
+    check_seed(seed)
     rows, sheets = baselines(first, directory), {}
     for name, experiment in chosen.items():
         path = workdir / name
@@ -89,10 +92,13 @@ def likelihood(
         sheets[name], row = measure(path, load(path), directory, seed)
         rows.append(row)
     rows.sort(key=lambda row: -row.bits_per_dim)
-    (out / "ledger.json").write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n")
-    (out / "ledger.md").write_text(table(rows) + "\n")
-    draw(rows, sheets, data, out / "ledger.png")
     print(f"{table(rows)}\n\n{out}")
+    record = json.dumps([vars(row) for row in rows], indent=2, allow_nan=False)
+    replace_file(out / "ledger.json", lambda path: path.write_text(record + "\n", encoding="utf-8"))
+    replace_file(out / "ledger.md", lambda path: path.write_text(table(rows) + "\n", encoding="utf-8"))
+    with rc_context({"text.parse_math": False, "text.usetex": False}):  # names are text, not formulae
+        figure = draw(rows, sheets, data)
+        replace_file(out / "ledger.png", lambda path: figure.savefig(path, format="png", dpi=110))
     return rows
 
 
@@ -161,6 +167,9 @@ def measure(path: Path, loaded: Loaded, data_dir: Path, seed: int) -> tuple[Int[
     """A trained run's samples and its line."""
     model, experiment = loaded.model, loaded.experiment
     results = evaluate(path, data_dir=str(data_dir), seed=seed, only=("likelihood",))
+    bits, error = (results[f"likelihood/{metric}"] for metric in ("bits_per_dim", "bits_per_dim_standard_error"))
+    if bits is None:
+        raise UserError(f"the likelihood of {path} is not finite: train it anew, or leave it out of --presets")
     assert model.log_likelihood is not None and model.bound is not None
     source = open_source(experiment.data.name, experiment.data.test, data_dir)
     records = [example(source[i], experiment.data, None, None) for i in range(min(TIMED, len(source)))]
@@ -175,8 +184,8 @@ def measure(path: Path, loaded: Loaded, data_dir: Path, seed: int) -> tuple[Int[
     return images, Row(
         family=family_of(experiment.model),
         variant=path.name,
-        bits_per_dim=float(results["likelihood/bits_per_dim"]),
-        standard_error=float(results["likelihood/bits_per_dim_standard_error"]),
+        bits_per_dim=float(bits),
+        standard_error=None if error is None else float(error),
         bound={"exact": "exact", "lower": "lower bound", "estimate": "estimate"}[model.bound],
         given=str(results.get("given", "")),
         dequantisation=model.dequantisation or "none",
@@ -218,13 +227,13 @@ def baselines(experiment: Experiment, data_dir: Path) -> list[Row]:
     }
     rows = []
     for (name, bound, dequantisation), nats in measured.items():
-        metrics = summary(nats.astype(np.float32), test.shape[1:])
+        bits_per_dim, standard_error = mean_and_error(nats.astype(np.float32), test.shape[1:])
         rows.append(
             Row(
                 family="baseline",
                 variant=name,
-                bits_per_dim=metrics["bits_per_dim"],
-                standard_error=metrics["bits_per_dim_standard_error"],
+                bits_per_dim=bits_per_dim,
+                standard_error=standard_error,
                 bound=bound,
                 given="",
                 dequantisation=dequantisation,
@@ -261,7 +270,7 @@ def table(rows: list[Row]) -> str:
         cells = (
             row.family,
             row.variant,
-            f"{row.bits_per_dim:.4f} ± {row.standard_error:.4f}",
+            f"{row.bits_per_dim:.4f}" + ("" if row.standard_error is None else f" ± {row.standard_error:.4f}"),
             row.bound,
             row.given,
             row.dequantisation,
@@ -274,7 +283,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: list[Row], sheets: dict[str, Int[np.ndarray, "n H W C"] | None], data: str, path: Path) -> None:
+def draw(rows: list[Row], sheets: dict[str, Int[np.ndarray, "n H W C"] | None], data: str) -> Figure:
     """Bits per dimension against training compute, and samples of each model."""
     drawn = [row for row in reversed(rows) if sheets.get(row.variant) is not None]
     cell_size = 0.65 if len(drawn) > 6 else 1.0
@@ -307,7 +316,7 @@ def draw(rows: list[Row], sheets: dict[str, Int[np.ndarray, "n H W C"] | None], 
         assert images is not None
         for cell, image in zip(line[1:], images, strict=False):
             cell.imshow(image.astype(float) / max(images.max(), 1), cmap="gray", vmin=0, vmax=1)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 if __name__ == "__main__":

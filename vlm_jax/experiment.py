@@ -39,6 +39,10 @@ class ZeroShot:
     split: str = "test"
     prompts: tuple[str, ...] = ("{}", "a photo of a {}.", "a drawing of a {}.")
     """Sentences whose mean describes a class; {} stands for its name."""
+    names: str | None = None
+    """Path of a file with a name for each class, one a line or JSON; None: those that the data set has."""
+    label: str | None = None
+    """The field of the data set to classify by, where it has several; None: the one called label, or the only one."""
 
     def __post_init__(self) -> None:
         wrong = [prompt for prompt in self.prompts if "{}" not in prompt]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,14 @@ from skimage.metrics import peak_signal_noise_ratio
 from vlm_jax.contract import Input, Model
 from vlm_jax.data import train_tokenizer
 from vlm_jax.evals import EVALUATIONS, Labelled, Subject, likelihood, reconstruction, retrieval, zero_shot
-from vlm_jax.evals.retrieval import recall_at
+from vlm_jax.evals.retrieval import belonging, recall_at
 
 IMAGE = Input((8, 8, 1), "uint8", 17)
 
 
 def model(**capabilities: object) -> Model:
     """A model that can do just what a test gives it."""
-    inputs = {"image": IMAGE, "tokens": Input((4,), "int32", 300)}
+    inputs = {"image": IMAGE, "tokens": Input((32,), "int32", 300)}
     return Model(inputs=inputs, init=lambda *_: {}, loss=lambda *_, **__: None, rules=(), **capabilities)
 
 
@@ -28,12 +29,36 @@ def batches(*parts: tuple[dict, int]) -> Callable[[], Iterator[tuple[dict, int]]
 
 
 def test_recall_counts_ranks_and_holds_ties_against_the_model() -> None:
-    similarity = jnp.array([[9.0, 1, 1, 1], [5, 4, 1, 1], [5, 5, 4, 1], [2, 2, 2, 2]])
-    assert [recall_at(similarity, k) for k in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
+    similarity = np.array([[9.0, 1, 1, 1], [5, 4, 1, 1], [5, 5, 4, 1], [2, 2, 2, 2]])
+    assert [recall_at(similarity, np.eye(4, dtype=bool), k) for k in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_a_constant_encoder_retrieves_nothing() -> None:
-    assert recall_at(jnp.ones((20, 20)), 10) == 0
+@pytest.mark.parametrize("value", [1.0, np.nan])
+def test_an_encoder_that_tells_nothing_apart_retrieves_nothing(value: float) -> None:
+    assert recall_at(np.full((20, 20), value), np.eye(20, dtype=bool), 10) == 0
+
+
+def test_an_image_is_found_by_any_of_its_captions_and_each_caption_finds_its_image() -> None:
+    """Two images with five captions each: of the first, only the last is nearer than all captions of the other."""
+    similarity = np.array([[1, 1, 1, 1, 9, 8, 8, 8, 8, 8], [7, 7, 7, 7, 7, 1, 2, 3, 4, 6.0]])
+    belongs = belonging(np.repeat([0, 1], 5), np.arange(2), np.arange(10))
+    np.testing.assert_array_equal(belongs, np.repeat(np.eye(2, dtype=bool), 5, axis=1))
+    # Of the second image's captions the nearest, 6, stands after five of 7.
+    assert [recall_at(similarity, belongs, k) for k in (1, 5, 6)] == [0.5, 0.5, 1.0]
+    # Captions 1 to 4 are nearer to the other image, the fifth is not, and all of the other's five are nearer to it.
+    assert [recall_at(similarity.T, belongs.T, k) for k in (1, 2)] == [0.1, 1.0]
+
+
+def test_what_is_equal_in_the_data_is_no_mistake_and_what_only_ties_is_one() -> None:
+    """Texts 0 and 1 are one sentence, images 2 and 3 one picture; text 4 ties with text 0 and is another."""
+    image_ids, text_ids = np.array([0, 1, 2, 2, 3]), np.array([0, 0, 1, 2, 3])
+    belongs = belonging(np.arange(5), image_ids, text_ids)
+    expected = np.array([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], bool)
+    np.testing.assert_array_equal(belongs, expected)
+    # Image 1 is nearer to the other copy of its sentence, image 2 to the caption of the other copy of itself.
+    similarity = np.array([[9, 9, 0, 0, 9], [9, 5, 0, 0, 0], [0, 0, 3, 7, 0], [0, 0, 3, 7, 0], [0, 0, 0, 0, 9.0]])
+    assert recall_at(similarity, belongs, 1) == 0.8
+    assert recall_at(similarity, np.eye(5, dtype=bool), 1) == 0.4
 
 
 def test_retrieval_goes_both_ways_and_ignores_the_padding_of_the_last_batch() -> None:
@@ -54,29 +79,60 @@ def test_retrieval_goes_both_ways_and_ignores_the_padding_of_the_last_batch() ->
     assert metrics["text_to_image_recall@5"] == metrics["image_to_text_recall@10"] == 1
 
 
-def test_zero_shot_takes_the_mean_of_the_prompts_directions() -> None:
-    """ "a" and "b" differ in each prompt; the class of an image is the nearer mean, whatever a single prompt says."""
-    tokenizer = train_tokenizer(["a b c x y"], 300)
-    ids = {name: int(tokenizer.encode([name], 4)[0, 1]) for name in "abxy"}
-    vectors = np.zeros((300, 2), np.float32)
-    vectors[ids["a"]], vectors[ids["b"]] = (1, 0), (0, 1)
-    shift = jnp.asarray(vectors)
+def test_retrieval_forgives_equal_captions_and_equal_images_of_the_split() -> None:
+    subject = Subject(
+        model=model(
+            encode_image=lambda _, image: jnp.eye(4)[image[:, 0]],
+            encode_text=lambda _, tokens: jnp.eye(4)[tokens[:, 0]],
+        ),
+        variables={},
+        batches=batches(
+            ({"image": jnp.array([[0], [0]]), "tokens": jnp.array([[0, 1], [0, 1]])}, 2),
+            ({"image": jnp.array([[1], [2]]), "tokens": jnp.array([[1, 1], [1, 1]])}, 2),
+        ),
+    )
+    metrics = retrieval.run(subject)
+    # The third image ties with the fourth, whose caption is equal, and is not it.
+    assert metrics["text_to_image_recall@1"] == 1
+    assert metrics["image_to_text_recall@1"] == 0.75
+
+
+def zero_shot_subject(vector_of: Callable[[str], list[float]], names: tuple[str, ...], prompts: tuple[str, ...]) -> Any:
+    """A text of one line has the direction that `vector_of` gives it; images stand for themselves."""
+    tokenizer = train_tokenizer([], 300)
+
+    def read(tokens: np.ndarray) -> np.ndarray:
+        raw = np.array([vector_of(tokenizer.decode(row)) for row in np.asarray(tokens)], np.float32)
+        return raw / np.linalg.norm(raw, axis=1, keepdims=True)
 
     def encode_text(_: object, tokens: jax.Array) -> jax.Array:
-        raw = shift[tokens].sum(1) + jnp.array([0.1, 0.1])
-        return raw / jnp.linalg.norm(raw, axis=-1, keepdims=True)
+        return jax.pure_callback(read, jax.ShapeDtypeStruct((len(tokens), 2), jnp.float32), tokens)
 
-    shown = ({"image": jnp.array([[1.0, 0], [0.9, 0.1], [0.2, 0.8], [0.0, 1]]), "label": jnp.array([0, 0, 0, 1])}, 3)
-    subject = Subject(
+    shown = ({"image": jnp.array([[1.0, 0.6], [1, 0.7], [0.6, 1], [0, 1.0]]), "label": jnp.array([0, 0, 0, 1])}, 3)
+    return Subject(
         model=model(encode_image=lambda _, image: image, encode_text=encode_text),
         variables={},
         batches=batches(),
         tokenizer=tokenizer,
-        labelled=Labelled(batches(shown), ("a", "b"), ("{}", "{} x", "y {}")),
+        labelled=Labelled(batches(shown), names, prompts),
     )
-    assert zero_shot.run(subject) == {"accuracy": pytest.approx(2 / 3), "chance": 0.5, "examples": 3}
+
+
+def test_a_class_is_the_mean_of_its_prompts_unit_vectors_however_they_disagree() -> None:
+    """Of "a", two prompts say e_0 and one, which is long, e_1: the mean direction is (2, 1), no prompt's own."""
+    vectors = {"a": [1, 0], "a x": [3, 0], "y a": [0, 100], "b": [0, 1], "b x": [0, 7], "y b": [0, 1]}
+    subject = zero_shot_subject(vectors.__getitem__, ("a", "b"), ("{}", "{} x", "y {}"))
     directions = zero_shot.class_embeddings(subject)
-    np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(directions, [[2 / 5**0.5, 1 / 5**0.5], [0, 1]], rtol=1e-6)
+    # (0.6, 1) is nearer to (0, 1) than to (2, 1); by (1, 0) alone (1, 0.7) would be too near to tell.
+    assert zero_shot.run(subject) == {"accuracy": pytest.approx(2 / 3), "chance": 0.5, "examples": 3}
+
+
+def test_prompts_and_names_are_text_in_which_nothing_is_a_sign() -> None:
+    seen: list[str] = []
+    subject = zero_shot_subject(lambda text: seen.append(text) or [1.0, 0], ("{0}", "%s {}"), ("{} {x} {0!r", "{{}}"))
+    zero_shot.class_embeddings(subject)
+    assert seen == ["{0} {x} {0!r", "{{0}}", "%s {} {x} {0!r", "{%s {}}"]
 
 
 def test_bits_per_dim_of_a_uniform_model_is_the_logarithm_of_its_levels() -> None:
@@ -97,6 +153,10 @@ def test_standard_error_is_that_of_the_mean_over_images() -> None:
     metrics = likelihood.summary(nats, IMAGE.shape)
     assert metrics["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-6)
     assert metrics["bits_per_dim_standard_error"] == pytest.approx(bits.std(ddof=1) / 2, rel=1e-5)
+
+
+def test_one_image_says_nothing_of_the_error() -> None:
+    assert likelihood.summary(np.array([-100.0]), IMAGE.shape)["bits_per_dim_standard_error"] is None
 
 
 def test_importance_weights_are_averaged_inside_the_logarithm() -> None:
@@ -142,6 +202,14 @@ def test_reconstruction_measures_in_the_data_s_own_range() -> None:
     assert metrics["psnr"] == pytest.approx(10 * math.log10(16**2), rel=1e-6)
     assert metrics["psnr"] == pytest.approx(peak_signal_noise_ratio(image[0], image[0] + 1, data_range=16))
     assert 0.9 < metrics["ssim"] < 1
+
+
+def test_images_smaller_than_the_window_of_ssim_have_none_and_equal_ones_an_infinite_psnr() -> None:
+    image = np.zeros((2, 4, 4, 1), np.uint8)
+    subject = Subject(
+        model=model(reconstruct=lambda _, image: image), variables={}, batches=batches(({"image": image}, 2))
+    )
+    assert reconstruction.run(subject) == {"psnr": math.inf}
 
 
 def test_evaluations_run_where_their_capabilities_are_and_nowhere_else() -> None:

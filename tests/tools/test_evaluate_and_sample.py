@@ -1,6 +1,7 @@
 """The tools on small runs: what they measure, write and refuse."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from tools.evaluate import evaluate, print_table
 from tools.sample import sample
 from vlm_jax.errors import UserError
-from vlm_jax.evals import Subject
+from vlm_jax.evals import Evaluation, Subject
 
 
 def test_a_vae_is_measured_by_what_it_can_do(vae_run: Path, capsys: pytest.CaptureFixture) -> None:
@@ -75,6 +76,21 @@ def test_another_split_checkpoint_and_task_can_be_asked_for(clip_run: Path) -> N
     assert (results["zero_shot/chance"], results["zero_shot/examples"]) == (pytest.approx(1 / 3), 70)
 
 
+def test_results_say_what_was_classified_and_how(clip_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("round\nboxy\npointed\n")
+    asked: dict[str, Any] = {"zero_shot": "easy_vqa/shape", "zero_shot_split": "test[:70]", "prompts": ("a {}", "{}")}
+    asked |= {"zero_shot_names": str(tmp_path / "names.txt"), "only": ("zero_shot",)}
+    evaluate(clip_run, **asked, out=tmp_path / "eval.json")
+    kept = json.loads((tmp_path / "eval.json").read_text())
+    facts = {name: value for name, value in kept.items() if name.startswith("zero_shot_")}
+    assert facts == {
+        "zero_shot_data": "easy_vqa/shape",
+        "zero_shot_split": "test[:70]",
+        "zero_shot_names": str(tmp_path / "names.txt"),
+        "zero_shot_prompts": "a {} | {}",
+    }
+
+
 def test_prompts_replace_those_of_the_runs_own_task(clip_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     subject = Subject
@@ -83,15 +99,84 @@ def test_prompts_replace_those_of_the_runs_own_task(clip_run: Path, monkeypatch:
     assert seen[0].prompts == ("one {}",) and len(seen[0].label_names) == 8
 
 
-def test_retrieval_alone_needs_no_labelled_data(clip_run: Path, tmp_path: Path) -> None:
-    """Such as ImageNet, which the published presets name."""
+def test_what_the_run_names_to_classify_may_be_missing(
+    clip_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Such as ImageNet, which the published presets name: all else is measured, kept, and the lack is told."""
     workdir = shutil.copytree(clip_run, tmp_path / "run")
     record = json.loads((workdir / "config.json").read_text())
     record["zero_shot"]["name"] = "imagenet2012"
     (workdir / "config.json").write_text(json.dumps(record))
-    assert "retrieval/text_to_image_recall@1" in evaluate(workdir, only=("retrieval",))
-    with pytest.raises(UserError, match="imagenet2012"):
+    with pytest.raises(UserError, match=r"zero_shot: .*imagenet2012.* \(what is printed above holds\)"):
         evaluate(workdir)
+    told = capsys.readouterr()
+    assert told.err.count("zero_shot failed: ") == 1
+    assert "retrieval/text_to_image_recall@1" in told.out
+    assert "retrieval/text_to_image_recall@1" in json.loads((workdir / "eval.json").read_text())
+    for options in ({"only": ("zero_shot",)}, {"zero_shot": "imagenet2012"}):
+        with pytest.raises(UserError, match=r"^(?!zero_shot: ).*imagenet2012"):
+            evaluate(workdir, **options)
+    assert capsys.readouterr().out == ""
+
+
+def evaluation(name: str, result: Callable[[], dict]) -> Evaluation:
+    return Evaluation(name, ("reconstruct",), lambda subject: result())
+
+
+def fail() -> dict:
+    raise ValueError("of\n4x4 pixels")
+
+
+def test_an_evaluation_that_fails_is_told_and_does_not_take_the_others_with_it(
+    vae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "eval.json"
+    before: list[str] = []
+
+    def look() -> dict[str, float]:
+        before.append(out.read_text())  # what came before is written already
+        return {"z": 2.0}
+
+    each = [("one", lambda: {"x": 1.0}), ("two", fail), ("three", look)]
+    monkeypatch.setattr("tools.evaluate.EVALUATIONS", [evaluation(name, result) for name, result in each])
+    with pytest.raises(UserError, match=r"^two: ValueError: of 4x4 pixels \(what is printed above holds\)$"):
+        evaluate(vae_run, out=out)
+    kept = json.loads(out.read_text())
+    assert kept["one/x"] == 1 and kept["three/z"] == 2 and not any("two" in name for name in kept)
+    assert json.loads(before[0])["one/x"] == 1
+    told = capsys.readouterr()
+    assert "two failed: ValueError: of 4x4 pixels\n" in told.err
+    assert "one/x  1.0000\n" in told.out and "three/z  2.0000\n" in told.out
+
+
+def test_what_is_not_finite_is_null_in_the_file(
+    vae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    odd = evaluation("odd", lambda: {"nan": math.nan, "inf": math.inf, "none": None, "one": 1.0})
+    monkeypatch.setattr("tools.evaluate.EVALUATIONS", [odd])
+    results = evaluate(vae_run, out=tmp_path / "eval.json")
+    text = (tmp_path / "eval.json").read_text()
+    assert json.loads(text) == results and "NaN" not in text and "Infinity" not in text
+    assert [results[f"odd/{name}"] for name in ("nan", "inf", "none", "one")] == [None, None, None, 1]
+    out = capsys.readouterr().out
+    assert "odd/inf   inf\n" in out and "odd/none  undefined\n" in out
+
+
+def test_results_are_printed_though_they_cannot_be_written(
+    vae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As in the directory of another person's run."""
+
+    def refuse(path: Path, write: Callable) -> None:
+        raise UserError(f"{path} cannot be written (Read-only file system): choose another place for it")
+
+    monkeypatch.setattr("tools.evaluate.EVALUATIONS", [evaluation("one", lambda: {"x": 1.0})])
+    monkeypatch.setattr("tools.evaluate.replace_file", refuse)
+    with pytest.raises(
+        UserError, match=r"eval\.json cannot be written \(Read-only file system\).* printed above holds"
+    ):
+        evaluate(vae_run)
+    assert "one/x  1.0000\n" in capsys.readouterr().out
 
 
 def test_damage_in_the_newest_checkpoint_is_told_and_the_one_before_is_used(
@@ -115,6 +200,11 @@ def test_damage_in_the_newest_checkpoint_is_told_and_the_one_before_is_used(
         ({"zero_shot": "openmoji"}, "openmoji has no labels to classify"),
         ({"zero_shot": "esy_vqa/color"}, "easy_vqa/color"),
         ({"batch_size": 0}, "--batch-size is 0"),
+        ({"seed": 2**70}, "--seed is 1180591620717411303424"),
+        ({"out": Path("/dev/null/eval.json")}, r"/dev/null/eval\.json cannot be written"),
+        ({"out": Path("/dev")}, "/dev is a directory"),
+        ({"zero_shot_names": "absent"}, r"names of the classes in absent cannot be read \(No such file or directory\)"),
+        ({"zero_shot_label": "colour"}, "easy_vqa/color has no label 'colour': choose among label"),
         ({"only": ("likelihod",)}, "no evaluation likelihod: choose from retrieval, zero_shot, .* for --only"),
         ({"only": ("likelihood",)}, "nothing for the evaluation likelihood to measure"),
     ],

@@ -31,6 +31,8 @@ class Source:
     split: str
     directory: Path
     label_names: tuple[str, ...] | None
+    label_fields: tuple[str, ...]
+    """The fields of the data set that are labels; of several, none of which is called so, `label` is none."""
     _records: Any = field(repr=False)
     _features: tfds.features.FeaturesDict = field(repr=False)
     _keys: dict[str, str] = field(repr=False)
@@ -101,15 +103,17 @@ class Source:
         return f"record {index} of {self.name}, split {self.split}, in {self.directory}"
 
 
-def open_source(name: str, split: str, data_dir: Path) -> Source:
+def open_source(name: str, split: str, data_dir: Path, *, label: str | None = None) -> Source:
     """Opens one split of a data set; ours are prepared on first use.
 
     Args:
       name: as `find_data_set` takes it.
       split: a split or part of one in TFDS's notation, such as "train[:90%]" or "train+validation".
+      label: the data set's field that is the label; None: the one called so, or the only one that is.
 
     Raises:
-      UserError: there is no such data set or split, or it is not prepared as array_record, or it has no 8-bit images.
+      UserError: there is no such data set, split or label, or it is not prepared as array_record, or it has no 8-bit
+        images.
     """
     directory = find_data_set(name, data_dir)
     try:
@@ -128,6 +132,11 @@ def open_source(name: str, split: str, data_dir: Path) -> Source:
             f"{mend(name, data_dir)}"
         )
     keys = _keys(features)
+    labels = _labels(features)
+    if label is not None:
+        if label not in labels:
+            raise UserError(f"{name} has no label {label!r}: choose among {', '.join(labels) or 'none'}")
+        keys["label"] = label
     if "image" not in keys:
         raise UserError(f"{name} has no images but {sorted(features)}: choose a data set that has")
     dtype = features[keys["image"]].np_dtype
@@ -138,6 +147,7 @@ def open_source(name: str, split: str, data_dir: Path) -> Source:
         split=split,
         directory=directory,
         label_names=tuple(features[keys["label"]].names) if "label" in keys else None,
+        label_fields=labels,
         _records=_open_split(builder, name, split),
         _features=tfds.features.FeaturesDict({key: features[key] for key in keys.values()}),
         _keys=keys,
@@ -166,16 +176,23 @@ def _examples(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
 
 def _keys(features: tfds.features.FeaturesDict) -> dict[str, str]:
     """Our names of the fields -> the data set's, for the fields it has."""
+    labels = _labels(features)
     images = [key for key in features if isinstance(features[key], tfds.features.Image)]
     strings = [key for key in features if _is_string(features[key])]
     candidates = {
         "image": [key for key in images if not isinstance(features[key], tfds.features.LabeledImage)],  # a mask
-        "label": [key for key in features if isinstance(features[key], tfds.features.ClassLabel)],
+        "label": list(labels) if "label" in labels or len(labels) == 1 else [],  # which of several, nobody said
         "text": [key for key in TEXT_KEYS if key in features and _unlike_text(features[key]) is None],
         "question": [key for key in strings if key == "question"],
         "answer": [key for key in strings if key == "answer"],
     }
     return {ours: ours if ours in found else found[0] for ours, found in candidates.items() if found}
+
+
+def _labels(features: tfds.features.FeaturesDict) -> tuple[str, ...]:
+    """The fields that are labels. TFDS allows one of which not even the number of classes is known."""
+    labels = {key: value for key, value in features.items() if isinstance(value, tfds.features.ClassLabel)}
+    return tuple(key for key, value in labels.items() if value.num_classes)
 
 
 def _not_captions(features: tfds.features.FeaturesDict, keys: dict[str, str]) -> str | None:

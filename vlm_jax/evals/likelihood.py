@@ -31,14 +31,18 @@ def draws(subject: Subject, function: Callable[..., jax.Array], count: int) -> F
     return np.concatenate(columns, axis=1)
 
 
-def summary(nats: Float[np.ndarray, " N"], image_shape: tuple[int, ...]) -> dict[str, float]:
-    """The mean over images and its standard error, in bits per dimension."""
+def mean_and_error(nats: Float[np.ndarray, " N"], image_shape: tuple[int, ...]) -> tuple[float, float | None]:
+    """The mean over images and its standard error, in bits per dimension; one image alone says nothing of its error."""
     bits = np.asarray(nats_to_bits_per_dim(jnp.asarray(nats), image_shape), np.float64)
-    error = float(bits.std(ddof=1) / np.sqrt(len(bits))) if len(bits) > 1 else float("nan")
-    return {"bits_per_dim": float(bits.mean()), "bits_per_dim_standard_error": error}
+    return float(bits.mean()), float(bits.std(ddof=1) / np.sqrt(len(bits))) if len(bits) > 1 else None
 
 
-def run(subject: Subject) -> dict[str, float]:
+def summary(nats: Float[np.ndarray, " N"], image_shape: tuple[int, ...]) -> dict[str, float | None]:
+    mean, error = mean_and_error(nats, image_shape)
+    return {"bits_per_dim": mean, "bits_per_dim_standard_error": error}
+
+
+def run(subject: Subject) -> dict[str, float | None]:
     model = subject.model
     assert model.log_likelihood is not None
     examples = sum(valid for _, valid in subject.batches())
@@ -46,7 +50,7 @@ def run(subject: Subject) -> dict[str, float]:
     return summary(values.mean(axis=0), model.inputs["image"].shape)
 
 
-def run_importance_weighted(subject: Subject) -> dict[str, float]:
+def run_importance_weighted(subject: Subject) -> dict[str, float | None]:
     """log 1/K sum_k w_k, the bound of 1509.00519 with K = `IMPORTANCE_DRAWS`."""
     model = subject.model
     assert model.log_weight is not None

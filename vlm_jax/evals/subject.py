@@ -1,6 +1,6 @@
 """What an evaluation is, and what it sees."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,8 +41,8 @@ class Evaluation(NamedTuple):
     name: str
     needs: tuple[str, ...]
     """Capabilities: names of functions of `Model`."""
-    run: Callable[[Subject], dict[str, float]]
-    """Its metrics by name, without the evaluation's."""
+    run: Callable[[Subject], Mapping[str, float | None]]
+    """Its metrics by name, without the evaluation's; None: not defined on these data."""
     labelled: bool = False
     """It needs a labelled data set and a tokenizer as well."""
 

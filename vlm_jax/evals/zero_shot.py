@@ -12,7 +12,8 @@ def class_embeddings(subject: Subject) -> Float[Array, "classes D"]:
     """The direction of each class: the mean of its prompts' unit vectors, scaled to length one."""
     model, labelled, tokenizer = subject.model, subject.labelled, subject.tokenizer
     assert labelled is not None and tokenizer is not None and model.encode_text is not None
-    texts = [prompt.format(name) for name in labelled.label_names for prompt in labelled.prompts]
+    # Whatever else stands in a prompt or a name is text: braces, too.
+    texts = [prompt.replace("{}", name) for name in labelled.label_names for prompt in labelled.prompts]
     tokens = jnp.asarray(tokenizer.encode(texts, model.inputs["tokens"].shape[0]))
     vectors = jax.jit(model.encode_text)(subject.variables, tokens)
     means = jnp.mean(vectors.reshape(len(labelled.label_names), len(labelled.prompts), -1), axis=1)
