@@ -4,11 +4,13 @@ A family of models is a function `build(config) -> Model`. Training, checkpoints
 `Model` and nothing behind it, as optimizers are seen through `optax.GradientTransformation`.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
@@ -48,7 +50,13 @@ class Aux(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A family at one configuration. Capabilities that it lacks are None."""
+    """A family at one configuration. Capabilities that it lacks are None.
+
+    The others look at what they are told before they use it, for nothing behind them would: a misspelt name is a draw
+    without it, and indexing clamps what is outside a table. Names, shapes and kinds are refused by a `UserError`, and
+    so are values where they are known. Under `jax.jit` they are not: there the row of an unfit value comes out as NaN,
+    and where integers come out as 0.
+    """
 
     inputs: Mapping[str, Input]
     """The fields of a batch that `loss` reads."""
@@ -77,10 +85,12 @@ class Model:
     logarithm of the mean of several tightens the bound (1509.00519)"""
     reconstruct: Callable[..., jax.Array] | None = None
     """`(variables, image) -> image` of the same shape and dtype"""
+    conditions: Mapping[str, Input] = field(default_factory=dict)
+    """What `sample` can be told, one of each for an image; what it is not told of these it draws, labels uniformly."""
     sample: Callable[..., jax.Array] | None = None
-    """`(variables, key, conditioning, *, num, temperature=1.0) -> [num, H, W, C]`; `conditioning` is a mapping, empty
-    for none; of classes its `label` is int32 [num], and without it they are drawn uniformly; at temperature 1 a draw
-    from the model, below it one with less noise"""
+    """`(variables, key, conditioning, *, num, temperature=1.0) -> [num, H, W, C]`; `conditioning` maps some of
+    `conditions` to `num` values each and is empty for none; at temperature 1 a draw from the model, below it one with
+    less noise"""
     sampling_steps: int | None = None
     """Steps of a `sample` that also takes `on_step(steps done, state)`, called on the host after each of them; None: it
     does not"""
@@ -89,6 +99,12 @@ class Model:
     that are; `known` is a NumPy array of bool [H, W], the same for all images"""
     generate: Callable[..., jax.Array] | None = None
     """`(variables, batch, key, **static) -> tokens`"""
+
+    def __post_init__(self) -> None:
+        for name in CAPABILITIES:
+            function = getattr(self, name)
+            if function is not None:
+                object.__setattr__(self, name, _attentive(self, name, function))
 
 
 CAPABILITIES = (
@@ -131,16 +147,129 @@ def check_batch(inputs: Mapping[str, Input], batch: Mapping[str, np.ndarray]) ->
                 f"the field {name!r} holds {array.dtype}{list(array.shape[1:])} an example and the model expects "
                 f"{spec.dtype}{list(spec.shape)}: make the data and model settings agree"
             )
-        if spec.limit is not None and array.size:
-            low, high = int(array.min()), int(array.max())
-            if low < 0 or high >= spec.limit:
-                raise UserError(
-                    f"the field {name!r} holds the value {low if low < 0 else high}, outside [0, {spec.limit}): for "
-                    f"tokens, the tokenizer's vocabulary must not exceed the model's; for images, their levels"
-                )
-        if spec.contains is not None and not (array == spec.contains).any(axis=tuple(range(1, array.ndim))).all():
-            raise UserError(
-                f"an example's field {name!r} lacks the value {spec.contains}, by which the model finds the end: the "
-                f"tokenizer's end token must be the model's eos_id"
-            )
+        _check_values(name, spec, array)
     return {name: batch[name] for name in inputs}
+
+
+def _check_values(name: str, spec: Input, array: np.ndarray) -> None:
+    if spec.limit is not None and array.size:
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= spec.limit:
+            raise UserError(
+                f"the field {name!r} holds the value {low if low < 0 else high}, outside [0, {spec.limit}): for "
+                f"tokens, the tokenizer's vocabulary must not exceed the model's; for images, their levels"
+            )
+    if spec.contains is not None and not (array == spec.contains).any(axis=tuple(range(1, array.ndim))).all():
+        raise UserError(
+            f"an example's field {name!r} lacks the value {spec.contains}, by which the model finds the end: the "
+            f"tokenizer's end token must be the model's eos_id"
+        )
+
+
+Fits = jax.Array | None
+"""Which rows hold values that the model can read; None: all, as was seen on the host."""
+
+
+def _attentive(model: Model, capability: str, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A capability that checks what it is told."""
+    if capability in ("encode_image", "encode_text", "reconstruct"):
+        name = "tokens" if capability == "encode_text" else "image"
+
+        def of_field(variables: Variables, value: jax.Array) -> jax.Array:
+            given, fits = _read(model.inputs, {name: value}, (name,))
+            return _blank(function(variables, given[name]), fits)
+
+        return of_field
+
+    if capability == "sample":
+
+        def sample(
+            variables: Variables, key: jax.Array, conditioning: Batch, *, num: int, temperature: Any = 1.0, **rest: Any
+        ) -> jax.Array:
+            _check_temperature(temperature)
+            for name in conditioning:
+                if name not in model.conditions:
+                    known = ", ".join(model.conditions) or "nothing"
+                    raise UserError(f"the model is told {name!r} and can be told {known}: leave it out, or correct it")
+            given, fits = _read(model.conditions, conditioning, tuple(conditioning), num)
+            return _blank(function(variables, key, given, num=num, temperature=temperature, **rest), fits)
+
+        return sample
+
+    if capability == "complete":
+
+        def complete(
+            variables: Variables, key: jax.Array, image: jax.Array, known: np.ndarray, *, temperature: Any = 1.0
+        ) -> jax.Array:
+            _check_temperature(temperature)
+            given, fits = _read(model.inputs, {"image": image}, ("image",))
+            if known.dtype != bool or known.shape != model.inputs["image"].shape[:2]:
+                raise UserError(
+                    f"`known` holds {known.dtype}{list(known.shape)} and must say of each of the "
+                    f"{list(model.inputs['image'].shape[:2])} pixels whether it is known, as bool"
+                )
+            return _blank(function(variables, key, given["image"], known, temperature=temperature), fits)
+
+        return complete
+
+    def of_batch(variables: Variables, batch: Batch, key: jax.Array, **rest: Any) -> jax.Array:
+        given, fits = _read(model.inputs, batch, tuple(model.inputs))
+        return _blank(function(variables, given, key, **rest), fits)
+
+    return of_batch
+
+
+def _read(
+    specs: Mapping[str, Input], given: Mapping[str, Any], names: tuple[str, ...], num: int | None = None
+) -> tuple[dict[str, jax.Array], Fits]:
+    """The named values in the dtypes of their specification, and which rows of them the model can read.
+
+    Integers of any width will do, as lists and libraries have them, for their values are looked at.
+    """
+    values, fits = {}, None
+    for name in names:
+        if name not in given:
+            raise UserError(f"the model reads the field {name!r} and is given {sorted(given)}: give it as well")
+        spec, value = specs[name], given[name]
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+        known = not traced and getattr(value, "is_fully_addressable", True)
+        array: Any = np.asarray(value) if known else jnp.asarray(value)
+        integers = np.issubdtype(spec.dtype, np.integer)
+        if array.shape[1:] != spec.shape or not np.issubdtype(array.dtype, np.integer if integers else np.floating):
+            raise UserError(
+                f"the field {name!r} holds {array.dtype}{list(array.shape[1:])} an example and the model expects "
+                f"{spec.dtype}{list(spec.shape)}: give it that"
+            )
+        num = len(array) if num is None else num
+        if len(array) != num:
+            raise UserError(f"the field {name!r} holds {len(array)} examples and {num} are due: give one for each")
+        if known:
+            _check_values(name, spec, array)
+        elif integers:
+            one = _fit(spec, array)
+            fits = one if fits is None else fits & one
+        values[name] = jnp.asarray(array, spec.dtype)
+    return values, fits
+
+
+def _fit(spec: Input, array: Any) -> jax.Array:
+    """bool [B]: what `_check_values` asks, of an array that is not known yet."""
+    pixels = tuple(range(1, array.ndim))
+    fits = jnp.all(array >= 0, axis=pixels)
+    if spec.limit is not None and spec.limit <= np.iinfo(array.dtype).max:
+        fits &= jnp.all(array < spec.limit, axis=pixels)
+    if spec.contains is not None:
+        fits &= jnp.any(array == spec.contains, axis=pixels)
+    return fits
+
+
+def _blank(y: jax.Array, fits: Fits) -> jax.Array:
+    if fits is None:
+        return y
+    nothing = jnp.nan if jnp.issubdtype(y.dtype, jnp.floating) else 0
+    return jnp.where(fits.reshape(-1, *[1] * (y.ndim - 1)), y, jnp.asarray(nothing, y.dtype))
+
+
+def _check_temperature(temperature: Any) -> None:
+    if not isinstance(temperature, jax.core.Tracer) and not 0 <= temperature < math.inf:
+        raise UserError(f"the temperature is {temperature}: it must be a number, at least 0")

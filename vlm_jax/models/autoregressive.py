@@ -165,9 +165,8 @@ def build(config: Config) -> Model:
     module: Any = Autoregressive(config)  # linen types what `apply` returns as a union
     shape = (config.image_size, config.image_size, config.channels)
     length = (config.image_size // config.patch_size) ** 2
-    inputs = {"image": Input(shape, "uint8", config.levels)}
-    if config.classes is not None:
-        inputs["label"] = Input((), "int32", config.classes)
+    conditions = {} if config.classes is None else {"label": Input((), "int32", config.classes)}
+    inputs = {"image": Input(shape, "uint8", config.levels), **conditions}
 
     def init(key: Array, batch: Batch) -> Variables:
         return module.init(key, *(batch[name] for name in inputs))
@@ -260,6 +259,7 @@ def build(config: Config) -> Model:
         rules=rules,
         log_likelihood=log_likelihood,
         bound="exact",
+        conditions=conditions,
         sample=sample,
         complete=complete,
     )

@@ -15,7 +15,15 @@ from jaxtyping import Array, Float, Int, Num
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
-from vlm_jax.nn.denoiser import Denoiser, Network, check_network, network_rules, sampling_labels, training_labels
+from vlm_jax.nn.denoiser import (
+    Denoiser,
+    Network,
+    check_network,
+    class_input,
+    network_rules,
+    sampling_labels,
+    training_labels,
+)
 from vlm_jax.objectives.diffusion import (
     Level,
     cosine_betas,
@@ -62,7 +70,7 @@ class Config:
     """In sampling, above 1: away from the prediction without a class."""
 
     def __post_init__(self) -> None:
-        check_network(self.network, self.image_size)
+        check_network(self.network, self.image_size, self.guidance)
         if not 1 <= self.sampling_steps <= self.timesteps or self.timesteps < 2:
             raise UserError(
                 f"sampling_steps={self.sampling_steps} must be from 1 to timesteps={self.timesteps}, of which there "
@@ -219,15 +227,16 @@ def build(config: Config) -> Model:
             x = solve(denoise, schedule, times, x)
         return x if config.levels is None else from_unit_range(x, config.levels)
 
-    classes = config.network.classes
+    conditions = class_input(config.network)
     image = Input(shape, "float32") if config.levels is None else Input(shape, "uint8", config.levels)
     return Model(
-        inputs={"image": image, **({"label": Input((), "int32", classes)} if classes is not None else {})},
+        inputs={"image": image, **conditions},
         init=init,
         loss=loss,
         rules=network_rules(config.network),
         log_likelihood=None if config.levels is None else log_likelihood,
         bound=None if config.levels is None else "lower",
+        conditions=conditions,
         sample=sample,
         sampling_steps=config.sampling_steps,
     )

@@ -122,9 +122,8 @@ def build(config: Config) -> Model:
     module: Any = PixelCNN(config)  # linen types what `apply` returns as a union
     size = config.image_size
     shape = (size, size, config.channels)
-    inputs = {"image": Input(shape, "uint8", config.levels)}
-    if config.classes is not None:
-        inputs["label"] = Input((), "int32", config.classes)
+    conditions = {} if config.classes is None else {"label": Input((), "int32", config.classes)}
+    inputs = {"image": Input(shape, "uint8", config.levels), **conditions}
 
     def init(key: Array, batch: Batch) -> Variables:
         return module.init(key, *(batch[name] for name in inputs))
@@ -220,6 +219,7 @@ def build(config: Config) -> Model:
         rules=rules,
         log_likelihood=log_likelihood,
         bound="exact",
+        conditions=conditions,
         sample=sample,
         complete=complete,
     )

@@ -14,7 +14,15 @@ from jaxtyping import Array, Float, Num
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
-from vlm_jax.nn.denoiser import Denoiser, Network, check_network, network_rules, sampling_labels, training_labels
+from vlm_jax.nn.denoiser import (
+    Denoiser,
+    Network,
+    check_network,
+    class_input,
+    network_rules,
+    sampling_labels,
+    training_labels,
+)
 from vlm_jax.objectives.diffusion import (
     edm_preconditioning,
     rectified_flow,
@@ -52,7 +60,7 @@ class Config:
     """In sampling, above 1: away from the prediction without a class."""
 
     def __post_init__(self) -> None:
-        check_network(self.network, self.image_size)
+        check_network(self.network, self.image_size, self.guidance)
         for name in ("sampling_steps", "likelihood_steps"):
             if getattr(self, name) < 2:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 2")
@@ -156,16 +164,17 @@ def build(config: Config) -> Model:
             return x
         return jnp.clip(jnp.floor((x + 1) * (config.levels / 2)), 0, config.levels - 1).astype(jnp.uint8)
 
-    classes = config.network.classes
+    conditions = class_input(config.network)
     image = Input(shape, "float32") if config.levels is None else Input(shape, "uint8", config.levels)
     return Model(
-        inputs={"image": image, **({"label": Input((), "int32", classes)} if classes is not None else {})},
+        inputs={"image": image, **conditions},
         init=init,
         loss=loss,
         rules=network_rules(config.network),
         log_likelihood=None if config.levels is None else log_likelihood,
         bound=None if config.levels is None else "estimate",
         dequantisation=None if config.levels is None else "uniform",
+        conditions=conditions,
         sample=sample,
         sampling_steps=config.sampling_steps,
     )

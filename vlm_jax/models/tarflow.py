@@ -169,9 +169,8 @@ def build(config: Config) -> Model:
     """A density over images, whose likelihood is bounded from below; with Gaussian noise, a sampler alone."""
     module: Any = TarFlow(config)  # linen types what `apply` returns as a union
     c, shape = config, (config.image_size, config.image_size, config.channels)
-    inputs = {"image": Input(shape, "uint8", c.levels)}
-    if c.classes is not None:
-        inputs["label"] = Input((), "int32", c.classes)
+    conditions = {} if c.classes is None else {"label": Input((), "int32", c.classes)}
+    inputs = {"image": Input(shape, "uint8", c.levels), **conditions}
 
     def init(key: Array, batch: Batch) -> Variables:
         return module.init(key, patchify(to_unit_range(batch["image"], c.levels), c.patch_size), batch.get("label"))
@@ -239,5 +238,6 @@ def build(config: Config) -> Model:
         bound="lower" if c.noise is None else None,
         dequantisation="uniform" if c.noise is None else None,
         log_weight=log_weight if c.noise is None else None,
+        conditions=conditions,
         sample=sample,
     )

@@ -15,7 +15,15 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
-from vlm_jax.nn.denoiser import Denoiser, Network, check_network, network_rules, sampling_labels, training_labels
+from vlm_jax.nn.denoiser import (
+    Denoiser,
+    Network,
+    check_network,
+    class_input,
+    network_rules,
+    sampling_labels,
+    training_labels,
+)
 from vlm_jax.nn.schedule import MONOTONE_SCHEDULE_RULES, MonotoneSchedule
 from vlm_jax.objectives.diffusion import (
     Level,
@@ -56,7 +64,7 @@ class Config:
     """In sampling, above 1: away from the prediction without a class."""
 
     def __post_init__(self) -> None:
-        check_network(self.network, self.image_size)
+        check_network(self.network, self.image_size, self.guidance)
         if self.sampling_steps < 1:
             raise UserError(f"sampling_steps is {self.sampling_steps}: it must be at least 1")
         if self.gamma_min >= self.gamma_max:
@@ -214,12 +222,9 @@ def build(config: Config) -> Model:
             return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
         return jax.random.categorical(level_key, logits / temperature).astype(jnp.uint8)
 
-    classes = config.network.classes
+    conditions = class_input(config.network)
     return Model(
-        inputs={
-            "image": Input(shape, "uint8", config.levels),
-            **({"label": Input((), "int32", classes)} if classes is not None else {}),
-        },
+        inputs={"image": Input(shape, "uint8", config.levels), **conditions},
         init=init,
         loss=loss,
         rules=(
@@ -229,6 +234,7 @@ def build(config: Config) -> Model:
         ),
         log_likelihood=log_likelihood,
         bound="lower",
+        conditions=conditions,
         sample=sample,
         sampling_steps=config.sampling_steps,
     )

@@ -1,5 +1,6 @@
 """The network of a diffusion model: a U-Net or a diffusion transformer behind one signature, with guidance."""
 
+import math
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vlm_jax.contract import Input
 from vlm_jax.errors import UserError
 from vlm_jax.nn.dit import DiT, DiTTower, dit_rules
 from vlm_jax.nn.unet import UNet, UNetTower, check_unet, unet_rules
@@ -33,8 +35,15 @@ class Network:
             raise UserError(f"a network that is told classes has at least 1, not classes={self.classes}")
 
 
-def check_network(config: Network, image_size: int) -> None:
-    """Refuses an image that the backbone cannot take."""
+def class_input(config: Network) -> dict[str, Input]:
+    """The field that tells classes; none of a network without."""
+    return {} if config.classes is None else {"label": Input((), "int32", config.classes)}
+
+
+def check_network(config: Network, image_size: int, guidance: float) -> None:
+    """Refuses an image that the backbone cannot take, and guidance that is no share."""
+    if not 0 <= guidance < math.inf:
+        raise UserError(f"guidance is {guidance}: it must be a number, at least 0, and 1 is for none")
     if config.unet is not None:
         check_unet(config.unet, image_size)
     if config.dit is not None:
