@@ -19,7 +19,7 @@ from scipy.stats import multivariate_normal
 
 from experiments.presets import presets, unknown_preset
 from experiments.run import run
-from tools.evaluate import evaluate
+from tools.evaluate import evaluate, sentence, tell
 from vlm_jax.commandline import check_seed, command
 from vlm_jax.contract import abstract_batch
 from vlm_jax.data import example, open_source
@@ -70,6 +70,9 @@ def likelihood(
 ) -> list[Row]:
     """Trains or loads presets that have a likelihood, and writes a table and a figure of them beside simple baselines.
 
+    The table is written anew for each of them. Where one fails, the others go on; then the command says which and ends
+    with status 2.
+
     Args:
       presets: Their names; none: all on --data that have a likelihood.
       data: The data set that all are measured on.
@@ -77,6 +80,9 @@ def likelihood(
       out: Directory for ledger.md, ledger.json and ledger.png; None: WORKDIR/likelihood-DATA.
       data_dir: Where prepared data sets are; None: where the presets have them.
       seed: Of the samples and of the noise that bounds are averaged over.
+
+    Raises:
+      UserError: presets cannot be compared, a file cannot be written, or a preset failed.
     """
     chosen = begun(choose(presets, data), workdir)
     first = next(iter(chosen.values()))
@@ -85,21 +91,35 @@ def likelihood(
     check_writable(out / "ledger.json")
     check_seed(seed)
     rows, sheets = baselines(first, directory), {}
+    failures: dict[str, Exception] = {}
     for name, experiment in chosen.items():
         path = workdir / name
-        if not complete(path, experiment):
-            run(name, replace(experiment, workdir=str(path), data_dir=str(directory)))
-        sheets[name], row = measure(path, load(path), directory, seed)
+        try:
+            if not complete(path, experiment):
+                run(name, replace(experiment, workdir=str(path), data_dir=str(directory)))
+            sheets[name], row = measure(path, load(path), directory, seed)
+        except Exception as error:
+            failures[name] = error
+            tell(name, error)
+            continue
         rows.append(row)
-    rows.sort(key=lambda row: -row.bits_per_dim)
+        rows.sort(key=lambda row: -row.bits_per_dim)
+        write(rows, out)
     print(f"{table(rows)}\n\n{out}")
+    if any(images is not None for images in sheets.values()):
+        with rc_context({"text.parse_math": False, "text.usetex": False}):  # names are text, not formulae
+            figure = draw(rows, sheets, data)
+            replace_file(out / "ledger.png", lambda path: figure.savefig(path, format="png", dpi=110))
+    if failures:
+        raise UserError("; ".join(f"{name}: {sentence(error)}" for name, error in failures.items()))
+    return rows
+
+
+def write(rows: list[Row], out: Path) -> None:
+    """The ledger as it is so far, for other programs and for people."""
     record = json.dumps([vars(row) for row in rows], indent=2, allow_nan=False)
     replace_file(out / "ledger.json", lambda path: path.write_text(record + "\n", encoding="utf-8"))
     replace_file(out / "ledger.md", lambda path: path.write_text(table(rows) + "\n", encoding="utf-8"))
-    with rc_context({"text.parse_math": False, "text.usetex": False}):  # names are text, not formulae
-        figure = draw(rows, sheets, data)
-        replace_file(out / "ledger.png", lambda path: figure.savefig(path, format="png", dpi=110))
-    return rows
 
 
 def choose(names: tuple[str, ...], data: str) -> dict[str, Experiment]:

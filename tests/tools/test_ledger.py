@@ -60,6 +60,23 @@ def test_what_is_missing_is_trained_and_what_is_complete_is_not_touched(
     assert json.loads((tmp_path / "vae-tiny" / "config.json").read_text()) == record
 
 
+def test_a_preset_that_fails_does_not_take_the_others_with_it(
+    vae_run: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(vae_run, tmp_path / "vae-tiny")
+
+    def train(name: str, experiment: object) -> None:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr("tools.likelihood.run", train)
+    monkeypatch.setattr("tools.likelihood.TIMED", 2)
+    with pytest.raises(UserError, match=r"^kde-tiny: MemoryError: too large$"):
+        likelihood(presets=("kde-tiny", "vae-tiny"), workdir=tmp_path, data_dir=str(data_dir))
+    ledger = json.loads((tmp_path / "likelihood-digits" / "ledger.json").read_text())
+    assert "vae-tiny" in {entry["variant"] for entry in ledger} and (tmp_path / "likelihood-digits/ledger.png").exists()
+    assert "kde-tiny failed: MemoryError: too large\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", [{"test": "validation"}, {"name": "fashion_mnist"}, {"image_size": 16}])
 def test_a_run_of_other_images_is_refused(vae_run: Path, tmp_path: Path, change: dict) -> None:
     workdir = shutil.copytree(vae_run, tmp_path / "vae-tiny")
