@@ -248,7 +248,7 @@ def _read(
         elif integers:
             one = _fit(spec, array)
             fits = one if fits is None else fits & one
-        values[name] = jnp.asarray(array, spec.dtype)
+        values[name] = jnp.asarray(value if isinstance(value, jax.Array) else array, spec.dtype)  # where it lies
     return values, fits
 
 

@@ -220,9 +220,3 @@ def test_configurations_without_pixels_or_levels_are_refused(changes: dict[str, 
     name, value = next(iter(changes.items()))
     with pytest.raises(UserError, match=rf"at least 1 pixel, 1 channel and 2 levels, not .*{name}={value}"):
         replace(SMALL, **changes)
-
-
-def test_a_mask_of_another_size_is_refused(small):
-    model, variables = small
-    with pytest.raises(UserError, match=r"known has the shape \[2\] and an image has \[2, 2\] pixels"):
-        model.complete(variables, KEY, jnp.asarray(IMAGES), np.ones(2, bool))

@@ -132,13 +132,7 @@ def build(config: Config) -> Model:
         *,
         temperature: float = 1.0,
     ) -> Int[Array, "B H W C"]:
-        """Draws from the pixels' Gaussian given those that are known, noise included; at temperature 0 its mean.
-
-        Raises:
-          UserError: `known` is not of the image's height and width.
-        """
-        if known.shape != shape[:2]:
-            raise UserError(f"known has the shape {list(known.shape)} and an image has {list(shape[:2])} pixels")
+        """Draws from the pixels' Gaussian given those that are known, noise included; at temperature 0 its mean."""
         mask = np.repeat(known.reshape(-1), config.channels)
         given, wanted = np.flatnonzero(mask), np.flatnonzero(~mask)
         order = np.concatenate([given, wanted])
