@@ -18,7 +18,7 @@ from vlm_jax.data import Data, Source, class_names, evaluation_batches, open_sou
 from vlm_jax.errors import UserError
 from vlm_jax.evals import EVALUATIONS, Evaluation, Labelled, Subject
 from vlm_jax.experiment import ZeroShot
-from vlm_jax.files import check_writable, replace_file
+from vlm_jax.files import check_writable, write_output
 from vlm_jax.sharding import MeshShape, batch_sharding, make_mesh
 from vlm_jax.workdir import Loaded, load
 
@@ -196,7 +196,7 @@ def keep(path: Path, facts: Results, results: Results) -> None:
         old = None
     same = isinstance(old, dict) and all(old.get(name) == value for name, value in facts.items())
     text = json.dumps((old if same else {}) | results, indent=2, allow_nan=False) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def sentence(error: Exception) -> str:

@@ -26,7 +26,7 @@ from vlm_jax.data import example, open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evals.likelihood import mean_and_error
 from vlm_jax.experiment import Experiment, from_record, has_checkpoints, read_record
-from vlm_jax.files import check_writable, replace_file
+from vlm_jax.files import check_writable, write_output
 from vlm_jax.models import build, family_of
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.flops import model_flops
@@ -109,7 +109,7 @@ def likelihood(
     if any(images is not None for images in sheets.values()):
         with rc_context({"text.parse_math": False, "text.usetex": False}):  # names are text, not formulae
             figure = draw(rows, sheets, data)
-            replace_file(out / "ledger.png", lambda path: figure.savefig(path, format="png", dpi=110))
+            write_output(out / "ledger.png", lambda path: figure.savefig(path, format="png", dpi=110))
     if failures:
         raise UserError("; ".join(f"{name}: {sentence(error)}" for name, error in failures.items()))
     return rows
@@ -118,8 +118,8 @@ def likelihood(
 def write(rows: list[Row], out: Path) -> None:
     """The ledger as it is so far, for other programs and for people."""
     record = json.dumps([vars(row) for row in rows], indent=2, allow_nan=False)
-    replace_file(out / "ledger.json", lambda path: path.write_text(record + "\n", encoding="utf-8"))
-    replace_file(out / "ledger.md", lambda path: path.write_text(table(rows) + "\n", encoding="utf-8"))
+    write_output(out / "ledger.json", lambda path: path.write_text(record + "\n", encoding="utf-8"))
+    write_output(out / "ledger.md", lambda path: path.write_text(table(rows) + "\n", encoding="utf-8"))
 
 
 def choose(names: tuple[str, ...], data: str) -> dict[str, Experiment]:

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from vlm_jax.files import replace_file
+from vlm_jax.files import write_output
 
 Cell = tuple[np.ndarray, str]
 """An image, uint8 [H, W, C], and the label above it."""
@@ -25,7 +25,7 @@ def write_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], path: Path, *, level
     """
     with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):  # captions are text, not formulae
         figure = draw(rows, levels)
-        replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+        write_output(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def draw(rows: Sequence[tuple[str, Sequence[Cell]]], levels: int) -> Figure:
