@@ -1,10 +1,24 @@
-"""The record of a run's metrics: `metrics.jsonl` and TensorBoard events."""
+"""The record of a run's metrics: `metrics.jsonl` and TensorBoard events. No run stops or waits for want of them."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+import logging
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from tensorboardX import SummaryWriter
+import msgspec
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
+
+from vlm_jax.files import replace_file
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -14,37 +28,105 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: Path, start: int, *, enabled: bool = True):
-        self.enabled = enabled
+        self._enabled = enabled
         if not enabled:
             return
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
-        keep_until(path, start)
-        self.file = path.open("a")
-        self.writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        lines = workdir / "metrics.jsonl"
+        # tensorboardX's own writer has a thread, which dies of a full disk and leaves its caller waiting.
+        events = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._lines = LogFile(lines, lambda: keep_until(lines, start))
+        self._events = LogFile(workdir / "tensorboard" / events)
+        self._add_event(file_version="brain.Event:2")
+        self._add_event(
+            step=start + 1, session_log=SessionLog(status=SessionLog.START)
+        )  # hides what it holds from there
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        if not self.enabled:
+        """Adds the metrics of a step; one that is not finite is null in JSON, which knows no such numbers."""
+        if not self._enabled:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        self._lines.append(msgspec.json.encode({"step": step, **values}) + b"\n")
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add_event(step=step, summary=Summary(value=scalars))
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.enabled:
-            self.file.close()
-            self.writer.close()
+        if self._enabled:
+            self._lines.close()
+            self._events.close()
+
+    def _add_event(self, **fields: Any) -> None:
+        self._events.append(tfrecord(Event(wall_time=time.time(), **fields).SerializeToString()))
+
+
+class LogFile:
+    """A file that entries are added to, each of them whole or not at all.
+
+    What cannot be written is left out, which is told once; the next entry is tried again, for there may be room by
+    then. A file that cannot be opened stays left out.
+
+    Args:
+      prepare: is called before the file is opened, and may fail likewise.
+    """
+
+    def __init__(self, path: Path, prepare: Callable[[], None] = lambda: None):
+        self._path = path
+        self._descriptor: int | None = None
+        self._told = False
+        with self._failure_told():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            prepare()
+            # Without O_NONBLOCK, a pipe in its place would be waited for.
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+
+    def append(self, entry: bytes) -> None:
+        if self._descriptor is None:
+            return
+        with self._failure_told():
+            end = os.lseek(self._descriptor, 0, os.SEEK_END)
+            try:
+                while entry:
+                    entry = entry[os.write(self._descriptor, entry) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._descriptor, end)  # half an entry would spoil the next
+                raise
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            with self._failure_told():
+                os.close(self._descriptor)
+
+    @contextlib.contextmanager
+    def _failure_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                logger.warning(f"{self._path} cannot be written ({error.strerror}): the run goes on without it")
+            self._told = True
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Rewrites a metrics file without the lines after `step` and without a last line cut short by a kill."""
-    if not path.exists():
+    """Rewrites a metrics file without the lines after `step`, and without what a kill or a crash left that is none."""
+    if not path.is_file():
         return
-    kept = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
+    lines = path.read_text(errors="replace").split("\n")
+    kept = "".join(f"{line}\n" for line in lines if 0 <= step_of(line) <= step)
+    replace_file(path, lambda temporary: temporary.write_text(kept))
+
+
+def step_of(line: str) -> int:
+    """The step of a line of a metrics file; -1 if it is none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return -1
+
+
+def tfrecord(data: bytes) -> bytes:
+    """The framing of TensorFlow's record files: length, its checksum, the data, their checksum; little-endian."""
+    length = struct.pack("<Q", len(data))
+    return b"".join([length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))])
