@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from vlm_jax.errors import UserError
+from vlm_jax.files import replace_file
 
 PAD, BOS, EOS = (
     ("<pad>", "[PAD]"),
@@ -60,7 +61,8 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Writes a `tokenizer.json`; `load_tokenizer` reads it, as does the `tokenizers` library."""
-        path.write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+        text = self.tokenizer.to_str(pretty=True)
+        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
