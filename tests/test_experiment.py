@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +113,18 @@ def test_a_record_of_another_version_is_refused_by_its_field() -> None:
 def test_refuses_impossible_settings(fields: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         replace(PRESETS["vae-tiny"], **fields)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_no_number_of_any_part_of_an_experiment_is_nan_or_infinite(value: float) -> None:
+    """In JSON they become null, which means something else."""
+
+    @dataclass(frozen=True)
+    class Config:
+        layers: tuple[dict, ...] = ({"rate": 0.5}, {"rate": value})
+
+    with pytest.raises(UserError, match=rf"model\.layers\.1\.rate is {value}: it must be a finite number"):
+        replace(PRESETS["vae-tiny"], model=Config())
 
 
 def test_prompts_need_a_place_for_the_class() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models import family_of, read_config
 from vlm_jax.sharding import MeshShape
 from vlm_jax.train.optim import Optimizer
+from vlm_jax.trees import leaves_by_path
 
 RUN_FIELDS = (
     "workdir",
@@ -110,6 +112,10 @@ class Experiment:
             raise UserError(f"seed is {self.seed}: it must be at least 0 and less than 2^32")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay}: it must lie in [0, 1)")
+        # Of every part: JSON has no such numbers, and with one of them nothing is computed but more of its kind.
+        for path, value in leaves_by_path(msgspec.to_builtins(self)).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{path.replace('/', '.')} is {value}: it must be a finite number")
 
 
 def to_record(preset: str, experiment: Experiment) -> dict[str, Any]:
