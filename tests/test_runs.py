@@ -123,26 +123,28 @@ def test_goes_on_with_another_number_of_processes(tmp_path: Path, data_dir: Path
     assert logged_steps(tmp_path / "moved") == list(range(1, 13))
 
 
-def test_sigterm_saves_says_so_and_exits_with_0(tmp_path: Path, data_dir: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_says_so_and_exits_with_0(tmp_path: Path, data_dir: Path, number: signal.Signals) -> None:
     process = start("vae-tiny", tmp_path / "run", data_dir, "--steps", "100000")
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output = finish(process)
     last = logged_steps(tmp_path / "run")[-1]
     assert f"step {last} of 100000 is saved" in output
     assert load(tmp_path / "run", step=last).step == last
 
 
-def test_sigterm_stops_all_processes_at_one_step(tmp_path: Path, data_dir: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path, data_dir: Path, number: signal.Signals) -> None:
     processes = start_pair("vae-tiny", tmp_path / "run", data_dir, "--steps", "100000")
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
         assert all(process.poll() is None for process in processes)
         time.sleep(0.01)
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(number)
     output = finish(*processes)
     last = logged_steps(tmp_path / "run")[-1]
     assert f"step {last} of 100000 is saved" in output

@@ -1,8 +1,11 @@
 """The loop: exact resumption, the record of metrics, validation, signals, and refusals."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from vlm_jax.data import Data
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.sharding import MeshShape
+from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.loop import fit
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.trees import leaves_by_path
@@ -133,6 +137,88 @@ def test_termination_saves_the_step_and_the_same_call_goes_on(
         np.testing.assert_array_equal(actual[path], value, err_msg=path)
 
 
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_what_was_trained_is_saved_before_it_is_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture, when: str
+) -> None:
+    """A signal that comes before a validation or while it goes on: its other batches are not even read."""
+    read = []
+
+    def terminated(rows: slice, start: int) -> Iterator[dict[str, np.ndarray]]:
+        for index, batch in enumerate(train_batches(rows, start), start):
+            if index == 3 and when == "before":
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    def validation() -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        for index in range(5):
+            if index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            read.append(index)
+            yield {"x": np.ones((8, 8), np.float32)}, 8
+
+    with pytest.raises(SystemExit) as stopped:
+        fit(noisy_regression(), experiment(), tmp_path, terminated, validation)
+    assert stopped.value.code == 0
+    assert "step 4 of 12 is saved" in capsys.readouterr().out
+    assert read == ([] if when == "before" else [0, 1])
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps() == (4,) and checkpoints.best_step() is None
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_initialisation_compiles_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture, number: signal.Signals
+) -> None:
+    model, traced = noisy_regression(), []
+
+    def init(key: jax.Array, batch: dict) -> dict:
+        traced.append(1)  # first for the shapes, then to compile
+        if len(traced) == 2:
+            os.kill(os.getpid(), number)
+        return model.init(key, batch)
+
+    with pytest.raises(SystemExit) as stopped:
+        fit(replace(model, init=init), experiment(), tmp_path, train_batches)
+    assert stopped.value.code == 0
+    assert "stopped by a signal: no step was taken" in capsys.readouterr().out
+    assert logged(tmp_path) == [] and not list(tmp_path.glob("checkpoints/[0-9]*"))
+
+
+def test_the_second_interrupt_ends_the_process_whatever_it_is_busy_with() -> None:
+    """Here with a call that, like a compiler, gives Python's own handlers no chance to run."""
+    busy = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+    script = f"from vlm_jax.train.terminal import StopSignal\nwith StopSignal():\n  print('go', flush=True)\n  {busy}"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "go\n"
+        process.send_signal(signal.SIGINT)
+        assert "Ctrl-C once more stops at once" in process.stdout.readline()
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+
+
+def test_logs_that_cannot_be_written_stop_no_run(
+    whole: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk under each of them, and under what is shown."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    (tmp_path / "tensorboard").symlink_to("/dev/full")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "stderr", full)
+        actual = leaves(fit(noisy_regression(), experiment(), tmp_path, train_batches))
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    for path, value in whole[0].items():
+        np.testing.assert_array_equal(actual[path], value, err_msg=path)
+    events, lines = caplog.messages
+    assert events.startswith(f"{tmp_path}/tensorboard/events.out.tfevents.")
+    assert lines == f"{tmp_path}/metrics.jsonl cannot be written (No space left on device): the run goes on without it"
+
+
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path, log_every: int) -> None:
     """Also when it appears between two lines of the log."""
@@ -157,6 +243,26 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"grad_norm became nan at step 1 .*no checkpoint was written yet"):
         fit(replace(model, loss=loss), experiment(checkpoint_every=1), tmp_path, train_batches)
     assert not list(tmp_path.glob("checkpoints/1"))
+
+
+@pytest.mark.parametrize("spoiled", ["params", "state"])
+def test_an_update_that_is_not_finite_is_not_saved(tmp_path: Path, spoiled: str) -> None:
+    """Though the loss and the gradient were finite before it."""
+    model, settings = noisy_regression(), experiment(checkpoint_every=1, ema_decay=None)
+    if spoiled == "params":
+        settings = replace(settings, optimizer=replace(settings.optimizer, learning_rate=3e38, weight_decay=3e38))
+
+    def init(key: jax.Array, batch: dict) -> dict:
+        return {**model.init(key, batch), "statistics": {"count": jnp.ones(())}}
+
+    def loss(variables: dict, batch: dict, key: jax.Array, step: jax.Array, *, train: bool) -> tuple[jax.Array, Aux]:
+        value, aux = model.loss(variables, batch, key, step, train=train)
+        count = variables["statistics"]["count"]
+        return value, aux._replace(state={"statistics": {"count": count / 0 if spoiled == "state" else count}})
+
+    with pytest.raises(UserError, match=r"became nan or infinite at step 1 .*no checkpoint was written yet.*learning_"):
+        fit(replace(model, init=init, loss=loss), settings, tmp_path, train_batches)
+    assert not list(tmp_path.glob("checkpoints/[0-9]*"))
 
 
 def test_validation_scores_each_checkpoint_and_keeps_the_best(tmp_path: Path) -> None:

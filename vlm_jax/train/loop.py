@@ -1,20 +1,16 @@
-"""The training loop: the one place where the step is jitted, and where training meets the disk and the terminal."""
+"""The training loop: the one place where the step is jitted, and where training meets the disk."""
 
 import contextlib
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from vlm_jax.contract import Batch, Model, Variables, abstract_batch, check_batch
 from vlm_jax.errors import UserError
@@ -24,6 +20,7 @@ from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.metrics import MetricsLog
 from vlm_jax.train.optim import learning_rate_schedule, make_optimizer
 from vlm_jax.train.step import TrainState, eval_variables, init_train_state, make_train_step, train_state_shardings
+from vlm_jax.train.terminal import StopSignal, progress_bar, say
 
 HostBatch = Mapping[str, np.ndarray]
 TrainBatches = Callable[[slice, int], Iterator[HostBatch]]
@@ -42,25 +39,26 @@ def fit(
     """Trains to `experiment.steps` from the newest good checkpoint in `workdir`, or from the beginning.
 
     Each step is the same whether or not the run was interrupted before it, and on any mesh and number of processes.
-    SIGTERM or Ctrl-C saves, says so and ends the process with status 0.
+    SIGTERM or Ctrl-C saves, without a score, says so and ends the process with status 0; a second Ctrl-C kills it.
 
     Raises:
-      UserError: the mesh, the batches or the checkpoints do not fit, or the loss is no longer finite.
+      UserError: the mesh, the batches or the checkpoints do not fit, or the loss or the state is no longer finite.
     """
-    mesh = make_mesh(experiment.mesh)
-    check_batch_size(experiment.batch_size, mesh, experiment.micro_steps)
-    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
-    learning_rate = jax.jit(learning_rate_schedule(experiment.optimizer, experiment.steps))
-    rows = process_rows(experiment.batch_size, mesh)
-    init_key, step_key, validation_key = jax.random.split(jax.random.key(experiment.seed), 3)
-
-    def init(key: jax.Array, batch: Any) -> TrainState:
-        return init_train_state(model, optimizer, key, batch, ema_decay=experiment.ema_decay)
-
-    def to_device(batch: HostBatch) -> dict[str, jax.Array]:
-        return to_global(check_batch(model.inputs, batch), experiment.batch_size, mesh)
-
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        mesh = make_mesh(experiment.mesh)
+        check_batch_size(experiment.batch_size, mesh, experiment.micro_steps)
+        optimizer = make_optimizer(experiment.optimizer, experiment.steps)
+        learning_rate = jax.jit(learning_rate_schedule(experiment.optimizer, experiment.steps))
+        rows = process_rows(experiment.batch_size, mesh)
+        init_key, step_key, validation_key = jax.random.split(jax.random.key(experiment.seed), 3)
+
+        def init(key: jax.Array, batch: Any) -> TrainState:
+            return init_train_state(model, optimizer, key, batch, ema_decay=experiment.ema_decay)
+
+        def to_device(batch: HostBatch) -> dict[str, jax.Array]:
+            return to_global(check_batch(model.inputs, batch), experiment.batch_size, mesh)
+
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep_last=experiment.keep_last))
         abstract = jax.eval_shape(init, init_key, abstract_batch(model.inputs, experiment.batch_size))
@@ -69,7 +67,7 @@ def fit(
         if state is None:
             first = to_device(next(train_batches(rows, 0)))  # some families initialise from data
             state = jax.jit(init, out_shardings=shardings)(init_key, first)
-        start = int(state.step)
+        start = step = int(state.step)
         if start >= experiment.steps:
             say(f"{workdir} already holds step {start} of {experiment.steps}: nothing is left to do")
             return state
@@ -81,16 +79,17 @@ def fit(
         )
         loss = jax.jit(lambda variables, batch, key: model.loss(variables, batch, key, 0, train=False)[0])
         log = stack.enter_context(MetricsLog(workdir, start, enabled=jax.process_index() == 0))
-        stop = stack.enter_context(StopSignal())
         bar = stack.enter_context(progress_bar(start, experiment.steps))
         batches = train_batches(rows, start)
         pending: list[tuple[int, dict[str, jax.Array]]] = []
         since = time.perf_counter()
-        for step in range(start + 1, experiment.steps + 1):
+        stop.poll()  # compiling and restoring may have taken minutes
+        while step < experiment.steps and not stop.noticed:
             state, metrics = step_function(state, to_device(next(batches)), step_key)
+            step += 1
             pending.append((step, metrics))
-            stopping = stop.requested(step)
-            saving = step % experiment.checkpoint_every == 0 or step == experiment.steps or stopping
+            scoring = step % experiment.checkpoint_every == 0 or step == experiment.steps
+            saving = stop.poll() or scoring
             logging = step % experiment.log_every == 0 or saving
             if logging or step == start + 1:  # the first step compiles: the rate of the following ones is without it
                 values = fetch_finite(pending, checkpoints)
@@ -98,9 +97,9 @@ def fit(
             if logging:
                 values["learning_rate"] = float(learning_rate(step - 1))
                 values["examples_per_second"] = len(pending) * experiment.batch_size / elapsed
-                if saving and validation_batches is not None:
+                if scoring and not stop.noticed and validation_batches is not None:
                     variables = eval_variables(model, state)
-                    values |= validate(model, loss, variables, validation_batches, mesh, validation_key)
+                    values |= validate(model, loss, variables, validation_batches, mesh, validation_key, stop)
                 log.write(step, values)
                 bar.set_postfix_str(f"loss {values['loss']:.4g}, {values['examples_per_second']:.0f} examples/s")
             if saving:
@@ -109,12 +108,11 @@ def fit(
                 pending.clear()
                 since = time.perf_counter()
             bar.update()
-            if stopping:
-                break
 
         checkpoints.wait()
-    if stopping:
-        say(f"stopped by a signal: step {step} of {experiment.steps} is saved in {workdir}; the same command goes on")
+    if stop.noticed:
+        saved = f"step {step} of {experiment.steps} is saved in {workdir}" if step else "no step was taken"
+        say(f"stopped by a signal: {saved}; the same command goes on")
         sys.exit(0)
     return state
 
@@ -135,21 +133,29 @@ def fetch_finite(pending: list[tuple[int, dict[str, jax.Array]]], checkpoints: C
     what is saved is sound.
 
     Raises:
-      UserError: a loss or the norm of a gradient is not finite.
+      UserError: a loss, the norm of a gradient or the state after the update is not finite.
     """
     values: dict[str, float] = {}
     for step, metrics in jax.device_get(pending):
         values = {name: float(value) for name, value in metrics.items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
-                checkpoints.wait()
-                steps = checkpoints.steps()
-                kept = f"the last good checkpoint is {steps[-1]}" if steps else "no checkpoint was written yet"
-                raise UserError(
-                    f"the {name} became {values[name]} at step {step} and nothing was saved since ({kept}): "
-                    f"lower optimizer.learning_rate, clip gradients, or look at the data of that step"
-                )
+                raise diverged(f"the {name} became {values[name]} at step {step}", checkpoints)
+        if not values.pop("finite"):
+            raise diverged(
+                f"the parameters or what is kept beside them became nan or infinite at step {step}", checkpoints
+            )
     return values
+
+
+def diverged(what: str, checkpoints: Checkpoints) -> UserError:
+    """The sentence that ends a run whose numbers are not finite."""
+    steps = checkpoints.steps()
+    kept = f"the last good checkpoint is {steps[-1]}" if steps else "no checkpoint was written yet"
+    return UserError(
+        f"{what} and nothing was saved since ({kept}): lower optimizer.learning_rate, clip gradients, or look at the "
+        f"data of that step"
+    )
 
 
 def validate(
@@ -159,56 +165,19 @@ def validate(
     batches: ValidationBatches,
     mesh: Mesh,
     key: jax.Array,
+    stop: StopSignal,
 ) -> dict[str, float]:
-    """The mean loss over the full batches of the validation split, with the same noise at each call."""
+    """The mean loss over the full batches of the validation split, with the same noise at each call.
+
+    Empty where a signal comes meanwhile: to save what was trained is more urgent than its score.
+    """
     losses = []
     for index, (batch, valid) in enumerate(batches()):
+        if stop.poll():
+            return {}
         fields = check_batch(model.inputs, batch)
         size = len(next(iter(fields.values())))
         if valid == size:
             mine = {name: values[process_rows(size, mesh)] for name, values in fields.items()}
             losses.append(loss(variables, to_global(mine, size, mesh), jax.random.fold_in(key, index)))
     return {"validation_loss": float(np.mean(jax.device_get(losses)))}
-
-
-class StopSignal:
-    """Notices SIGTERM and Ctrl-C, for the loop to end between two steps; several processes end at the same one."""
-
-    def __enter__(self) -> "StopSignal":
-        self.received = False
-        self.previous: dict[int, Any] = {}
-        # With several processes jax.distributed listens for SIGTERM itself, and agrees on the step.
-        if jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous[number] = signal.signal(number, self.receive)
-        return self
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-
-    def requested(self, step: int) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.received
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-def progress_bar(start: int, steps: int) -> tqdm:
-    """Steps done, time left, and what the loop adds; on the first process alone."""
-    return tqdm(
-        total=steps,
-        initial=start,
-        unit="step",
-        dynamic_ncols=True,
-        disable=jax.process_index() != 0,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-    )
-
-
-def say(message: str) -> None:
-    """A line for the person who started the run, once."""
-    if jax.process_index() == 0:
-        print(message, flush=True)

@@ -76,7 +76,7 @@ def make_train_step(
     """Builds `step(state, batch, key) -> (state, metrics)`, a pure function that the caller jits.
 
     The randomness of a step is `fold_in(key, state.step)`, so that nothing random is stored and a resumed run is the
-    same run. Metrics are the loss's own, `loss`, and `grad_norm` before clipping.
+    same run. Metrics are the loss's own, `loss`, `grad_norm` before clipping, and `finite`, a bool of the new state.
 
     Args:
       micro_steps: the batch is computed in this many equal parts, one after the other, for its gradient alone to be
@@ -105,10 +105,17 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, live)
         live = optax.apply_updates(live, updates)
         ema = state.ema if ema_decay is None else average(state.ema, live, ema_decay, state.step)
-        metrics = {**aux.metrics, "loss": value, "grad_norm": optax.tree.norm(gradients)}
-        return TrainState(state.step + 1, merge(live, frozen), opt_state, ema, aux.state), metrics
+        state = TrainState(state.step + 1, merge(live, frozen), opt_state, ema, aux.state)
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients), "finite": all_finite(state)}
+        return state, {**aux.metrics, **metrics}
 
     return step
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether no array of a tree holds NaN or infinity: a bool scalar."""
+    numbers = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in numbers]).all()
 
 
 def average(ema: PyTree, params: PyTree, decay: float, step: jax.Array) -> PyTree:
