@@ -135,7 +135,7 @@ def test_a_step_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path
 
 def test_the_newest_and_the_best_are_kept_across_restarts(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep_last=2, keep_best=1) as checkpoints:
-        save_small(checkpoints, {1: float("nan"), 2: 1.0, 3: 2.0, 4: 3.0, 5: None})
+        save_small(checkpoints, {1: float("-inf"), 2: 1.0, 3: 2.0, 4: 3.0, 5: None})
         assert checkpoints.steps() == (2, 4, 5)
     with Checkpoints(tmp_path, keep_last=2, keep_best=1) as checkpoints:
         assert checkpoints.best_step() == 2

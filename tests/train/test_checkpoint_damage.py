@@ -225,3 +225,22 @@ def test_orbaxs_own_notes_are_not_needed(
         checkpoints.save(400, items(400))
         assert checkpoints.steps() == (200, 300, 400)
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_what_is_not_finite_is_not_restored_though_it_is_what_was_written(
+    directory: Path, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    """A state that diverged: whoever evaluates it or goes on from it has nothing."""
+    spoiled = items(400)
+    spoiled["params"]["kernel"][3, 5] = value
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(400, spoiled)
+    damage = r"damaged \(params/kernel: holds nan or infinite values\): choose another of 200, 300"
+    with Checkpoints(directory, read_only=True) as checkpoints, pytest.raises(UserError, match=damage):
+        checkpoints.restore(abstract(), 400)
+    with Checkpoints(directory) as checkpoints:
+        step, restored = checkpoints.restore(abstract())
+        assert (step, restored["params"]["kernel"][0, 0]) == (300, 300)
+        assert checkpoints.steps() == (200, 300)
+    assert "checkpoint 400 is damaged (checkpoints/400/params/kernel: holds nan or infinite values)" in caplog.text

@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 
 from vlm_jax.errors import UserError
 from vlm_jax.train import checksums
+from vlm_jax.train.finite import not_finite
 from vlm_jax.trees import leaves_by_path
 
 PyTree = Any
@@ -78,7 +79,7 @@ class Checkpoints:
         Args:
           step: names the checkpoint.
           items: trees of arrays, which may be empty or a single array.
-          validation_loss: what `keep_best` goes by. One that is NaN counts as none.
+          validation_loss: what `keep_best` goes by. One that is not finite counts as none.
 
         Raises:
           UserError: an earlier save failed, or the disk has no room for this one.
@@ -90,7 +91,7 @@ class Checkpoints:
         if saved and step <= saved[-1]:
             raise ValueError(f"checkpoint {step} would not be the newest in {self._directory}, {saved[-1]} is")
         self._check_room(step, items)
-        if validation_loss is not None and not math.isnan(validation_loss):
+        if validation_loss is not None and math.isfinite(validation_loss):
             self._losses[step] = validation_loss
         self._saving = step
         # Within a dictionary a tree may be empty or a single array, which orbax refuses otherwise, and the path of
@@ -121,13 +122,14 @@ class Checkpoints:
         if step not in steps:
             there = f"choose one of {_listed(steps)}" if steps else "nothing was saved there"
             raise UserError(f"there is no checkpoint {step} in {self._directory}: {there}")
-        if damage := _damage(self._directory / str(step), abstract):
+        try:
+            return step, _sound(self._directory / str(step), abstract)
+        except checksums.DamagedError as damage:
             others = _listed([other for other in steps if other != step])
             raise UserError(
                 f"checkpoint {step} in {self._directory} is damaged ({damage}): "
                 f"{f'choose another of {others}' if others else 'it is the only one, bring it back from a copy'}"
-            )
-        return step, _restore(self._directory / str(step), abstract)
+            ) from damage
 
     def wait(self) -> None:
         """Waits for the save in the background.
@@ -207,10 +209,11 @@ class Checkpoints:
     ) -> tuple[int, dict[str, PyTree]] | None:
         damaged: dict[int, str] = {}
         for step in reversed(steps):
-            if damage := _damage(self._directory / str(step), abstract):
-                damaged[step] = damage
+            try:
+                restored = _sound(self._directory / str(step), abstract)
+            except checksums.DamagedError as damage:
+                damaged[step] = str(damage)
                 continue
-            restored = _restore(self._directory / str(step), abstract)
             if damaged:
                 self._pass_over(damaged, step)
             return step, restored
@@ -308,6 +311,21 @@ def _damage(checkpoint: Path, items: Mapping[str, PyTree]) -> str:
     except checksums.DamagedError as error:
         damage = str(error)
     return _agreed(damage)
+
+
+def _sound(checkpoint: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """The items, known to be what was written and finite.
+
+    Raises:
+      checksums.DamagedError: they are not.
+    """
+    if damage := _damage(checkpoint, abstract):
+        raise checksums.DamagedError(damage)
+    items = _restore(checkpoint, abstract)
+    # Of a run that diverged, which would only do so again from there.
+    if path := _agreed(not_finite(items)):
+        raise checksums.DamagedError(f"{path}: holds nan or infinite values")
+    return items
 
 
 def _restore(checkpoint: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:

@@ -10,6 +10,7 @@ import optax
 from vlm_jax.contract import Aux, Batch, Model
 from vlm_jax.errors import UserError
 from vlm_jax.sharding import parameter_shardings, replicated
+from vlm_jax.train.finite import all_finite
 from vlm_jax.trees import merge, partition
 
 PyTree = Any
@@ -110,12 +111,6 @@ def make_train_step(
         return state, {**aux.metrics, **metrics}
 
     return step
-
-
-def all_finite(tree: PyTree) -> jax.Array:
-    """Whether no array of a tree holds NaN or infinity: a bool scalar."""
-    numbers = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in numbers]).all()
 
 
 def average(ema: PyTree, params: PyTree, decay: float, step: jax.Array) -> PyTree:
