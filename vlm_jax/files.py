@@ -39,8 +39,8 @@ def write_output(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
       UserError: it cannot be written, and why.
     """
+    check_writable(path)
     with _told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, write)
 
 
