@@ -231,6 +231,20 @@ def test_texts_that_are_no_captions_are_told_as_such_and_the_images_are_read(tmp
         list(source.texts())
 
 
+@pytest.mark.parametrize(
+    ("feature", "value"),
+    [
+        (TEXT, "dog"),
+        (tfds.features.Tensor(shape=(2,), dtype=np.str_), ["dog", "cat"]),
+        (tfds.features.Sequence(TEXT), ["dog", "cat", "cow"]),
+    ],
+)
+def test_captions_are_strings_in_any_arrangement(tmp_path, feature, value):
+    data_dir = build(tmp_path, {"image": IMAGE, "captions": feature}, {"image": _png(GREY), "captions": value})
+    source = open_source("made", "train", data_dir)
+    assert source[0]["text"] == ((value,) if isinstance(value, str) else tuple(value))
+
+
 @pytest.mark.parametrize("field", ["caption", "question"])
 def test_a_text_that_is_not_utf_8_is_told_as_such(tmp_path, field):
     texts = {"question": "Größe?".encode(), "answer": b"no"} if field == "question" else {}

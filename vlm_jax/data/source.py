@@ -178,7 +178,7 @@ def _keys(features: tfds.features.FeaturesDict) -> dict[str, str]:
     """Our names of the fields -> the data set's, for the fields it has."""
     labels = _labels(features)
     images = [key for key in features if isinstance(features[key], tfds.features.Image)]
-    strings = [key for key in features if _is_string(features[key])]
+    strings = [key for key in features if _is_text(features[key]) and features[key].shape == ()]
     candidates = {
         "image": [key for key in images if not isinstance(features[key], tfds.features.LabeledImage)],  # a mask
         "label": list(labels) if "label" in labels or len(labels) == 1 else [],  # which of several, nobody said
@@ -208,11 +208,12 @@ def _unlike_text(feature: Any) -> str | None:
     if isinstance(feature, tfds.features.FeaturesDict):
         inner = next((key for key in TEXT_KEYS if key in feature), None)
         return f"dictionaries of {sorted(feature)}" if inner is None else _unlike_text(feature[inner])
-    return None if _is_string(feature) else f"{type(feature).__name__} of {feature.np_dtype}"
+    return None if _is_text(feature) else f"{type(feature).__name__} of {feature.np_dtype}"
 
 
-def _is_string(feature: Any) -> bool:
-    return isinstance(feature, tfds.features.Tensor) and feature.shape == () and feature.np_dtype == np.object_
+def _is_text(feature: Any) -> bool:
+    """Whether a field is a string or an array of strings."""
+    return isinstance(feature, tfds.features.Tensor) and feature.np_dtype == np.object_
 
 
 def _texts(value: Any) -> Iterator[str]:
