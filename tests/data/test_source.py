@@ -314,3 +314,13 @@ def test_a_data_set_in_another_format(foreign, tmp_path):
         shard.rename(copy / shard.name.replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match=r"foreign in .* is stored as tfrecord, .*: move .* --file_format=array_record"):
         open_source("foreign", "nested", tmp_path)
+
+
+def test_of_several_images_the_one_called_image_is_taken_or_none(tmp_path: Path) -> None:
+    picture = tfds.features.Image(shape=(None, None, 1))
+    dark, light = _png(np.zeros((2, 2), np.uint8)), _png(np.full((2, 2), 9, np.uint8))
+    build(tmp_path / "two", {"left": picture, "right": picture}, {"left": dark, "right": light})
+    with pytest.raises(UserError, match="made has several images, left, right, none called 'image'"):
+        open_source("made", "train", tmp_path / "two")
+    build(tmp_path / "one", {"a": picture, "image": picture}, {"a": dark, "image": light})
+    assert open_source("made", "train", tmp_path / "one")[0]["image"].pixels(1).max() == 9

@@ -138,6 +138,8 @@ def open_source(name: str, split: str, data_dir: Path, *, label: str | None = No
             raise UserError(f"{name} has no label {label!r}: choose among {', '.join(labels) or 'none'}")
         keys["label"] = label
     if "image" not in keys:
+        if several := _images(features):
+            raise UserError(f"{name} has several images, {', '.join(several)}, none called 'image': choose another")
         raise UserError(f"{name} has no images but {sorted(features)}: choose a data set that has")
     dtype = features[keys["image"]].np_dtype
     if dtype != np.uint8:
@@ -176,12 +178,12 @@ def _examples(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
 
 def _keys(features: tfds.features.FeaturesDict) -> dict[str, str]:
     """Our names of the fields -> the data set's, for the fields it has."""
-    labels = _labels(features)
-    images = [key for key in features if isinstance(features[key], tfds.features.Image)]
+    images, labels = _images(features), _labels(features)
     strings = [key for key in features if _is_text(features[key]) and features[key].shape == ()]
     candidates = {
-        "image": [key for key in images if not isinstance(features[key], tfds.features.LabeledImage)],  # a mask
-        "label": list(labels) if "label" in labels or len(labels) == 1 else [],  # which of several, nobody said
+        # Which of several is meant, nobody said.
+        "image": list(images) if "image" in images or len(images) == 1 else [],
+        "label": list(labels) if "label" in labels or len(labels) == 1 else [],
         "text": [key for key in TEXT_KEYS if key in features and _unlike_text(features[key]) is None],
         "question": [key for key in strings if key == "question"],
         "answer": [key for key in strings if key == "answer"],
@@ -189,10 +191,16 @@ def _keys(features: tfds.features.FeaturesDict) -> dict[str, str]:
     return {ours: ours if ours in found else found[0] for ours, found in candidates.items() if found}
 
 
+def _images(features: tfds.features.FeaturesDict) -> tuple[str, ...]:
+    """The fields that are images; a mask is none."""
+    images = {key: value for key, value in features.items() if isinstance(value, tfds.features.Image)}
+    return tuple(sorted(key for key, value in images.items() if not isinstance(value, tfds.features.LabeledImage)))
+
+
 def _labels(features: tfds.features.FeaturesDict) -> tuple[str, ...]:
     """The fields that are labels. TFDS allows one of which not even the number of classes is known."""
     labels = {key: value for key, value in features.items() if isinstance(value, tfds.features.ClassLabel)}
-    return tuple(key for key, value in labels.items() if value.num_classes)
+    return tuple(sorted(key for key, value in labels.items() if value.num_classes))  # stored in no order
 
 
 def _not_captions(features: tfds.features.FeaturesDict, keys: dict[str, str]) -> str | None:
