@@ -50,6 +50,17 @@ def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+def unstack(tree: Mapping[str, Any], stacked: str, layer: str) -> dict[str, Any]:
+    """`tree` with what a scan over layers runs through, `stacked/...` [L, ...], as `layer_0/...` to `layer_{L-1}/...`.
+
+    A module whose layers are unrolled has its parameters so. A tree that has no such branch is so already.
+    """
+    rest = dict(tree)
+    stack = rest.pop(stacked, {})
+    depth = max((len(leaf) for leaf in jax.tree.leaves(stack)), default=0)
+    return rest | {f"{layer}_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(depth)}
+
+
 def count_parameters(tree: PyTree) -> int:
     """The number of scalars in all leaves, arrays or `jax.ShapeDtypeStruct`."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -57,9 +57,9 @@ def test_decoding_a_position_at_a_time_is_the_full_causal_pass(variables):
     """Whatever the room that is not filled yet may hold."""
     full, _ = jax.jit(lambda x: MODULE.apply(variables, x, causal=True))(X)
     step = jax.jit(lambda x, cache, position: MODULE.apply(variables, x, cache=cache, position=position))
-    empty = empty_cache(BATCH, LENGTH + 2, HEADS, WIDTH // HEADS, layers=1, dtype="float32")
-    assert empty.key.shape == empty.value.shape == (1, BATCH, LENGTH + 2, HEADS, WIDTH // HEADS)
-    cache = Cache(empty.key[0] + 100, empty.value[0] + 100)
+    (empty,) = empty_cache(BATCH, LENGTH + 2, HEADS, WIDTH // HEADS, layers=1, dtype="float32")
+    assert empty.key.shape == empty.value.shape == (BATCH, HEADS, LENGTH + 2, WIDTH // HEADS)
+    cache = Cache(empty.key + 100, empty.value + 100)
     for position in range(LENGTH):
         y, cache = step(X[:, position : position + 1], cache, position)
         np.testing.assert_allclose(y[:, 0], full[:, position], atol=1e-6)
@@ -68,8 +68,8 @@ def test_decoding_a_position_at_a_time_is_the_full_causal_pass(variables):
 def test_several_positions_at_once_fill_the_cache_as_one_after_the_other_does(variables):
     full, _ = jax.jit(lambda x: MODULE.apply(variables, x, causal=True))(X)
     step = jax.jit(lambda x, cache, position: MODULE.apply(variables, x, cache=cache, position=position))
-    empty = empty_cache(BATCH, LENGTH + 2, HEADS, WIDTH // HEADS, layers=1, dtype="float32")
-    y, cache = step(X[:, :2], Cache(empty.key[0] + 100, empty.value[0] + 100), 0)
+    (empty,) = empty_cache(BATCH, LENGTH + 2, HEADS, WIDTH // HEADS, layers=1, dtype="float32")
+    y, cache = step(X[:, :2], Cache(empty.key + 100, empty.value + 100), 0)
     np.testing.assert_allclose(y, full[:, :2], atol=1e-6)
     y, _ = step(X[:, 2:], cache, 2)
     np.testing.assert_allclose(y, full[:, 2:], atol=1e-6)

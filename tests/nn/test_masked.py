@@ -14,8 +14,8 @@ def test_a_layer_is_that_of_the_paper_with_masked_kernels():
     """1606.05328, figure 2, with convolutions of the whole 3x3 and 1x3 windows whose weights to come are zero."""
     layer = GatedLayer(width=4, kernel=3)
     v, h = X, X[:, ::-1]
-    call = jax.jit(lambda variables: layer.apply(variables, (v, h), None, None, None, False)[0])
-    variables = jax.jit(lambda key: layer.init(key, (v, h), None, None, None, False))(KEY)
+    call = jax.jit(lambda variables: layer.apply(variables, (v, h), None, False)[0])
+    variables = jax.jit(lambda key: layer.init(key, (v, h), None, False))(KEY)
     params = variables["params"]
 
     def convolution(x: np.ndarray, layer: dict[str, jax.Array]) -> jax.Array:

@@ -14,7 +14,7 @@ import pytest
 
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import empty_cache
-from vlm_jax.nn.transformer import ACTIVATIONS, Transformer, TransformerStack
+from vlm_jax.nn.transformer import ACTIVATIONS, Transformer, TransformerStack, unrolled
 
 UNROLLED = Transformer(width=8, depth=2, heads=2, mlp=16, scan=False)
 SCANNED = replace(UNROLLED, scan=True)
@@ -55,6 +55,7 @@ def test_scanned_layers_compute_what_unrolled_ones_do(unrolled_params):
 def test_decoding_a_position_at_a_time_is_the_full_causal_pass(unrolled_params, scan: bool):
     config, params = (SCANNED, stacked(unrolled_params)) if scan else (UNROLLED, unrolled_params)
     full = apply(config, params, X, causal=True)
+    config, params = unrolled(config, params)
     cache = empty_cache(BATCH, LENGTH, config.heads, config.width // config.heads, layers=config.depth, dtype="float32")
 
     def step(cache: Any, x: jax.Array) -> tuple[Any, jax.Array]:

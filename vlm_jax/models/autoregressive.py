@@ -9,7 +9,7 @@ discretised logistics instead (PixelCNN++, 1701.05517). The product of all these
 the image, whatever the patch size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +22,7 @@ from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, empty_cache
 from vlm_jax.nn.subpixels import MixtureHead, PatchEmbedding, SoftmaxHead, known_prefix, subpixel_rules
-from vlm_jax.nn.transformer import TRANSFORMER_RULES, Transformer, TransformerStack
+from vlm_jax.nn.transformer import TRANSFORMER_RULES, Transformer, TransformerStack, unrolled
 from vlm_jax.nn.vision import check_patches, patchify, unpatchify
 from vlm_jax.objectives.language import token_log_probs
 from vlm_jax.objectives.likelihood import (
@@ -129,7 +129,9 @@ class Autoregressive(nn.Module):
             return token_log_probs(self.head(x, patches), patches)
         return logistic_mixture_log_prob(self.head(x), patches, self.config.levels)[..., None]
 
-    def fill(self, cache: Cache, patches: Int[Array, "B T N"], count: int, label: Int[Array, " B"] | None) -> Cache:
+    def fill(
+        self, cache: tuple[Cache, ...], patches: Int[Array, "B T N"], count: int, label: Int[Array, " B"] | None
+    ) -> tuple[Cache, ...]:
         """The cache of the first `count` positions."""
         _, filled = self.transformer(self.inputs(patches, label)[:, :count], cache=cache)
         assert filled is not None
@@ -137,13 +139,13 @@ class Autoregressive(nn.Module):
 
     def decode(
         self,
-        cache: Cache,
+        cache: tuple[Cache, ...],
         patches: Int[Array, "B T N"],
         position: Int[Array, ""],
         key: Array,
         temperature: float,
         label: Int[Array, " B"] | None,
-    ) -> tuple[Cache, Int[Array, "B N"]]:
+    ) -> tuple[tuple[Cache, ...], Int[Array, "B N"]]:
         """Draws the patch at `position` given those before it, and the cache of the positions before it."""
         c = self.config
         x = self.input_at(patches, position, label)
@@ -197,15 +199,17 @@ def build(config: Config) -> Model:
         temperature: float,
     ) -> Int[Array, "B H W C"]:
         """Keeps the first `known` patches and draws the others."""
-        t = config.transformer
+        t, stack = unrolled(config.transformer, variables["params"]["transformer"])
+        decoder: Any = Autoregressive(replace(config, transformer=t))
+        variables = {"params": {**variables["params"], "transformer": stack}}
         cache = empty_cache(len(patches), length, t.heads, t.width // t.heads, layers=t.depth, dtype=t.dtype)
         if known:
-            cache = module.apply(variables, cache, patches, known, label, method="fill")
+            cache = decoder.apply(variables, cache, patches, known, label, method="fill")
 
-        def step(carry: tuple[Cache, Array], previous: Array, position: Array, key: Array) -> Any:
+        def step(carry: tuple[tuple[Cache, ...], Array], previous: Array, position: Array, key: Array) -> Any:
             cache, patches = carry
             patches = patches.at[:, jnp.maximum(position - 1, 0)].set(previous)
-            cache, patch = module.apply(variables, cache, patches, position, key, temperature, label, method="decode")
+            cache, patch = decoder.apply(variables, cache, patches, position, key, temperature, label, method="decode")
             return (cache, patches), patch
 
         drawn = decode(step, (cache, patches), patches[:, max(known - 1, 0)], length, key, start=known)

@@ -6,6 +6,7 @@ them with a mixture of discretised logistics (PixelCNN++, 1701.05517).
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
-from vlm_jax.nn.masked import GatedStack, RowCache, check_kernel, masked_rules
+from vlm_jax.nn.masked import GatedStack, Pixels, Rows, check_kernel, masked_rules
 from vlm_jax.nn.subpixels import MixtureHead, PatchEmbedding, SoftmaxHead, known_prefix, subpixel_rules
 from vlm_jax.objectives.language import token_log_probs
 from vlm_jax.objectives.likelihood import (
@@ -26,6 +27,7 @@ from vlm_jax.objectives.likelihood import (
     sample_logistic_mixture,
 )
 from vlm_jax.sampling.autoregressive import decode
+from vlm_jax.trees import unstack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +64,13 @@ class PixelCNN(nn.Module):
     """An image -> the log-probability of each sub-pixel given all before it."""
 
     config: Config
+    scan: bool = True
+    """False for `row` and `pixel`: see `GatedStack`."""
 
     def setup(self) -> None:
         c = self.config
         self.table = PatchEmbedding(c.channels, c.levels, c.width)
-        self.stack = GatedStack(c.width, c.depth, c.kernel, c.classes, c.dropout, c.dtype)
+        self.stack = GatedStack(c.width, c.depth, c.kernel, c.classes, c.dropout, c.dtype, self.scan)
         self.head: Any  # of one or the other type
         if c.mixtures is None:
             self.head = SoftmaxHead(c.channels, c.levels, c.width, dtype=c.dtype)
@@ -86,35 +90,35 @@ class PixelCNN(nn.Module):
             return token_log_probs(self.head(x, pixels), pixels)
         return logistic_mixture_log_prob(self.head(x), pixels, self.config.levels)[..., None]
 
-    def empty_rows(self, batch: int) -> RowCache:
+    def empty_rows(self, batch: int) -> tuple[Rows, ...]:
         return self.stack.empty_rows(batch, self.config.image_size, self.config.image_size)
 
     def row(
         self,
-        cache: RowCache,
+        caches: tuple[Rows, ...],
         previous: Int[Array, "B W C"],
         position: Int[Array, ""],
         label: Int[Array, " B"] | None,
-    ) -> tuple[RowCache, tuple[Array, Array]]:
+    ) -> tuple[tuple[Rows, ...], tuple[Pixels, ...]]:
         """Feeds the row before `position` to the vertical stack."""
-        return self.stack.row(cache, jnp.where(position == 0, 0, self.embed(previous)), position, label)
+        return self.stack.row(caches, jnp.where(position == 0, 0, self.embed(previous)), position, label)
 
     def pixel(
         self,
-        cache: tuple[Array, Array],
+        caches: tuple[Pixels, ...],
         previous: Int[Array, "B C"],
         position: Int[Array, ""],
         key: Array,
         temperature: float,
         label: Int[Array, " B"] | None,
-    ) -> tuple[tuple[Array, Array], Int[Array, "B C"]]:
+    ) -> tuple[tuple[Pixels, ...], Int[Array, "B C"]]:
         """Feeds the pixel before `position` to the horizontal stack and draws the one at it."""
         c = self.config
-        cache, x = self.stack.pixel(cache, jnp.where(position == 0, 0, self.embed(previous)), position, label)
+        caches, x = self.stack.pixel(caches, jnp.where(position == 0, 0, self.embed(previous)), position, label)
         if c.mixtures is None:
-            return cache, self.head.draw(x, key, temperature)
+            return caches, self.head.draw(x, key, temperature)
         pixel = sample_logistic_mixture(key, self.head(x), c.channels, c.levels, temperature)
-        return cache, pixel.astype(jnp.int32)
+        return caches, pixel.astype(jnp.int32)
 
 
 def build(config: Config) -> Model:
@@ -159,23 +163,25 @@ def build(config: Config) -> Model:
         """
         image = image.astype(jnp.int32)
         first = known // size
+        stack = unstack(variables["params"]["stack"], "layers", "layer")
+        apply: Any = partial(PixelCNN(config, scan=False).apply, {"params": {**variables["params"], "stack": stack}})
 
-        def fill(cache: RowCache, position: Array) -> tuple[RowCache, None]:
+        def fill(rows: tuple[Rows, ...], position: Array) -> Any:
             previous = image[:, jnp.maximum(position - 1, 0)]
-            return module.apply(variables, cache, previous, position, label, method="row")[0], None
+            return apply(rows, previous, position, label, method="row")[0], None
 
-        def draw_row(cache: RowCache, previous: Array, row: Array, key: Array) -> tuple[RowCache, Array]:
-            cache, pixels = module.apply(variables, cache, previous, row, label, method="row")
+        def draw_row(rows: tuple[Rows, ...], previous: Array, row: Array, key: Array) -> Any:
+            rows, pixels = apply(rows, previous, row, label, method="row")
 
-            def draw_pixel(cache: tuple, previous: Array, column: Array, key: Array) -> tuple[tuple, Array]:
-                cache, pixel = module.apply(variables, cache, previous, column, key, temperature, label, method="pixel")
-                return cache, jnp.where(row * size + column < known, image[:, row, column], pixel)
+            def draw_pixel(pixels: tuple[Pixels, ...], previous: Array, column: Array, key: Array) -> Any:
+                pixels, pixel = apply(pixels, previous, column, key, temperature, label, method="pixel")
+                return pixels, jnp.where(row * size + column < known, image[:, row, column], pixel)
 
-            return cache, decode(draw_pixel, pixels, previous[:, 0], size, key)
+            return rows, decode(draw_pixel, pixels, previous[:, 0], size, key)
 
-        cache = module.apply(variables, len(image), method="empty_rows")
-        cache, _ = jax.lax.scan(fill, cache, jnp.arange(first))
-        drawn = decode(draw_row, cache, image[:, max(first - 1, 0)], size, key, start=first)
+        rows = apply(len(image), method="empty_rows")
+        rows, _ = jax.lax.scan(fill, rows, jnp.arange(first))
+        drawn = decode(draw_row, rows, image[:, max(first - 1, 0)], size, key, start=first)
         return jnp.concatenate([image[:, :first], drawn], axis=1).astype(jnp.uint8)
 
     def draw_label(key: Array, log_probs: Float[Array, "B K"]) -> Int[Array, " B"]:

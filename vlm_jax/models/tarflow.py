@@ -7,7 +7,8 @@ Gaussian noise instead it gives better samples, which a step along its own score
 images. The paper's guidance is left out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, empty_cache
-from vlm_jax.nn.transformer import TRANSFORMER_RULES, Transformer, TransformerStack
+from vlm_jax.nn.transformer import TRANSFORMER_RULES, Transformer, TransformerStack, unrolled
 from vlm_jax.nn.vision import check_patches, patchify, unpatchify
 from vlm_jax.objectives.dequantisation import from_symmetric, standard_normal_log_density, to_symmetric
 from vlm_jax.objectives.likelihood import from_unit_range, nats_to_bits_per_dim, to_unit_range
@@ -85,9 +86,9 @@ class Block(nn.Module):
         label: Int[Array, " B"] | None,
         *,
         train: bool = False,
-        cache: Cache | None = None,
+        cache: tuple[Cache, ...] | None = None,
         position: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"], Cache | None]:
+    ) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"], tuple[Cache, ...] | None]:
         """mu and alpha of the patches that follow those `before`; with a cache, of those from `position` on."""
         x = self.embed(before) + place
         if label is not None:
@@ -106,19 +107,22 @@ class Block(nn.Module):
 
     def invert(self, z: Float[Array, "B T N"], label: Int[Array, " B"] | None = None) -> Float[Array, "B T N"]:
         """x, patch after patch, each of which adds its keys and values to those of the patches before it."""
-        t, (length, _) = self.config.transformer, patches(self.config)
+        t, stack = unrolled(self.config.transformer, self.variables["params"]["transformer"])
+        block: Any = Block(replace(self.config, transformer=t), parent=None)
+        variables = {"params": {**self.variables["params"], "transformer": stack}}
+        parameters = partial(block.apply, variables, method="parameters")
+        length, _ = patches(self.config)
         cache = empty_cache(len(z), length, t.heads, t.width // t.heads, layers=t.depth, dtype=t.dtype)
 
-        def step(block: Any, carry: tuple[Cache, Array], inputs: tuple[Array, Array, Array]) -> Any:
+        def step(carry: tuple[tuple[Cache, ...], Array], inputs: tuple[Array, Array, Array]) -> Any:
             cache, before = carry
             z, place, position = inputs
-            mu, alpha, filled = block.parameters(before[:, None], place, label, cache=cache, position=position)
+            mu, alpha, filled = parameters(before[:, None], place, label, cache=cache, position=position)
             x = z * jnp.exp(alpha[:, 0]) + mu[:, 0]
             return (filled, x), x
 
-        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
         inputs = (z.swapaxes(0, 1), self.position, jnp.arange(length))
-        _, x = scan(self, (cache, jnp.zeros_like(z[:, 0])), inputs)
+        _, x = jax.lax.scan(step, (cache, jnp.zeros_like(z[:, 0])), inputs)
         return x.swapaxes(0, 1)
 
 

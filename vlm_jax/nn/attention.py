@@ -1,5 +1,6 @@
 """Multi-head attention, with a cache of keys and values for decoding."""
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -11,16 +12,20 @@ from vlm_jax.sharding import constrain
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions decoded so far, and room for those to come."""
+    """One layer's keys and values of the positions decoded so far, and room for those to come."""
 
-    key: Float[Array, "*layers B T H d"]
-    value: Float[Array, "*layers B T H d"]
+    key: Float[Array, "B H T d"]
+    value: Float[Array, "B H T d"]
 
 
-def empty_cache(batch: int, length: int, heads: int, head_width: int, *, layers: int, dtype: str) -> Cache:
-    """Room for `length` positions in each of `layers` layers."""
-    zeros = jnp.zeros((layers, batch, length, heads, head_width), dtype)
-    return Cache(zeros, zeros)
+def empty_cache(batch: int, length: int, heads: int, head_width: int, *, layers: int, dtype: str) -> tuple[Cache, ...]:
+    """Room for `length` positions in each of `layers` layers.
+
+    A loop over tokens writes a position into each in place. Layers that lay in one array would be taken apart and put
+    together again, whole, for every token.
+    """
+    zeros = jnp.zeros((batch, heads, length, head_width), dtype)
+    return tuple(Cache(zeros, zeros) for _ in range(layers))
 
 
 def dot_product_attention(
@@ -77,9 +82,10 @@ class Attention(nn.Module):
 
         query, key, value = project("query", x), project("key", context), project("value", context)
         if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache.key, key.astype(cache.key.dtype), position, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache.value, value.astype(cache.value.dtype), position, axis=1)
-            cache = Cache(key, value)
+            new = Cache(*(x.swapaxes(1, 2).astype(cache.key.dtype) for x in (key, value)))
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=2)
+            cache = jax.tree.map(write, cache, new)
+            key, value = (x.swapaxes(1, 2) for x in cache)
             mask = (jnp.arange(key.shape[1]) <= position + jnp.arange(length)[:, None])[None, None]
         y = dot_product_attention(query, key, value, mask, causal=causal and cache is None)
         init = nn.initializers.variance_scaling(self.output_scale, "fan_in", "normal")

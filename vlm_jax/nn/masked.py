@@ -16,11 +16,15 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.errors import UserError
 from vlm_jax.sharding import constrain
 
+Rows = Float[Array, "B H+k W D"]
+"""What a layer's vertical convolution reads: the rows so far, below a margin of zeros."""
 
-class RowCache(NamedTuple):
-    """What each layer's vertical convolution reads: the rows so far, below a margin of zeros."""
 
-    rows: Float[Array, "L B H+k W D"]
+class Pixels(NamedTuple):
+    """What a layer's horizontal convolution reads in a row: the pixels so far, and what the vertical stack tells."""
+
+    pixels: Float[Array, "B 1 W+k D"]
+    link: Float[Array, "B 1 W 2D"]
 
 
 def check_kernel(kernel: int) -> None:
@@ -105,7 +109,7 @@ class GatedLayer(nn.Module):
         return window[:, :, self.kernel // 2 :] + self.out(self.drop(gate(x), deterministic=not train))
 
     def __call__(
-        self, stacks: tuple[Array, Array], caches: None, position: None, label: Array | None, train: bool
+        self, stacks: tuple[Array, Array], label: Array | None, train: bool
     ) -> tuple[tuple[Array, Array], None]:
         """Both stacks over a whole image."""
         v, h = (constrain(x, "batch", None, None, None) for x in stacks)
@@ -115,27 +119,24 @@ class GatedLayer(nn.Module):
         return (v, h), None
 
     def row(
-        self, row: Array, cache: Array, position: Array, label: Array | None, train: bool
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """The vertical stack at the row `position`, [B, 1, W, D], with a cache [B, H + k, W, D] of those above it."""
+        self, row: Float[Array, "B 1 W D"], cache: Rows, position: Int[Array, ""], label: Int[Array, " B"] | None
+    ) -> tuple[Float[Array, "B 1 W D"], Rows, Pixels]:
+        """The vertical stack at the row `position`; the cache with this row, and one for the pixels of this row."""
         margin = self.kernel // 2
         cache = jax.lax.dynamic_update_slice_in_dim(cache, row, position + margin, axis=1)
         window = jax.lax.dynamic_slice_in_dim(cache, position, margin + 1, axis=1)
-        row, link = self.vertical(window, label, train=train)
-        return row, (cache, link)
+        row, link = self.vertical(window, label)
+        return row, cache, Pixels(jnp.pad(jnp.zeros_like(row), ((0, 0), (0, 0), (0, margin), (0, 0))), link)
 
     def pixel(
-        self, pixel: Array, cache: tuple[Array, Array], position: Array, label: Array | None, train: bool
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """The horizontal stack at the column `position`, [B, 1, 1, D].
-
-        Its cache has the pixels to the left, [B, 1, W + k, D], and what the vertical stack tells, [B, 1, W, 2 D].
-        """
+        self, pixel: Float[Array, "B 1 1 D"], cache: Pixels, position: Int[Array, ""], label: Int[Array, " B"] | None
+    ) -> tuple[Float[Array, "B 1 1 D"], Pixels]:
+        """The horizontal stack at the column `position`, given those left of it in the cache."""
         margin, (pixels, link) = self.kernel // 2, cache
         pixels = jax.lax.dynamic_update_slice_in_dim(pixels, pixel, position + margin, axis=2)
         window = jax.lax.dynamic_slice_in_dim(pixels, position, margin + 1, axis=2)
         told = jax.lax.dynamic_slice_in_dim(link, position, 1, axis=2)
-        return self.horizontal(window, told, label, train=train), (pixels, link)
+        return self.horizontal(window, told, label), Pixels(pixels, link)
 
 
 class GatedStack(nn.Module):
@@ -147,17 +148,23 @@ class GatedStack(nn.Module):
     classes: int | None = None
     dropout: float = 0.0
     dtype: str = "float32"
+    scan: bool = True
+    """Compile one layer and loop over them, for whole images. False for decoding, with what `unstack` makes of the
+    parameters: a scan over layers within a loop over pixels would copy every layer's parameters for each pixel."""
 
     def setup(self) -> None:
-        scanned = nn.scan(
-            GatedLayer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=self.depth,
-            methods=["__call__", "row", "pixel"],
-        )
-        self.layers = scanned(self.width, self.kernel, self.classes, self.dropout, self.dtype)
+        settings = (self.width, self.kernel, self.classes, self.dropout, self.dtype)
+        if self.scan:
+            scanned = nn.scan(
+                GatedLayer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=self.depth,
+            )
+            self.layers = scanned(*settings)
+        else:
+            self.layer = [GatedLayer(*settings) for _ in range(self.depth)]
 
     def __call__(
         self, x: Float[Array, "B H W D"], label: Int[Array, " B"] | None = None, *, train: bool = False
@@ -165,36 +172,49 @@ class GatedStack(nn.Module):
         x = x.astype(self.dtype)
         above = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
         left = jnp.pad(x[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
-        (_, h), _ = self.layers((above, left), None, None, label, train)
+        (_, h), _ = self.layers((above, left), label, train)
         return h
 
-    def empty_rows(self, batch: int, height: int, width: int) -> RowCache:
-        """Room for the vertical stack's rows."""
-        return RowCache(jnp.zeros((self.depth, batch, height + self.kernel // 2, width, self.width), self.dtype))
+    def empty_rows(self, batch: int, height: int, width: int) -> tuple[Rows, ...]:
+        """Room for the rows of each layer of the vertical stack."""
+        zeros = jnp.zeros((batch, height + self.kernel // 2, width, self.width), self.dtype)
+        return (zeros,) * self.depth
 
     def row(
-        self, cache: RowCache, above: Float[Array, "B W D"], position: Int[Array, ""], label: Int[Array, " B"] | None
-    ) -> tuple[RowCache, tuple[Array, Array]]:
+        self,
+        caches: tuple[Rows, ...],
+        above: Float[Array, "B W D"],
+        position: Int[Array, ""],
+        label: Int[Array, " B"] | None,
+    ) -> tuple[tuple[Rows, ...], tuple[Pixels, ...]]:
         """The vertical stack at the row `position`, given the embedded row above it: 0 above the first.
 
         Returns:
-          The cache with this row, and one for the pixels of this row.
+          The caches with this row, and those for the pixels of this row.
         """
-        _, (rows, link) = self.layers.row(above[:, None].astype(self.dtype), cache.rows, position, label, False)
-        depth, batch, _, width, _ = link.shape
-        return RowCache(rows), (jnp.zeros((depth, batch, 1, width + self.kernel // 2, self.width), self.dtype), link)
+        x = above[:, None].astype(self.dtype)
+        rows: list[Rows] = []
+        pixels: list[Pixels] = []
+        for layer, cache in zip(self.layer, caches, strict=True):
+            x, below, beside = layer.row(x, cache, position, label)
+            rows.append(below)
+            pixels.append(beside)
+        return tuple(rows), tuple(pixels)
 
     def pixel(
         self,
-        cache: tuple[Array, Array],
+        caches: tuple[Pixels, ...],
         left: Float[Array, "B D"],
         position: Int[Array, ""],
         label: Int[Array, " B"] | None,
-    ) -> tuple[tuple[Array, Array], Float[Array, "B D"]]:
+    ) -> tuple[tuple[Pixels, ...], Float[Array, "B D"]]:
         """The output at the column `position` of the row, given the embedded pixel left of it: 0 left of the first."""
         x = left[:, None, None].astype(self.dtype)
-        x, cache = self.layers.pixel(x, cache, position, label, False)
-        return cache, x[:, 0, 0]
+        filled: list[Pixels] = []
+        for layer, cache in zip(self.layer, caches, strict=True):
+            x, cache = layer.pixel(x, cache, position, label)
+            filled.append(cache)
+        return tuple(filled), x[:, 0, 0]
 
 
 def masked_rules(*, classes: bool) -> tuple[tuple[str, tuple[str | None, ...]], ...]:

@@ -1,17 +1,17 @@
 """The transformer stack that every transformer family uses."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import ATTENTION_RULES, Attention, Cache
 from vlm_jax.sharding import constrain
+from vlm_jax.trees import unstack
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -105,12 +105,13 @@ class TransformerStack(nn.Module):
         *,
         mask: Bool[Array, "#B #H T S"] | None = None,
         causal: bool = False,
-        cache: Cache | None = None,
+        cache: tuple[Cache, ...] | None = None,
         position: Int[Array, ""] | int = 0,
         train: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """With a `cache` of `depth` layers, `x` are the tokens from `position` on."""
+    ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...] | None]:
+        """With a `cache` of `depth` layers, `x` are the tokens from `position` on; the layers are `unrolled` then."""
         c = self.config
+        assert cache is None or not c.scan
         x = x.astype(c.dtype)
         # prevent_cse guards rematerialisation against being undone outside a loop; inside one it only costs.
         block = nn.remat(Block, prevent_cse=not c.scan, static_argnums=(5, 6)) if c.remat else Block
@@ -119,18 +120,27 @@ class TransformerStack(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=nn.broadcast,
                 length=c.depth,
             )
-            x, cache = scanned(c, name="blocks")(x, cache, mask, position, causal, train)
+            x, _ = scanned(c, name="blocks")(x, None, mask, position, causal, train)
         else:
-            caches = []
+            layers: list[Any] = [None] * c.depth if cache is None else list(cache)
             for i in range(c.depth):
-                layer = jax.tree.map(lambda leaf, i=i: leaf[i], cache)
-                x, layer = block(c, name=f"block_{i}")(x, layer, mask, position, causal, train)
-                caches.append(layer)
-            cache = None if cache is None else jax.tree.map(lambda *layers: jnp.stack(layers), *caches)
+                x, layers[i] = block(c, name=f"block_{i}")(x, layers[i], mask, position, causal, train)
+                if cache is not None:
+                    # As between scanned layers, so that the inverse of a bfloat16 flow rounds what the flow rounded.
+                    x = jax.lax.optimization_barrier(x)
+            cache = None if cache is None else tuple(layers)
         return nn.LayerNorm(c.norm_eps, dtype=c.dtype, name="final_norm")(constrain(x, "batch", None, None)), cache
+
+
+def unrolled(config: Transformer, params: Mapping[str, Any]) -> tuple[Transformer, dict[str, Any]]:
+    """The same stack for decoding: its layers one after the other, each with parameters and a cache of its own.
+
+    Called before a loop over tokens: a scan over layers within it would copy every layer's parameters for each token.
+    """
+    return replace(config, scan=False), unstack(params, "blocks", "block")
 
 
 TRANSFORMER_RULES = (
