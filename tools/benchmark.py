@@ -1,4 +1,4 @@
-"""Times a preset: `python -m tools.benchmark PRESET [--steps N] [--field.subfield VALUE ...]`."""
+"""Times a preset: `python -m tools.benchmark PRESET [--steps N] [--against LIBRARY] [--field.subfield VALUE ...]`."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from experiments.presets import from_command_line
 from experiments.run import join
+from tools.peers import compare
 from vlm_jax.commandline import command
 from vlm_jax.contract import Input, Model, abstract_batch, check_batch
 from vlm_jax.data import make_tokenizer, open_source, train_batches
@@ -60,6 +61,8 @@ class Benchmark:
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
     pipeline: bool = True
     """Time the input pipeline too, which needs the data."""
+    against: Literal["diffusers", "transformers", "open_clip"] | None = None
+    """Time the same sizes of this library instead, turn about with ours: see `tools.peers`."""
     json: Path | None = None
     """File to write the results to."""
 
@@ -70,7 +73,11 @@ def main() -> None:
         "python -m tools.benchmark", purpose, lambda preset: Benchmark(experiment=brief(preset))
     )
     join(options.experiment.distributed)
-    results: Results = {"preset": preset, **benchmark(options.experiment, pipeline=options.pipeline)}
+    results: Results = {"preset": preset}
+    if options.against is None:
+        results |= benchmark(options.experiment, pipeline=options.pipeline)
+    else:
+        results |= compare(options.experiment, options.against, random_batch)
     if jax.process_index() == 0:
         print_table(results)
         if options.json is not None:
