@@ -1,9 +1,16 @@
 """The decoding loop: what each step is fed, and the randomness that it draws with."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from vlm_jax.contract import abstract_batch
+from vlm_jax.models import autoregressive, build, pixelcnn, tarflow
+from vlm_jax.nn.transformer import Transformer
 from vlm_jax.sampling.autoregressive import decode
 
 LENGTH = 5
@@ -39,3 +46,41 @@ def test_a_decoding_that_starts_later_is_the_end_of_the_whole_one():
     cache = FIRST + tokens[:, 0]  # all that was fed before the token at position 1
     rest = jax.jit(lambda: decode(step, cache, tokens[:, 1], LENGTH, KEY, start=2))()
     np.testing.assert_array_equal(rest, tokens[:, 2:])
+
+
+DEPTH = 7  # of no other dimension below
+IMAGES = {"image_size": 4, "channels": 1, "levels": 5}
+STACK = Transformer(width=8, depth=DEPTH, heads=2, mlp=16)
+
+
+def loops(jaxpr: Any) -> Iterator[Any]:
+    """Every `scan` in a program that has none within it."""
+    for equation in jaxpr.eqns:
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        inner = [value for value in inner if hasattr(value, "eqns")]
+        found = [loop for value in inner for loop in loops(value)]
+        yield from found
+        if equation.primitive.name == "scan" and not found:
+            yield equation
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        autoregressive.Config(**IMAGES, transformer=STACK),
+        pixelcnn.Config(**IMAGES, width=8, depth=DEPTH),
+        tarflow.Config(**IMAGES, blocks=2, transformer=STACK),
+    ],
+    ids=lambda config: type(config).__module__.split(".")[-1],
+)
+def test_no_step_takes_the_layers_apart_or_puts_their_caches_together(config: Any):
+    """Which would copy all parameters and all that is cached for each token: nothing in the loop has them in one."""
+    model = build(config)
+    variables = jax.eval_shape(model.init, KEY, abstract_batch(model.inputs, 2))
+    program = jax.make_jaxpr(lambda variables: model.sample(variables, KEY, {}, num=2))(variables)
+    innermost = list(loops(program.jaxpr))
+    assert innermost
+    for loop in innermost:
+        assert loop.params["length"] != DEPTH
+        arrays = [*loop.invars, *(x for step in loop.params["jaxpr"].jaxpr.eqns for x in (*step.invars, *step.outvars))]
+        assert not any(x.aval.shape[:1] == (DEPTH,) for x in arrays)
