@@ -18,10 +18,11 @@ from vlm_jax.evals.retrieval import belonging, recall_at
 IMAGE = Input((8, 8, 1), "uint8", 17)
 
 
-def model(**capabilities: object) -> Model:
-    """A model that can do just what a test gives it."""
-    inputs = {"image": IMAGE, "tokens": Input((32,), "int32", 300)}
-    return Model(inputs=inputs, init=lambda *_: {}, loss=lambda *_, **__: None, rules=(), **capabilities)
+def model(inputs: dict[str, Input] | None = None, **capabilities: object) -> Model:
+    """A model that can do just what a test gives it, of images of 8x8 pixels unless it says otherwise."""
+    return Model(
+        inputs=inputs or {"image": IMAGE}, init=lambda *_: {}, loss=lambda *_, **__: None, rules=(), **capabilities
+    )
 
 
 def batches(*parts: tuple[dict, int]) -> Callable[[], Iterator[tuple[dict, int]]]:
@@ -65,7 +66,11 @@ def test_retrieval_goes_both_ways_and_ignores_the_padding_of_the_last_batch() ->
     """Image i is e_i and text i is e_i, but texts 0 and 1 are both e_0: image 1 finds no text of its own."""
     texts = jnp.eye(3)[jnp.array([0, 0, 2])]
     subject = Subject(
-        model=model(encode_image=lambda _, image: jnp.eye(3)[image], encode_text=lambda _, tokens: texts[tokens]),
+        model=model(
+            {field: Input((), "int32", 3) for field in ("image", "tokens")},
+            encode_image=lambda _, image: jnp.eye(3)[image],
+            encode_text=lambda _, tokens: texts[tokens],
+        ),
         variables={},
         batches=batches(
             ({"image": jnp.array([0, 1]), "tokens": jnp.array([0, 1])}, 2),
@@ -82,6 +87,7 @@ def test_retrieval_goes_both_ways_and_ignores_the_padding_of_the_last_batch() ->
 def test_retrieval_forgives_equal_captions_and_equal_images_of_the_split() -> None:
     subject = Subject(
         model=model(
+            {"image": Input((1,), "int32", 4), "tokens": Input((2,), "int32", 4)},
             encode_image=lambda _, image: jnp.eye(4)[image[:, 0]],
             encode_text=lambda _, tokens: jnp.eye(4)[tokens[:, 0]],
         ),
@@ -110,7 +116,11 @@ def zero_shot_subject(vector_of: Callable[[str], list[float]], names: tuple[str,
 
     shown = ({"image": jnp.array([[1.0, 0.6], [1, 0.7], [0.6, 1], [0, 1.0]]), "label": jnp.array([0, 0, 0, 1])}, 3)
     return Subject(
-        model=model(encode_image=lambda _, image: image, encode_text=encode_text),
+        model=model(
+            {"image": Input((2,), "float32"), "tokens": Input((32,), "int32", 300)},
+            encode_image=lambda _, image: image,
+            encode_text=encode_text,
+        ),
         variables={},
         batches=batches(),
         tokenizer=tokenizer,
@@ -140,7 +150,9 @@ def test_bits_per_dim_of_a_uniform_model_is_the_logarithm_of_its_levels() -> Non
     subject = Subject(
         model=model(log_likelihood=lambda _, batch, key: jnp.full(len(batch["image"]), uniform), bound="exact"),
         variables={},
-        batches=batches(({"image": jnp.zeros((4, 8, 8, 1))}, 4), ({"image": jnp.zeros((4, 8, 8, 1))}, 1)),
+        batches=batches(
+            ({"image": jnp.zeros((4, 8, 8, 1), jnp.uint8)}, 4), ({"image": jnp.zeros((4, 8, 8, 1), jnp.uint8)}, 1)
+        ),
     )
     metrics = likelihood.run(subject)
     assert metrics["bits_per_dim"] == pytest.approx(math.log2(17), rel=1e-6)
@@ -169,7 +181,7 @@ def test_importance_weights_are_averaged_inside_the_logarithm() -> None:
     subject = Subject(
         model=model(log_weight=log_weight, log_likelihood=log_weight, bound="lower"),
         variables={},
-        batches=batches(({"image": jnp.zeros((2000, 8, 8, 1))}, 2000)),
+        batches=batches(({"image": jnp.zeros((2000, 8, 8, 1), jnp.uint8)}, 2000)),
     )
     to_nats = -64 * math.log(2)
     tight = likelihood.run_importance_weighted(subject)["bits_per_dim"] * to_nats
@@ -184,7 +196,7 @@ def test_noise_is_averaged_over_thousands_of_draws_however_few_the_images_are(im
     subject = Subject(
         model=model(log_likelihood=lambda _, batch, key: jax.random.normal(key, (len(batch["image"]),)), bound="lower"),
         variables={},
-        batches=batches(({"image": jnp.zeros((images, 8, 8, 1))}, images)),
+        batches=batches(({"image": jnp.zeros((images, 8, 8, 1), jnp.uint8)}, images)),
     )
     nats = likelihood.run(subject)["bits_per_dim"] * 64 * math.log(2)
     assert 0 < abs(nats) < 4 / math.sqrt(max(images, likelihood.NOISE_DRAWS))
@@ -207,7 +219,9 @@ def test_reconstruction_measures_in_the_data_s_own_range() -> None:
 def test_images_smaller_than_the_window_of_ssim_have_none_and_equal_ones_an_infinite_psnr() -> None:
     image = np.zeros((2, 4, 4, 1), np.uint8)
     subject = Subject(
-        model=model(reconstruct=lambda _, image: image), variables={}, batches=batches(({"image": image}, 2))
+        model=model({"image": Input((4, 4, 1), "uint8", 17)}, reconstruct=lambda _, image: image),
+        variables={},
+        batches=batches(({"image": image}, 2)),
     )
     assert reconstruction.run(subject) == {"psnr": math.inf}
 

@@ -171,7 +171,7 @@ def test_results_are_printed_though_they_cannot_be_written(
         raise UserError(f"{path} cannot be written (Read-only file system): choose another place for it")
 
     monkeypatch.setattr("tools.evaluate.EVALUATIONS", [evaluation("one", lambda: {"x": 1.0})])
-    monkeypatch.setattr("tools.evaluate.replace_file", refuse)
+    monkeypatch.setattr("tools.evaluate.write_output", refuse)
     with pytest.raises(
         UserError, match=r"eval\.json cannot be written \(Read-only file system\).* printed above holds"
     ):
