@@ -75,6 +75,32 @@ def test_several_positions_at_once_fill_the_cache_as_one_after_the_other_does(va
     np.testing.assert_allclose(y, full[:, 2:], atol=1e-6)
 
 
+def test_decoding_honours_a_mask_as_the_full_causal_pass_does(variables):
+    """Prompts of unequal lengths, padded on the left: what one example leaves out another attends to."""
+    mask = np.arange(LENGTH) >= np.array([0, 2])[:, None, None, None]
+    mask = np.broadcast_to(mask, (BATCH, 1, LENGTH, LENGTH)) | np.eye(LENGTH, dtype=bool)
+    full, _ = jax.jit(lambda x, mask: MODULE.apply(variables, x, mask=mask, causal=True))(X, mask)
+    step = jax.jit(lambda *args: MODULE.apply(variables, args[0], mask=args[1], cache=args[2], position=args[3]))
+    empty = empty_cache(BATCH, LENGTH + 2, HEADS, WIDTH // HEADS, layers=1, dtype="float32")
+    room = np.pad(mask, [(0, 0), (0, 0), (0, 0), (0, 2)], constant_values=True)
+    cache = Cache(empty.key[0] + 100, empty.value[0] + 100)
+    for start, stop in [(0, 2), (2, 3), (3, 5)]:
+        y, cache = step(X[:, start:stop], room[:, :, start:stop], cache, start)
+        np.testing.assert_allclose(y, full[:, start:stop], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (BATCH, 1), (1, HEADS), (BATCH, HEADS)])
+def test_a_mask_holds_for_the_examples_and_heads_that_it_names(shape: tuple[int, int]):
+    query, key, value = RANDOM.normal(size=(3, BATCH, LENGTH, HEADS, 4)).astype(np.float32)
+    mask = (RANDOM.random((*shape, LENGTH, LENGTH)) < 0.5) | np.eye(LENGTH, dtype=bool)
+    y = jax.jit(dot_product_attention)(query, key, value, mask)
+    mask = np.broadcast_to(mask, (BATCH, HEADS, LENGTH, LENGTH))
+    for i, h in np.ndindex(BATCH, HEADS):
+        logits = np.where(mask[i, h], query[i, :, h] @ key[i, :, h].T / 2, -np.inf)
+        weights = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(y[i, :, h], weights @ value[i, :, h], atol=1e-5)
+
+
 def test_queries_attend_to_a_context_through_their_own_projections(variables):
     def project(name: str, inputs: np.ndarray) -> np.ndarray:
         layer = variables["params"][name]

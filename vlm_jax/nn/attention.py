@@ -71,7 +71,10 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         position: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """With a `cache`, `x` are the tokens from `position` on, each of which attends to those up to it."""
+        """With a `cache`, `x` are the tokens from `position` on, each of which attends to those up to it.
+
+        S is then the length of the cache; `mask` takes from what may be attended to, as it does without one.
+        """
         batch, length, _ = x.shape
         context = x if context is None else context
 
@@ -86,7 +89,8 @@ class Attention(nn.Module):
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=2)
             cache = jax.tree.map(write, cache, new)
             key, value = (x.swapaxes(1, 2) for x in cache)
-            mask = (jnp.arange(key.shape[1]) <= position + jnp.arange(length)[:, None])[None, None]
+            past = (jnp.arange(key.shape[1]) <= position + jnp.arange(length)[:, None])[None, None]
+            mask = past if mask is None else mask & past
         y = dot_product_attention(query, key, value, mask, causal=causal and cache is None)
         init = nn.initializers.variance_scaling(self.output_scale, "fan_in", "normal")
         y = nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="out")(y.reshape(batch, length, self.width))
