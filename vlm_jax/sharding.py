@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
@@ -77,6 +77,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: what a function that is being traced will run on.
+
+    The mesh's devices need not be this process's: programs are also compiled ahead of time, for a pod that is not here.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def parameter_shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> PyTree:
     """A `NamedSharding` for each leaf: the first rule whose expression is found in its path.
 
@@ -133,7 +142,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(["batch"]))
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """The number of parts that the batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm_jax.nn.fused_attention import fused_attention
 from vlm_jax.sharding import constrain
 
 
@@ -37,8 +38,19 @@ def dot_product_attention(
     causal: bool = False,
 ) -> Float[Array, "B T H d"]:
     """softmax(q k^T / sqrt(d)) v, the softmax in fp32. Where `mask` is False nothing is attended to."""
-    if jax.default_backend() != "cpu":  # the fused kernels of GPU and TPU
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+    fused = fused_attention(query, key, value, mask, causal=causal)
+    return plain_attention(query, key, value, mask, causal=causal) if fused is None else fused
+
+
+def plain_attention(
+    query: Float[Array, "B T H d"],
+    key: Float[Array, "B S H d"],
+    value: Float[Array, "B S H d"],
+    mask: Bool[Array, "#B #H T S"] | None = None,
+    *,
+    causal: bool = False,
+) -> Float[Array, "B T H d"]:
+    """`dot_product_attention` as its formula says, for every platform, shape and derivative."""
     # On the CPU a batched product over [B, H, T, d] takes half the time of XLA's own layout.
     query, key, value = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
     logits = jnp.einsum("bhtd,bhsd->bhts", query, key, preferred_element_type=jnp.float32)

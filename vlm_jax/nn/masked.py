@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.errors import UserError
-from vlm_jax.sharding import constrain
+from vlm_jax.sharding import constrain, platform
 
 Rows = Float[Array, "B H+k W D"]
 """What a layer's vertical convolution reads: the rows so far, below a margin of zeros."""
@@ -41,7 +41,7 @@ def gate(x: Float[Array, "*B 2D"]) -> Float[Array, "*B D"]:
 
 def convolve(x: Float[Array, "B H W D"], kernel: Float[Array, "h w D E"]) -> Float[Array, "B R C E"]:
     """A convolution without padding."""
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     # On the CPU the gradient of a convolution within a loop over layers takes ten times as long as that of a product.
     height, width, _, features = kernel.shape

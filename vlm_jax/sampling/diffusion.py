@@ -232,14 +232,10 @@ def ode_log_density(
     axes = tuple(range(1, x.ndim))
 
     def rates(state: tuple[Array, Array], t: Array) -> tuple[Array, Array]:
-        x, _ = state
-
-        def along(probe: Array) -> tuple[Array, Array]:
-            value, product = jax.jvp(lambda x: velocity(x, t), (x,), (probe,))
-            return value, jnp.sum(product * probe, axis=axes)
-
-        values, traces = jax.vmap(along)(probes)
-        return values[0], jnp.mean(traces, axis=0)
+        # e^T J, not J e: fused attention has no derivative in forward mode.
+        value, pullback = jax.vjp(lambda x: velocity(x, t), state[0])
+        traces = jax.vmap(lambda probe: jnp.sum(pullback(probe)[0] * probe, axis=axes))(probes)
+        return value, jnp.mean(traces, axis=0)
 
     def step(state: tuple[Array, Array], i: Array) -> tuple[Any, None]:
         return heun_step(rates, state, times[i], times[i + 1]), None
