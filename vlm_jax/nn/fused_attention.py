@@ -4,7 +4,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Bool, Float
 
@@ -84,12 +83,10 @@ def pallas_attention(
     """
     length, context = query.shape[1], key.shape[1]
     rows, columns = (-(-size // LANES) * LANES for size in (length, context))
-    mask = np.broadcast_to(np.arange(columns) < context, (rows, columns))
-    if causal:
-        mask = np.tril(mask)
+    shape = splash_attention.CausalMask if causal else splash_attention.FullMask
     q, kv = block(rows), block(columns)
     kernel = splash_attention.make_splash_mha_single_device(
-        mask=splash_attention.MultiHeadMask([splash_attention.NumpyMask(mask)] * query.shape[2]),
+        mask=splash_attention.MultiHeadMask([shape((rows, columns))] * query.shape[2]),
         block_sizes=splash_attention.BlockSizes(
             block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, use_fused_bwd_kernel=True
         ),
@@ -99,9 +96,11 @@ def pallas_attention(
     def heads_first(x: Array, size: int) -> Array:
         return jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, size - x.shape[1]), (0, 0)])
 
-    y = jax.vmap(kernel)(
-        heads_first(query * query.shape[-1] ** -0.5, rows), heads_first(key, columns), heads_first(value, columns)
-    )
+    segments = None
+    if columns > context:  # the padding is a segment of its own, to which no query belongs
+        segments = splash_attention.SegmentIds(jnp.zeros(rows, int), (jnp.arange(columns) >= context).astype(int))
+    query = heads_first(query * query.shape[-1] ** -0.5, rows)
+    y = jax.vmap(kernel, (0, 0, 0, None))(query, heads_first(key, columns), heads_first(value, columns), segments)
     return y[:, :, :length].swapaxes(1, 2)
 
 
