@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,7 +22,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.experiment import Distributed, Experiment, claimed_workdir, has_checkpoints, to_record
 from vlm_jax.models import build
 from vlm_jax.sharding import batch_shards, check_batch_size, make_mesh
-from vlm_jax.train.loop import fit
+from vlm_jax.train.loop import Rows, Validation, fit
 
 
 def main() -> None:
@@ -61,11 +60,6 @@ def run(preset: str, experiment: Experiment) -> None:
     model, data = build(experiment.model), experiment.data
     source = open_source(data.name, data.train, data_dir)
     held_out = None if data.validation is None else open_source(data.name, data.validation, data_dir)
-    if held_out is not None and len(held_out) < batch_shards(mesh):
-        raise UserError(
-            f"the split {data.validation} of {data.name} has {len(held_out)} examples, fewer than the "
-            f"{batch_shards(mesh)} devices that share a batch: choose a larger --data.validation, or None"
-        )
     # The first process alone claims the directory; where it is refused, it ends and the others with it.
     first = jax.process_index() == 0
     with claimed_workdir(workdir, to_record(preset, experiment)) if first else contextlib.nullcontext():
@@ -80,7 +74,7 @@ def run(preset: str, experiment: Experiment) -> None:
             if first and tokenizer is not None:
                 tokenizer.save(saved)
 
-        def batches(rows: slice, start: int) -> Iterator[dict[str, np.ndarray]]:
+        def batches(rows: Rows, start: int) -> Iterator[dict[str, np.ndarray]]:
             return train_batches(
                 source,
                 data,
@@ -94,10 +88,14 @@ def run(preset: str, experiment: Experiment) -> None:
 
         validation = None
         if held_out is not None:
-            # As large as a step's parts at most, and small enough for the split to fill one.
-            size = min(experiment.batch_size // experiment.micro_steps, len(held_out))
-            size -= size % batch_shards(mesh)
-            validation = partial(evaluation_batches, held_out, data, tokenizer, batch_size=size)
+            # A step's part at most; of a smaller split all of it at once, filled up to what the mesh can split.
+            shards = batch_shards(mesh)
+            size = min(experiment.batch_size // experiment.micro_steps, -(-len(held_out) // shards) * shards)
+
+            def held_out_batches(rows: Rows) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+                return evaluation_batches(held_out, data, tokenizer, batch_size=size, rows=rows)
+
+            validation = Validation(held_out_batches, size)
 
         fit(model, experiment, workdir, batches, validation)
 

@@ -6,16 +6,22 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 import tokenizers
 
 from experiments import clip, run
 from experiments.presets import from_command_line, presets
+from tools.evaluate import evaluate
+from tools.likelihood import likelihood
+from tools.sample import sample
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
+from vlm_jax.sharding import MeshShape, make_mesh
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,6 +119,31 @@ def test_a_refused_start_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_batch_that_the_devices_cannot_split_is_refused_before_any_file_is_opened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    preset = presets()["ladder-vae-cifar10"][1]
+    monkeypatch.setattr(run, "make_mesh", lambda _: make_mesh(MeshShape(), 8 * jax.devices()))
+    with pytest.raises(UserError, match=r"batch size 32 cannot be split over 64 devices .* such as --batch-size 64$"):
+        run.run("ladder-vae-cifar10", replace(preset, workdir=str(tmp_path / "run"), data_dir=str(tmp_path / "data")))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [evaluate, sample, likelihood])
+@pytest.mark.parametrize("told_by", ["jax", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_commands_that_run_in_one_process_refuse_several(
+    command: Callable, told_by: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before anything else: the directory is not even that of a run."""
+    if told_by == "jax":
+        monkeypatch.setattr(jax, "process_count", lambda: 16)
+    else:
+        monkeypatch.setenv(told_by, "16")
+    with pytest.raises(UserError, match="was started in 16 processes and runs in one: start it once, on a machine of"):
+        command(workdir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_processes_that_cannot_find_each_other_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"need distributed\.coordinator, without which each process would train alone"):
         call(monkeypatch, "vae-tiny", "--distributed.num-processes", "2")
@@ -132,15 +163,14 @@ def test_errors_are_one_line_and_status_2(module: str, tmp_path: Path) -> None:
     assert done.stderr == f"error: {tmp_path} is not the directory of a run: it has no config.json\n"
 
 
-def test_a_validation_split_smaller_than_the_batch_is_used_and_one_smaller_than_the_mesh_is_refused(
-    tmp_path: Path, data_dir: Path
+@pytest.mark.parametrize("examples", [20, 7])
+def test_a_validation_split_smaller_than_the_batch_or_the_mesh_is_used(
+    examples: int, tmp_path: Path, data_dir: Path
 ) -> None:
     preset = presets()["vae-tiny"][1]
     model = replace(preset.model, latent=2, widths=(8,), mixtures=1)
     small = replace(preset, model=model, steps=1, batch_size=32, workdir=str(tmp_path / "run"), data_dir=str(data_dir))
-    with pytest.raises(UserError, match=r"validation\[:7\] of digits has 7 examples, fewer than the 8 devices"):
-        run.run("vae-tiny", replace(small, data=replace(preset.data, validation="validation[:7]")))
-    run.run("vae-tiny", replace(small, data=replace(preset.data, validation="validation[:20]")))
+    run.run("vae-tiny", replace(small, data=replace(preset.data, validation=f"validation[:{examples}]")))
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert math.isfinite(line["validation_loss"])
 

@@ -27,10 +27,34 @@ LAYOUTS = {
     "fsdp": ("--mesh.data", "1", "--mesh.fsdp", "8"),
     "data, fsdp and tensor": ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"),
 }
+RUN = ("-m", "experiments.run")
+INTERLEAVED = """
+import jax
+from jax.experimental import mesh_utils
+
+arrange = mesh_utils.create_device_mesh
 
 
-def start(preset: str, workdir: Path, data_dir: Path, *options: str, devices: int = 1) -> subprocess.Popen:
-    command = [sys.executable, "-m", "experiments.run", preset, "--workdir", str(workdir), "--data-dir", str(data_dir)]
+def interleaved(shape, devices, **options):
+    hosts = map(jax.local_devices, range(jax.process_count()))
+    return arrange(shape, [device for row in zip(*hosts) for device in row], **options)
+
+
+mesh_utils.create_device_mesh = interleaved
+
+from experiments.run import main
+from vlm_jax.commandline import command
+
+with command():
+    main()
+"""
+"""`experiments.run` where neighbours in the network belong to other processes, as the hosts of a torus do."""
+
+
+def start(
+    preset: str, workdir: Path, data_dir: Path, *options: str, devices: int = 1, program: tuple[str, ...] = RUN
+) -> subprocess.Popen:
+    command = [sys.executable, *program, preset, "--workdir", str(workdir), "--data-dir", str(data_dir)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     return subprocess.Popen(
         [*command, "--batch-size", "32", "--log-every", "1", *options],
@@ -49,13 +73,15 @@ def finish(*processes: subprocess.Popen, status: int = 0) -> str:
     return "".join(outputs)
 
 
-def start_pair(preset: str, workdir: Path, data_dir: Path, *options: str) -> list[subprocess.Popen]:
+def start_pair(
+    preset: str, workdir: Path, data_dir: Path, *options: str, program: tuple[str, ...] = RUN
+) -> list[subprocess.Popen]:
     """Two processes with four devices each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     join = ("--distributed.coordinator", address, "--distributed.num-processes", "2", "--distributed.process-id")
-    return [start(preset, workdir, data_dir, *options, *join, str(rank), devices=4) for rank in (0, 1)]
+    return [start(preset, workdir, data_dir, *options, *join, str(rank), devices=4, program=program) for rank in (0, 1)]
 
 
 def parameters(workdir: Path) -> dict[str, np.ndarray]:
@@ -66,6 +92,11 @@ def logged_steps(workdir: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def validation_loss(workdir: Path) -> float | None:
+    """Of the last step; None: the preset has no validation split."""
+    return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1]).get("validation_loss")
+
+
 def assert_close(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     assert actual.keys() == expected.keys()
     for path, value in expected.items():
@@ -74,7 +105,8 @@ def assert_close(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray])
 
 @pytest.mark.parametrize("preset", ["clip-tiny", "vae-tiny"])
 def test_one_trajectory(preset: str, tmp_path: Path, data_dir: Path) -> None:
-    """Ten steps on one device, on eight in three layouts, and on two processes of four.
+    """Ten steps on one device, on eight in three layouts, and on two processes of four, whose devices lie one beside
+    the other and one between the other's.
 
     In CLIP the loss spans the global batch; in the VAE noise is drawn inside the loss.
     """
@@ -85,6 +117,10 @@ def test_one_trajectory(preset: str, tmp_path: Path, data_dir: Path) -> None:
         assert_close(parameters(tmp_path / name), expected)
     finish(*start_pair(preset, tmp_path / "pair", data_dir, "--steps", "10"))
     assert_close(parameters(tmp_path / "pair"), expected)
+    program = ("-c", INTERLEAVED)
+    finish(*start_pair(preset, tmp_path / "interleaved", data_dir, "--steps", "10", program=program))
+    assert_close(parameters(tmp_path / "interleaved"), expected)
+    assert validation_loss(tmp_path / "interleaved") == pytest.approx(validation_loss(tmp_path / "one"), abs=1e-4)
 
 
 @pytest.mark.parametrize("preset", DIGITS)

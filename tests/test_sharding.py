@@ -1,7 +1,7 @@
 """The mesh, the rules and the batch: what is laid out where, and what is refused with which words."""
 
 import re
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vlm_jax import sharding
 from vlm_jax.errors import UserError
 from vlm_jax.sharding import (
     MeshShape,
@@ -151,40 +150,140 @@ def test_a_batch_that_splits_evenly_is_accepted(batch_size: int, micro_steps: in
 @pytest.mark.parametrize(
     ("batch_size", "micro_steps", "message"),
     [
-        (6, 1, "the batch size 6 cannot be split over 4 devices (data x fsdp): choose a multiple of 4"),
-        (0, 1, "the batch size 0 cannot be split over 4 devices (data x fsdp): choose a multiple of 4"),
+        (
+            6,
+            1,
+            "the batch size 6 cannot be split over 4 devices (data x fsdp): choose a multiple of 4, such as --batch-",
+        ),
+        (
+            0,
+            1,
+            "the batch size 0 cannot be split over 4 devices (data x fsdp): choose a multiple of 4, such as --batch-",
+        ),
         (-4, 1, "the batch size -4 cannot be split"),
         (12, 2, "cannot be split over 4 devices (data x fsdp) times 2 micro-steps: choose a multiple of 8"),
     ],
 )
 def test_a_batch_that_does_not_split_evenly_is_refused(batch_size: int, micro_steps: int, message: str):
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)) as told:
         check_batch_size(batch_size, MESH, micro_steps)
+    check_batch_size(int(re.search(r"--batch-size (\d+)$", str(told.value))[1]), MESH, micro_steps)
 
 
 @pytest.mark.parametrize("shape", [MeshShape(), MeshShape(data=2, fsdp=2, tensor=2), MeshShape(tensor=8)])
 def test_a_single_process_holds_all_rows(shape: MeshShape):
-    assert process_rows(16, make_mesh(shape)) == slice(0, 16)
+    np.testing.assert_array_equal(process_rows(16, make_mesh(shape)), np.arange(16))
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A device as JAX describes it, of a machine that is not here."""
+
+    id: int
+    process_index: int
+    coords: tuple[int, int, int] = (0, 0, 0)
+    device_kind: str = "TPU v5 lite"
+    platform: str = "tpu"
+    slice_index: int = 0
+    core_on_chip: int = 0
+
+
+def torus(kind: str, x: int, y: int, z: int = 1, **fields: Any) -> list[Chip]:
+    """A slice as `jax.devices()` lists it, process by process: each host has 2x2 chips of one plane."""
+    chips = []
+    for i in range(x * y * z):
+        plane, (row, column) = i // (x * y), divmod(i % (x * y), x)
+        host = (plane * (y // 2) + row // 2) * (x // 2) + column // 2
+        chips.append(Chip(i, host, (column, row, plane), kind, **fields))
+    return sorted(chips, key=lambda chip: (chip.process_index, chip.id))
+
+
+def hosts_of_gpus(count: int) -> list[Chip]:
+    """Eight to a host, each of which is a slice of its own."""
+    return [Chip(i, i // 8, device_kind="H100", platform="gpu", slice_index=i // 8) for i in range(8 * count)]
+
+
+MACHINES = {
+    "v5e:4x4": torus("TPU v5 lite", 4, 4),
+    "v5e:16x16": torus("TPU v5 lite", 16, 16),
+    "v6e:16x16": torus("TPU v6 lite", 16, 16),
+    "v5p:4x4x4": torus("TPU v5", 4, 4, 4),
+    "H100 8x8": hosts_of_gpus(8),
+}
+
+
+def meshes(machine: str) -> list[Mesh]:
+    """Every shape of powers of 2."""
+    count = len(MACHINES[machine])
+    powers = [2**i for i in range(count.bit_length())]
+    shapes = [MeshShape(data=d, fsdp=f, tensor=count // d // f) for d in powers for f in powers if d * f <= count]
+    return [make_mesh(shape, MACHINES[machine]) for shape in shapes]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_each_process_reads_the_rows_of_its_devices_and_all_together_read_all(machine: str):
+    """Whatever the shape of the mesh and wherever a host lies in it; counted here on the mesh's own array."""
+    processes = {chip.process_index for chip in MACHINES[machine]}
+    for mesh in meshes(machine):
+        shards = batch_shards(mesh)
+        holders = np.array([chip.process_index for chip in mesh.devices.flat]).reshape(shards, -1)
+        union = set()
+        for process in processes:
+            rows = process_rows(2 * shards, mesh, process)
+            assert rows.tolist() == [row for row in range(2 * shards) if process in holders[row // 2]]
+            union |= set(rows.tolist())
+        assert union == set(range(2 * shards))
+
+
+def test_a_host_of_a_torus_holds_rows_with_gaps():
+    """Each of its 2x2 chips lies in another place of a mesh of data alone."""
+    mesh = make_mesh(MeshShape(), MACHINES["v5e:16x16"])
+    rows = process_rows(32768, mesh, 0)
+    assert rows.tolist() == [*range(256), *range(2048, 2304)]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_shape_can_be_built_and_uses_each_device_once(machine: str):
+    """Also where no whole axis of the torus has the size of one of the mesh."""
+    for mesh in meshes(machine):
+        assert sorted(chip.id for chip in mesh.devices.flat) == list(range(len(MACHINES[machine])))
+
+
+def test_tensor_stays_within_a_host_of_gpus_and_fsdp_next_to_it():
+    mesh = make_mesh(MeshShape(fsdp=2, tensor=4), MACHINES["H100 8x8"][::-1])
+    hosts = np.vectorize(lambda chip: chip.process_index)(mesh.devices)
+    np.testing.assert_array_equal(hosts, np.broadcast_to(np.arange(8)[:, None, None], (8, 2, 4)))
+
+
+TWO_SLICES = [*torus("TPU v5 lite", 4, 4), *torus("TPU v5 lite", 4, 4, slice_index=1)]
+
+
+def test_only_data_spans_slices():
+    mesh = make_mesh(MeshShape(fsdp=8), TWO_SLICES)
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    assert [set(part.flat) for part in slices] == [{0}, {0}, {1}, {1}]
+
+
+def test_a_mesh_whose_parameters_would_span_slices_is_refused_with_one_that_can_be():
+    with pytest.raises(
+        UserError, match=r"2 slices of 16, .* --mesh.data is 1: choose a multiple of 2, such as"
+    ) as told:
+        make_mesh(MeshShape(fsdp=32), TWO_SLICES)
+    axes = dict(re.findall(r"--mesh\.(\w+) (\d+)", str(told.value)))
+    assert make_mesh(MeshShape(**{axis: int(size) for axis, size in axes.items()}), TWO_SLICES).size == 32
 
 
 @pytest.mark.parametrize(
-    ("spans", "expected"), [([(8, 12), (4, 8), (8, 12)], slice(4, 12)), ([(12, 16)], slice(12, 16))]
+    "devices",
+    [
+        pytest.param([chip for chip in torus("TPU v4", 4, 4) if chip.id != 5], id="a hole"),
+        pytest.param([Chip(i, 0, (i // 2, 0, 0), "TPU v4", core_on_chip=i % 2) for i in range(4)], id="two a chip"),
+        pytest.param([*torus("TPU v4", 4, 4), *torus("TPU v4", 2, 2, slice_index=1)], id="unequal slices"),
+    ],
 )
-def test_a_process_holds_the_rows_of_its_own_devices(monkeypatch, spans, expected: slice):
-    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: spread(spans))
-    assert process_rows(16, MESH) == expected
-
-
-def test_rows_that_are_not_together_are_refused(monkeypatch):
-    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: spread([(0, 4), (8, 12)]))
-    with pytest.raises(UserError, match=re.escape("would hold the rows [(0, 4), (8, 12)] of a batch: choose a mesh")):
-        process_rows(16, MESH)
-
-
-def spread(spans: list[tuple[int, int]]) -> SimpleNamespace:
-    """A batch's sharding, as one process of several sees it."""
-    indices = {device: (slice(*span),) for device, span in enumerate(spans)}
-    return SimpleNamespace(addressable_devices_indices_map=lambda shape: indices)
+def test_devices_that_are_no_whole_slice_are_refused_in_one_sentence(devices: list[Chip]):
+    with pytest.raises(UserError, match="of kind TPU v4 are no whole slice with one device a chip: run on all hosts"):
+        make_mesh(MeshShape(), devices)
 
 
 def test_rows_become_one_array_over_the_mesh():

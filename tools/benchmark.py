@@ -144,7 +144,7 @@ def time_step(model: Model, experiment: Experiment, mesh: Mesh) -> dict[str, Any
         return init_train_state(model, optimizer, key, batch, ema_decay=experiment.ema_decay)
 
     rows = process_rows(experiment.batch_size, mesh)
-    batch = to_global(random_batch(model.inputs, rows.stop - rows.start, experiment.seed), experiment.batch_size, mesh)
+    batch = to_global(random_batch(model.inputs, len(rows), experiment.seed), experiment.batch_size, mesh)
     abstract = jax.eval_shape(init, key, batch)
     shardings = train_state_shardings(model, optimizer, abstract, mesh)
     state = jax.jit(init, out_shardings=shardings)(key, batch)

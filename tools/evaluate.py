@@ -12,7 +12,7 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from vlm_jax.commandline import check_seed, command
+from vlm_jax.commandline import check_seed, command, require_one_process
 from vlm_jax.contract import Batch, Input, check_batch
 from vlm_jax.data import Data, Source, class_names, evaluation_batches, open_source, read_class_names
 from vlm_jax.errors import UserError
@@ -62,9 +62,10 @@ def evaluate(
       out: The file to write; None: WORKDIR/eval.json.
 
     Raises:
-      UserError: the directory is no run, what is asked for does not exist or is beyond the model, or an evaluation
-        failed.
+      UserError: the directory is no run, what is asked for does not exist or is beyond the model, there are several
+        processes, or an evaluation failed.
     """
+    require_one_process()
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}: it must be at least 1")
     check_seed(seed)

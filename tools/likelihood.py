@@ -20,7 +20,7 @@ from scipy.stats import multivariate_normal
 from experiments.presets import presets, unknown_preset
 from experiments.run import run
 from tools.evaluate import evaluate, sentence, tell
-from vlm_jax.commandline import check_seed, command
+from vlm_jax.commandline import check_seed, command, require_one_process
 from vlm_jax.contract import abstract_batch
 from vlm_jax.data import example, open_source
 from vlm_jax.errors import UserError
@@ -84,6 +84,7 @@ def likelihood(
     Raises:
       UserError: presets cannot be compared, a file cannot be written, or a preset failed.
     """
+    require_one_process()
     chosen = begun(choose(presets, data), workdir)
     first = next(iter(chosen.values()))
     directory = Path(data_dir or first.data_dir).expanduser()

@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from vlm_jax.commandline import check_seed, command
+from vlm_jax.commandline import check_seed, command, require_one_process
 from vlm_jax.data import Source, example, open_source
 from vlm_jax.errors import UserError
 from vlm_jax.files import check_writable
@@ -49,6 +49,7 @@ def sample(
     Raises:
       UserError: the directory is no run, or what is asked for does not exist, is beyond the model or cannot be written.
     """
+    require_one_process()
     if num < 1:
         raise UserError(f"--num is {num}: at least 1 must be drawn")
     if not 0 <= temperature < math.inf:

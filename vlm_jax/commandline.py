@@ -66,3 +66,19 @@ def check_seed(seed: int) -> None:
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed is {seed}: it must lie in [0, 2**32)")
+
+
+def require_one_process() -> None:
+    """For commands that compute on the devices of one process.
+
+    Raises:
+      UserError: this is one of several, which would each do all the work, or wait for each other in vain.
+    """
+    # Processes that never join do not know of each other: the launchers that `--distributed.coordinator auto` asks do.
+    launched = (int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    processes = max(jax.process_count(), *launched)
+    if processes > 1:
+        raise UserError(
+            f"this command was started in {processes} processes and runs in one: start it once, on a machine of one "
+            f"host; the run's directory is all that it needs"
+        )

@@ -1,13 +1,15 @@
 """Where arrays lie on a mesh of devices: one mesh, one table of logical axes, one set of path rules a model."""
 
-import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
@@ -42,10 +44,11 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices, the hosts' devices contiguous along `data` first.
+    """A mesh over all devices: neighbours in the network lie along `tensor` first, slices of TPUs along `data`.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, `data` does not divide into the slices, or the
+        devices are no whole slice.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(shape, axis) for axis in MESH_AXES}
@@ -60,7 +63,35 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
             f"choose --mesh.data, --mesh.fsdp and --mesh.tensor whose product is {len(devices)}"
         )
     # Auto, not make_mesh's default Explicit, under which the global `image @ text.T` of a contrastive loss raises.
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(arrange(tuple(sizes.values()), devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array of `shape`, such that collectives along each axis meet as few links as they can.
+
+    Raises:
+      UserError: as `make_mesh`.
+    """
+    # Of GPUs each host counts as a slice too, and any axis may cross them; their ids go host by host.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    data, *inner = shape
+    if data % slices:
+        each = len(devices) // slices
+        raise UserError(
+            f"the devices are {slices} slices of {each}, which only copies of the model can span, and --mesh.data is "
+            f"{data}: choose a multiple of {slices}, such as --mesh.data {slices} --mesh.fsdp {each} --mesh.tensor 1"
+        )
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return mesh_utils.create_hybrid_device_mesh(
+            (data // slices, *inner), (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    except (AssertionError, ValueError) as error:  # a hole, a box with more than one device a chip, unequal slices
+        raise UserError(
+            f"the {len(devices)} devices of kind {devices[0].device_kind} are no whole slice with one device a chip: "
+            f"run on all hosts of a slice, and on TPU v4 in megacore mode"
+        ) from error
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
@@ -156,26 +187,32 @@ def check_batch_size(batch_size: int, mesh: Mesh, micro_steps: int = 1) -> None:
     shards = batch_shards(mesh)
     if batch_size < 1 or batch_size % (shards * micro_steps):
         parts = f"{shards} devices (data x fsdp)" + (f" times {micro_steps} micro-steps" if micro_steps > 1 else "")
+        multiple = shards * micro_steps
+        nearest = max(round(batch_size / multiple), 1) * multiple
         raise UserError(
-            f"the batch size {batch_size} cannot be split over {parts}: choose a multiple of {shards * micro_steps}"
+            f"the batch size {batch_size} cannot be split over {parts}: choose a multiple of {multiple}, such as "
+            f"--batch-size {nearest}"
         )
 
 
-def process_rows(batch_size: int, mesh: Mesh) -> slice:
-    """The rows of the global batch that this process's devices hold.
+def process_rows(batch_size: int, mesh: Mesh, process: int | None = None) -> Int[np.ndarray, " rows"]:
+    """The rows of the global batch that a process's devices hold, ascending.
 
-    Raises:
-      UserError: they are not contiguous, which no mesh over whole hosts gives.
+    With gaps: the devices of a TPU's host are a block of the torus, and no stretch of any of its axes.
+
+    Args:
+      process: its index; None: this one.
     """
-    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    spans = sorted({index[0].indices(batch_size)[:2] for index in indices if index})
-    if any(stop != start for (_, stop), (start, _) in itertools.pairwise(spans)):
-        raise UserError(f"this process would hold the rows {spans} of a batch: choose a mesh that keeps them together")
-    return slice(spans[0][0], spans[-1][1])
+    process = jax.process_index() if process is None else process
+    spans: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((batch_size,))
+    held = np.zeros(batch_size, bool)
+    for device, (rows,) in spans.items():
+        held[rows] |= device.process_index == process
+    return np.flatnonzero(held)
 
 
 def to_global(batch: Any, batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Joins the rows that each process read (`process_rows`) into arrays that span the mesh."""
+    """Joins the rows that each process read (`process_rows`, in that order) into arrays that span the mesh."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))

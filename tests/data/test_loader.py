@@ -31,7 +31,7 @@ AUGMENTED = Data(
 
 
 def _train(source, data, tokenizer=None, *, batch_size, start=0, stop, rows=None, seed=0):
-    rows = rows or slice(0, batch_size)
+    rows = np.arange(batch_size) if rows is None else rows
     return list(
         train_batches(source, data, tokenizer, batch_size=batch_size, rows=rows, seed=seed, start=start, stop=stop)
     )
@@ -105,23 +105,40 @@ def test_any_step_can_be_the_first(emoji, tokenizer):
     assert _train(emoji, AUGMENTED, tokenizer, batch_size=16, start=8, stop=8) == []
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
+HOSTS = {
+    "2, one after the other": np.arange(16).reshape(2, 8),
+    "2, interleaved": np.arange(16).reshape(4, 2, 2).swapaxes(0, 1).reshape(2, 8),
+    "4, with gaps": np.arange(16).reshape(4, 4).T,
+}
+
+
+@pytest.mark.parametrize("hosts", HOSTS.values(), ids=HOSTS)
 def test_hosts_read_their_rows_of_the_same_batch(emoji, tokenizer, hosts):
     whole = _train(emoji, AUGMENTED, tokenizer, batch_size=16, start=2, stop=5)
-    share = 16 // hosts
-    parts = [
-        _train(
-            emoji, AUGMENTED, tokenizer, batch_size=16, start=2, stop=5, rows=slice(host * share, (host + 1) * share)
-        )
-        for host in range(hosts)
-    ]
-    for step, batch in enumerate(whole):
-        _assert_equal({name: np.concatenate([part[step][name] for part in parts]) for name in batch}, batch)
+    for rows in hosts:
+        part = _train(emoji, AUGMENTED, tokenizer, batch_size=16, start=2, stop=5, rows=rows)
+        for mine, batch in zip(part, whole, strict=True):
+            _assert_equal(mine, {name: array[rows] for name, array in batch.items()})
+
+
+@pytest.mark.parametrize("hosts", HOSTS.values(), ids=HOSTS)
+def test_hosts_read_their_rows_of_an_evaluation_and_no_others(data_dir, hosts):
+    """The last of two batches has 4 examples: a host all of whose rows lie behind them reads the last one."""
+    source = open_source("digits", "test[:20]", data_dir)
+    whole = list(evaluation_batches(source, DIGITS, None, batch_size=16))
+    assert [valid for _, valid in whole] == [16, 4]
+    for rows in hosts:
+        counted = Counted(source)
+        part = list(evaluation_batches(counted, DIGITS, None, batch_size=16, rows=rows))
+        assert [valid for _, valid in part] == [16, 4]
+        for (mine, _), (batch, _) in zip(part, whole, strict=True):
+            _assert_equal(mine, {name: array[rows] for name, array in batch.items()})
+        assert set(counted.read) == {*rows, *np.minimum(rows + 16, 19)}
 
 
 def test_nothing_but_the_rows_is_read(data_dir):
     source = Counted(open_source("digits", "train", data_dir))
-    _train(source, DIGITS, batch_size=64, rows=slice(16, 20), start=1000, stop=1001)
+    _train(source, DIGITS, batch_size=64, rows=np.array([3, 16, 17, 60]), start=1000, stop=1001)
     assert len(source.read) == 4
 
 

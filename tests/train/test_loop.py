@@ -19,10 +19,11 @@ from vlm_jax.contract import Aux, Input, Model
 from vlm_jax.data import Data
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
-from vlm_jax.sharding import MeshShape
+from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.train.loop import fit
+from vlm_jax.train.loop import Validation, fit, validate, validation_loss
 from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.terminal import StopSignal
 from vlm_jax.trees import leaves_by_path
 
 
@@ -40,7 +41,7 @@ def noisy_regression() -> Model:
     return Model(inputs={"x": Input((8,), "float32")}, init=init, loss=loss, rules=(("kernel$", ("embed", None)),))
 
 
-def train_batches(rows: slice, start: int) -> Iterator[dict[str, np.ndarray]]:
+def train_batches(rows: np.ndarray, start: int) -> Iterator[dict[str, np.ndarray]]:
     step = start
     while True:
         yield {"x": np.random.default_rng(step).normal(size=(16, 8)).astype(np.float32)[rows]}
@@ -66,7 +67,7 @@ class Killed(BaseException):
 
 
 def killed_at(step: int) -> object:
-    def batches(rows: slice, start: int) -> Iterator[dict[str, np.ndarray]]:
+    def batches(rows: np.ndarray, start: int) -> Iterator[dict[str, np.ndarray]]:
         for index, batch in enumerate(train_batches(rows, start), start):
             if index == step:
                 raise Killed
@@ -120,7 +121,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_termination_saves_the_step_and_the_same_call_goes_on(
     whole: tuple, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    def terminated(rows: slice, start: int) -> Iterator[dict[str, np.ndarray]]:
+    def terminated(rows: np.ndarray, start: int) -> Iterator[dict[str, np.ndarray]]:
         for index, batch in enumerate(train_batches(rows, start), start):
             if index == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -144,13 +145,13 @@ def test_what_was_trained_is_saved_before_it_is_scored(
     """A signal that comes before a validation or while it goes on: its other batches are not even read."""
     read = []
 
-    def terminated(rows: slice, start: int) -> Iterator[dict[str, np.ndarray]]:
+    def terminated(rows: np.ndarray, start: int) -> Iterator[dict[str, np.ndarray]]:
         for index, batch in enumerate(train_batches(rows, start), start):
             if index == 3 and when == "before":
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    def validation() -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    def batches(rows: np.ndarray) -> Iterator[tuple[dict[str, np.ndarray], int]]:
         for index in range(5):
             if index == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -158,7 +159,7 @@ def test_what_was_trained_is_saved_before_it_is_scored(
             yield {"x": np.ones((8, 8), np.float32)}, 8
 
     with pytest.raises(SystemExit) as stopped:
-        fit(noisy_regression(), experiment(), tmp_path, terminated, validation)
+        fit(noisy_regression(), experiment(), tmp_path, terminated, Validation(batches, 8))
     assert stopped.value.code == 0
     assert "step 4 of 12 is saved" in capsys.readouterr().out
     assert read == ([] if when == "before" else [0, 1])
@@ -223,7 +224,7 @@ def test_logs_that_cannot_be_written_stop_no_run(
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path, log_every: int) -> None:
     """Also when it appears between two lines of the log."""
 
-    def poisoned(rows: slice, start: int) -> Iterator[dict[str, np.ndarray]]:
+    def poisoned(rows: np.ndarray, start: int) -> Iterator[dict[str, np.ndarray]]:
         for index, batch in enumerate(train_batches(rows, start), start):
             yield {"x": batch["x"] * (np.nan if index == 5 else 1)}
 
@@ -266,24 +267,72 @@ def test_an_update_that_is_not_finite_is_not_saved(tmp_path: Path, spoiled: str)
 
 
 def test_validation_scores_each_checkpoint_and_keeps_the_best(tmp_path: Path) -> None:
-    """The noise of a validation is the same each time, the last batch that is not full is left out."""
+    """Of rows that are there to fill up the last batch, none counts."""
     model = noisy_regression()
 
     def loss(variables: dict, batch: dict, key: jax.Array, step: jax.Array, *, train: bool) -> tuple[jax.Array, Aux]:
         value, aux = model.loss(variables, batch, key, step, train=train)
-        worse_after_step_4 = jnp.abs(jnp.sum(variables["params"]["kernel"]) * 0 + batch["x"][0, 0])
+        worse_after_step_4 = jnp.abs(jnp.sum(variables["params"]["kernel"]) * 0 + jnp.mean(batch["x"]))
         return (value if train else worse_after_step_4), aux
 
     scores = iter((3.0, 1.0, 2.0))
 
-    def validation() -> Iterator[tuple[dict[str, np.ndarray], int]]:
-        yield {"x": np.full((8, 8), next(scores), np.float32)}, 8
-        yield {"x": np.full((8, 8), 99, np.float32)}, 7
+    def batches(rows: np.ndarray) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        score = next(scores)
+        yield {"x": np.full((8, 8), score, np.float32)[rows]}, 8
+        yield {"x": np.where(np.arange(8) < 5, score, 99).astype(np.float32)[rows, None] * np.ones((1, 8), "f")}, 5
 
+    validation = Validation(batches, 8)
     fit(replace(model, loss=loss), experiment(keep_last=1), tmp_path, train_batches, validation)
     logged_scores = {line["step"]: line["validation_loss"] for line in logged(tmp_path) if "validation_loss" in line}
     assert logged_scores == {4: 3.0, 8: 1.0, 12: 2.0}
     assert sorted(path.name for path in tmp_path.glob("checkpoints/[0-9]*")) == ["12", "8"]
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("examples", [5, 8, 21])
+def test_validation_is_the_mean_over_all_items_wherever_they_lie(examples: int, devices: int) -> None:
+    """With masks of unlike numbers of items, and a last batch that the devices cannot split evenly."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(examples, 6)).astype(np.float32)
+    mask = random.random((examples, 6)) < np.linspace(0.1, 0.9, examples)[:, None]
+
+    def loss(variables: dict, batch: dict, key: jax.Array, step: int, *, train: bool) -> tuple[jax.Array, Aux]:
+        weight = jnp.sum(batch["mask"], dtype=jnp.float32)
+        return jnp.sum(jnp.square(batch["x"]), where=batch["mask"] > 0) / jnp.maximum(weight, 1), Aux({}, weight)
+
+    inputs = {"x": Input((6,), "float32"), "mask": Input((6,), "int32", 2)}
+    score = validated(replace(noisy_regression(), inputs=inputs, loss=loss), {"x": x, "mask": mask}, devices)
+    assert score == pytest.approx(np.mean(np.square(x[mask], dtype=np.float64)), rel=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_validation_of_a_loss_that_spans_its_batch_weighs_batches_by_their_examples(devices: int) -> None:
+    x = np.random.default_rng(0).normal(size=(13, 6)).astype(np.float32)
+
+    def loss(variables: dict, batch: dict, key: jax.Array, step: int, *, train: bool) -> tuple[jax.Array, Aux]:
+        return jnp.max(batch["x"]), Aux({})
+
+    model = replace(noisy_regression(), inputs={"x": Input((6,), "float32")}, loss=loss)
+    expected = (8 * float(x[:8].max()) + 5 * float(x[8:].max())) / 13
+    assert validated(model, {"x": x}, devices) == pytest.approx(expected, rel=1e-6)
+
+
+def validated(model: Model, data: dict[str, np.ndarray], devices: int) -> float:
+    """Of all of `data`, in batches of 8."""
+    examples = len(data["x"])
+
+    def batches(rows: np.ndarray) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        for first in range(0, examples, 8):
+            read = np.minimum(first + rows, examples - 1)
+            yield (
+                {n: values[read].astype(model.inputs[n].dtype) for n, values in data.items()},
+                min(8, examples - first),
+            )
+
+    mesh, key = make_mesh(MeshShape(), jax.devices()[:devices]), jax.random.key(0)
+    with jax.set_mesh(mesh), StopSignal() as stop:
+        return validate(model, validation_loss(model), {}, Validation(batches, 8), mesh, key, stop)["validation_loss"]
 
 
 @pytest.mark.parametrize(

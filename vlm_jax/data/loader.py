@@ -9,6 +9,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from vlm_jax.data.config import Data
 from vlm_jax.data.source import Source, open_source
@@ -77,7 +78,7 @@ def train_batches(
     tokenizer: Tokenizer | None,
     *,
     batch_size: int,
-    rows: slice,
+    rows: Int[np.ndarray, " rows"],
     seed: int,
     start: int,
     stop: int,
@@ -90,7 +91,7 @@ def train_batches(
 
     Args:
       batch_size: examples of the global batch.
-      rows: which of them this host reads, as `slice(first, end)`.
+      rows: which of them this host reads, in this order.
       seed: in `[0, 2**32)`.
 
     Returns:
@@ -108,31 +109,41 @@ def train_batches(
         .repeat()
         .random_map(lambda record, rng: example(record, data, tokenizer, rng))
     )
-    per_step = rows.stop - rows.start
 
     def local(index: int) -> dict[str, np.ndarray]:
-        step, row = divmod(index, per_step)
-        return examples[(start + step) * batch_size + rows.start + row]
+        step, row = divmod(index, len(rows))
+        return examples[(start + step) * batch_size + int(rows[row])]
 
-    return iter(_batches(local, (stop - start) * per_step, per_step))
+    return iter(_batches(local, (stop - start) * len(rows), len(rows)))
 
 
 def evaluation_batches(
-    source: Source, data: Data, tokenizer: Tokenizer | None, *, batch_size: int
+    source: Source,
+    data: Data,
+    tokenizer: Tokenizer | None,
+    *,
+    batch_size: int,
+    rows: Int[np.ndarray, " rows"] | None = None,
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """All examples in order, and how many rows of each batch count.
+    """All examples in order, and how many of each global batch count.
 
     The last batch is filled up with copies of the last example, so that all have one shape.
+
+    Args:
+      batch_size: examples of the global batch.
+      rows: which of them this host reads, in this order; None: all.
 
     Raises:
       UserError: a record is damaged.
     """
+    rows = np.arange(batch_size) if rows is None else rows
 
     def padded(index: int) -> dict[str, np.ndarray]:
-        return example(source[min(index, len(source) - 1)], data, tokenizer, None)
+        step, row = divmod(index, len(rows))
+        return example(source[min(step * batch_size + int(rows[row]), len(source) - 1)], data, tokenizer, None)
 
     steps = -(-len(source) // batch_size)
-    for step, batch in enumerate(_batches(padded, steps * batch_size, batch_size)):
+    for step, batch in enumerate(_batches(padded, steps * len(rows), len(rows))):
         yield batch, min(batch_size, len(source) - step * batch_size)
 
 

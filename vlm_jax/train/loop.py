@@ -6,11 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float, Int
 
 from vlm_jax.contract import Batch, Model, Variables, abstract_batch, check_batch
 from vlm_jax.errors import UserError
@@ -23,10 +25,18 @@ from vlm_jax.train.step import TrainState, eval_variables, init_train_state, mak
 from vlm_jax.train.terminal import StopSignal, progress_bar, say
 
 HostBatch = Mapping[str, np.ndarray]
-TrainBatches = Callable[[slice, int], Iterator[HostBatch]]
+Rows = Int[np.ndarray, " rows"]
+TrainBatches = Callable[[Rows, int], Iterator[HostBatch]]
 """`(rows, start)`: from step `start` on, these rows of each global batch."""
-ValidationBatches = Callable[[], Iterator[tuple[HostBatch, int]]]
-"""The validation split in order, in global batches of one size, each with its number of valid rows."""
+
+
+class Validation(NamedTuple):
+    """The validation split, in order."""
+
+    batches: Callable[[Rows], Iterator[tuple[HostBatch, int]]]
+    """`(rows)`: these rows of each global batch, and how many of all its rows, the first ones, count."""
+    batch_size: int
+    """Of the global batches, the last filled up; the mesh splits it evenly."""
 
 
 def fit(
@@ -34,7 +44,7 @@ def fit(
     experiment: Experiment,
     workdir: Path,
     train_batches: TrainBatches,
-    validation_batches: ValidationBatches | None = None,
+    validation: Validation | None = None,
 ) -> TrainState:
     """Trains to `experiment.steps` from the newest good checkpoint in `workdir`, or from the beginning.
 
@@ -77,7 +87,7 @@ def fit(
             donate_argnums=0,
             out_shardings=(shardings, replicated(mesh)),
         )
-        loss = jax.jit(lambda variables, batch, key: model.loss(variables, batch, key, 0, train=False)[0])
+        loss = validation_loss(model)
         log = stack.enter_context(MetricsLog(workdir, start, enabled=jax.process_index() == 0))
         bar = stack.enter_context(progress_bar(start, experiment.steps))
         batches = train_batches(rows, start)
@@ -97,9 +107,9 @@ def fit(
             if logging:
                 values["learning_rate"] = float(learning_rate(step - 1))
                 values["examples_per_second"] = len(pending) * experiment.batch_size / elapsed
-                if scoring and not stop.noticed and validation_batches is not None:
+                if scoring and not stop.noticed and validation is not None:
                     variables = eval_variables(model, state)
-                    values |= validate(model, loss, variables, validation_batches, mesh, validation_key, stop)
+                    values |= validate(model, loss, variables, validation, mesh, validation_key, stop)
                 log.write(step, values)
                 bar.set_postfix_str(f"loss {values['loss']:.4g}, {values['examples_per_second']:.0f} examples/s")
             if saving:
@@ -158,26 +168,44 @@ def diverged(what: str, checkpoints: Checkpoints) -> UserError:
     )
 
 
+ValidationLoss = Callable[[Variables, Batch, jax.Array, int], tuple[Float[jax.Array, ""], Float[jax.Array, ""]]]
+
+
+def validation_loss(model: Model) -> ValidationLoss:
+    """`(variables, batch, key, valid) -> (loss, weight)` of the first `valid` rows of a batch; one program for each."""
+
+    def loss(
+        variables: Variables, batch: Batch, key: jax.Array, valid: int
+    ) -> tuple[Float[jax.Array, ""], Float[jax.Array, ""]]:
+        # Cut off here, where the array is one over all devices, and not masked: a loss knows no rows that do not count.
+        value, aux = model.loss(variables, {name: x[:valid] for name, x in batch.items()}, key, 0, train=False)
+        return value, jnp.float32(valid) if aux.weight is None else aux.weight
+
+    return jax.jit(loss, static_argnames="valid")
+
+
 def validate(
     model: Model,
-    loss: Callable[[Variables, Batch, jax.Array], jax.Array],
+    loss: ValidationLoss,
     variables: Variables,
-    batches: ValidationBatches,
+    validation: Validation,
     mesh: Mesh,
     key: jax.Array,
     stop: StopSignal,
 ) -> dict[str, float]:
-    """The mean loss over the full batches of the validation split, with the same noise at each call.
+    """The mean loss over all items of the validation split, with the same noise at each call.
 
     Empty where a signal comes meanwhile: to save what was trained is more urgent than its score.
+
+    A batch counts by its `Aux.weight`. A loss that spans its batch has none and counts by the examples: its value is
+    the mean over batches of this size, and a smaller last one, in which there is less to confuse, counts for less.
     """
-    losses = []
-    for index, (batch, valid) in enumerate(batches()):
+    rows = process_rows(validation.batch_size, mesh)
+    parts = []
+    for index, (batch, valid) in enumerate(validation.batches(rows)):
         if stop.poll():
             return {}
-        fields = check_batch(model.inputs, batch)
-        size = len(next(iter(fields.values())))
-        if valid == size:
-            mine = {name: values[process_rows(size, mesh)] for name, values in fields.items()}
-            losses.append(loss(variables, to_global(mine, size, mesh), jax.random.fold_in(key, index)))
-    return {"validation_loss": float(np.mean(jax.device_get(losses)))}
+        fields = to_global(check_batch(model.inputs, batch), validation.batch_size, mesh)
+        parts.append(loss(variables, fields, jax.random.fold_in(key, index), valid))
+    losses, weights = np.asarray(jax.device_get(parts), np.float64).T
+    return {"validation_loss": float(losses @ weights / np.sum(weights))}
