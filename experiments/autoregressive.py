@@ -71,7 +71,7 @@ def autoregressive_igpt_s() -> Experiment:
         model=autoregressive.Config(
             image_size=32,
             mixtures=10,
-            transformer=Transformer(width=512, depth=24, heads=8, mlp=2048, dtype="bfloat16", remat=True),
+            transformer=Transformer(width=512, depth=24, heads=8, mlp=2048, dtype="bfloat16", remat="all"),
         ),
         data=Data(name="cifar10", train="train[:95%]", validation="train[95%:]", image_size=32, flip=True),
         optimizer=Optimizer(learning_rate=3e-3, b2=0.95, warmup_steps=10_000, weight_decay=0.0),

@@ -38,7 +38,7 @@ def tarflow_imagenet64() -> Experiment:
             image_size=64,
             patch_size=2,
             blocks=8,
-            transformer=Transformer(width=768, depth=8, heads=12, mlp=3072, remat=True),
+            transformer=Transformer(width=768, depth=8, heads=12, mlp=3072, remat="all"),
         ),
         data=Data(name="downsampled_imagenet/64x64", test="validation", image_size=64, flip=True),
         optimizer=Optimizer(learning_rate=1e-4, b2=0.95, warmup_steps=5004, weight_decay=1e-4, clip_norm=None),

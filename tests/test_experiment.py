@@ -60,6 +60,15 @@ def test_a_directory_belongs_to_a_configuration_from_its_first_checkpoint_on(tmp
         pass
 
 
+def test_a_run_of_an_older_version_that_chose_remat_by_yes_or_no_goes_on(tmp_path: Path) -> None:
+    for name, before, now in (("diffusion-tiny-flow", False, "none"), ("autoregressive-igpt-s", True, "all")):
+        record = to_record(name, presets()[name][1])
+        text = json.dumps(record)
+        assert f'"remat": "{now}"' in text
+        (tmp_path / "config.json").write_text(text.replace(f'"remat": "{now}"', f'"remat": {json.dumps(before)}'))
+        assert read_record(tmp_path) == json.loads(text)
+
+
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     """Locks are the operating system's, so that they end with a killed process."""
     record = to_record("vae-tiny", PRESETS["vae-tiny"])

@@ -149,11 +149,18 @@ def read_record(workdir: Path) -> dict[str, Any]:
     """
     path = workdir / "config.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(), object_hook=modern)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{workdir} is not the directory of a run: it has no config.json") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is damaged ({error}): restore it from a copy, or train anew elsewhere") from error
+
+
+def modern(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a record that an older version may have written, as this one writes it."""
+    if isinstance(part.get("remat"), bool):  # up to 0.1.0
+        part["remat"] = "all" if part["remat"] else "none"
+    return part
 
 
 @contextlib.contextmanager

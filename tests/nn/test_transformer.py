@@ -78,11 +78,14 @@ def test_rematerialisation_changes_neither_value_nor_gradient_and_keeps_less(unr
         residuals = jax.eval_shape(lambda params: jax.vjp(lambda p: loss(config, p), params)[1], params)
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
-    remat = replace(config, remat=True)
+    products, everything = replace(config, remat="products"), replace(config, remat="all")
     value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
-    expected, actual = value_and_grad(config, params), value_and_grad(remat, params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
-    assert kept(remat) < kept(config) / 2
+    expected = value_and_grad(config, params)
+    for remat in (products, everything):
+        actual = value_and_grad(remat, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
+    assert kept(everything) < kept(products) < kept(config)
+    assert kept(everything) < kept(config) / 2
 
 
 def test_scanned_layers_are_traced_once_whatever_the_depth():

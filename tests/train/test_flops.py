@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from vlm_jax.contract import Aux, Input, Model, abstract_batch
 from vlm_jax.models import autoregressive, vae
 from vlm_jax.models import build as build_model
+from vlm_jax.nn.remat import Remat
 from vlm_jax.nn.transformer import Transformer, TransformerStack
 from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.train.flops import count_flops, model_flops
@@ -164,24 +165,26 @@ def count(model: Model, **settings: Any) -> tuple[int, int]:
     return model_flops(model, {"params": state.params, **state.state}, batch), count_flops(step, state, batch, key)
 
 
-def image_transformer(*, scan: bool, remat: bool) -> Model:
+def image_transformer(*, scan: bool, remat: Remat) -> Model:
     transformer = Transformer(width=WIDTH, depth=DEPTH, heads=4, mlp=HIDDEN, dropout=0.1, scan=scan, remat=remat)
     return build_model(autoregressive.Config(image_size=4, channels=1, levels=5, patch_size=2, transformer=transformer))
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_rematerialisation_adds_hardware_flops_and_no_model_flops(scan: bool) -> None:
-    plain = count(image_transformer(scan=scan, remat=False))
-    again = count(image_transformer(scan=scan, remat=True))
+    plain = count(image_transformer(scan=scan, remat="none"))
+    again = count(image_transformer(scan=scan, remat="all"))
     assert plain[0] == plain[1] == again[0]
     tokens = BATCH * 4
     block = 2 * (4 * WIDTH * WIDTH + 2 * WIDTH * HIDDEN) * tokens + 4 * BATCH * 4**2 * WIDTH
     last = 2 * WIDTH * HIDDEN * tokens  # the backward pass does not need what a block's last product gave
     assert again[1] == plain[1] + DEPTH * (block - last)
+    attention = 4 * BATCH * 4**2 * WIDTH  # its products alone have no parameters
+    assert count(image_transformer(scan=scan, remat="products")) == (plain[0], plain[1] + DEPTH * attention)
 
 
 def test_where_all_operands_depend_on_parameters_a_step_is_three_forward_passes() -> None:
-    model = image_transformer(scan=True, remat=False)
+    model = image_transformer(scan=True, remat="none")
     batch = abstract_batch(model.inputs, BATCH)
     variables = jax.eval_shape(model.init, jax.random.key(0), batch)
     forward = count_flops(lambda v, b: model.loss(v, b, jax.random.key(0), 0, train=True), variables, batch)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.nn.remat import Remat
 from vlm_jax.nn.transformer import Transformer, TransformerStack
 from vlm_jax.nn.vision import VisionTower, VisionTransformer, vision_rules
 from vlm_jax.objectives.contrastive import info_nce, sigmoid
@@ -49,7 +50,9 @@ class Config:
     """Project the image by a matrix; False: the image tower's vector is the embedding, as in SigLIP."""
 
 
-def published_clip(image_width: int, image_depth: int, patch: int, text_width: int, embedding: int) -> Config:
+def published_clip(
+    image_width: int, image_depth: int, patch: int, text_width: int, embedding: int, remat: Remat
+) -> Config:
     """A CLIP of 2103.00020, table 20, in OpenAI's released layout: 224 pixels, 77 tokens of a 49,408-word BPE."""
 
     def transformer(width: int, depth: int) -> Transformer:
@@ -61,6 +64,7 @@ def published_clip(image_width: int, image_depth: int, patch: int, text_width: i
             activation="quick_gelu",
             norm_eps=1e-5,
             dtype="bfloat16",
+            remat=remat,
         )
 
     return Config(
@@ -78,9 +82,9 @@ def published_clip(image_width: int, image_depth: int, patch: int, text_width: i
     )
 
 
-CLIP_VIT_B32 = published_clip(768, 12, 32, 512, 512)
-CLIP_VIT_B16 = published_clip(768, 12, 16, 512, 512)
-CLIP_VIT_L14 = published_clip(1024, 24, 14, 768, 768)
+CLIP_VIT_B32 = published_clip(768, 12, 32, 512, 512, "products")
+CLIP_VIT_B16 = published_clip(768, 12, 16, 512, 512, "products")
+CLIP_VIT_L14 = published_clip(1024, 24, 14, 768, 768, "all")
 
 SIGLIP_VIT_B16 = Config(
     objective="sigmoid",
@@ -88,14 +92,14 @@ SIGLIP_VIT_B16 = Config(
         image_size=224,
         patch_size=16,
         pool="attention",
-        transformer=Transformer(width=768, depth=12, heads=12, mlp=3072, dtype="bfloat16"),
+        transformer=Transformer(width=768, depth=12, heads=12, mlp=3072, dtype="bfloat16", remat="products"),
     ),
     text=TextTransformer(
         vocab_size=32000,
         context_length=64,
         eos_id=1,
         pool="last",
-        transformer=Transformer(width=768, depth=12, heads=12, mlp=3072, dtype="bfloat16"),
+        transformer=Transformer(width=768, depth=12, heads=12, mlp=3072, dtype="bfloat16", remat="products"),
     ),
     embedding=768,
     projection=False,

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import ATTENTION_RULES, Attention
 from vlm_jax.nn.conditioning import Conditioning, conditioning_rules
+from vlm_jax.nn.remat import rematerialised
 from vlm_jax.nn.transformer import MLP, Transformer
 from vlm_jax.nn.vision import patchify, unpatchify
 from vlm_jax.sharding import constrain
@@ -90,8 +91,7 @@ class DiTTower(nn.Module):
         condition = Conditioning(c.width, TIME_FEATURES, False, self.classes, c.dtype, name="conditioning")(time, label)
         x = nn.Dense(c.width, dtype=c.dtype, name="patch")(patchify(x, p))
         x = x + position_features(side, c.width).astype(c.dtype)
-        # prevent_cse guards rematerialisation against being undone outside a loop; inside one it only costs.
-        block = nn.remat(DiTBlock, prevent_cse=not c.scan, static_argnums=(3,)) if c.remat else DiTBlock
+        block = rematerialised(DiTBlock, c.remat, scan=c.scan, static_argnums=(3,))
         if c.scan:
             scanned = nn.scan(
                 block,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import ATTENTION_RULES, Attention, Cache
+from vlm_jax.nn.remat import Remat, rematerialised
 from vlm_jax.sharding import constrain
 from vlm_jax.trees import unstack
 
@@ -37,8 +38,8 @@ class Transformer:
     """Of the computation; parameters are float32."""
     scan: bool = True
     """Compile one block and loop over the layers; False unrolls them."""
-    remat: bool = False
-    """Recompute each block's activations in the backward pass instead of keeping them."""
+    remat: Remat = "none"
+    """What to compute again in the backward pass instead of keeping it: nothing, all but products, or each block."""
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width % self.heads:
@@ -113,8 +114,7 @@ class TransformerStack(nn.Module):
         c = self.config
         assert cache is None or not c.scan
         x = x.astype(c.dtype)
-        # prevent_cse guards rematerialisation against being undone outside a loop; inside one it only costs.
-        block = nn.remat(Block, prevent_cse=not c.scan, static_argnums=(5, 6)) if c.remat else Block
+        block = rematerialised(Block, c.remat, scan=c.scan, static_argnums=(5, 6))
         if c.scan:
             scanned = nn.scan(
                 block,
