@@ -11,12 +11,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.presets import presets
+from tools.compile_report import lower_step
 from vlm_jax.contract import Model, abstract_batch
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import build, clip
-from vlm_jax.sharding import MeshShape, batch_sharding, constrain, make_mesh, replicated
-from vlm_jax.train.optim import make_optimizer
-from vlm_jax.train.step import TrainState, init_train_state, make_train_step, train_state_shardings
+from vlm_jax.sharding import MeshShape, batch_sharding, constrain, make_mesh
 from vlm_jax.trees import count_parameters
 
 PRESETS = {name: experiment for name, (_, experiment) in presets().items()}
@@ -185,6 +184,7 @@ def test_towers_have_the_published_sizes(
     for tower, (width, depth, heads) in ((model.image.transformer, image), (model.text.transformer, text)):
         assert (tower.width, tower.depth, tower.heads, tower.mlp) == (width, depth, heads, 4 * width)
         assert tower.dtype == "bfloat16" and tower.scan
+        assert tower.remat == ("all" if name == "clip-vit-l14" else "products")  # or the batch does not fit its pod
     assert model.embedding == embedding
 
 
@@ -235,17 +235,7 @@ def test_the_schedule_is_the_published_one(name: str, learning_rate: float, b2: 
 
 def lowered_step(experiment: Experiment) -> jax.stages.Lowered:
     """The sharded train step of the published batch, without a single array."""
-    model = build(experiment.model)
-    mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
-    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
-    batch = abstract_batch(model.inputs, experiment.batch_size)
-    with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda key, batch: init_train_state(model, optimizer, key, batch), KEY, batch)
-        shardings: TrainState = train_state_shardings(model, optimizer, state, mesh)
-        step = jax.jit(make_train_step(model, optimizer), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-        state = jax.tree.map(placed, state, shardings)
-        batch = {name: placed(leaf, batch_sharding(mesh)) for name, leaf in batch.items()}
-        return step.lower(state, batch, placed(jax.eval_shape(lambda: KEY), replicated(mesh)))
+    return lower_step(experiment, make_mesh(MeshShape(data=2, fsdp=2, tensor=2)))[1]
 
 
 def placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
