@@ -22,6 +22,7 @@ from vlm_jax.contract import Input, Model, abstract_batch, check_batch
 from vlm_jax.data import make_tokenizer, open_source, train_batches
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import build
+from vlm_jax.paths import local_path
 from vlm_jax.sharding import check_batch_size, make_mesh, process_rows, replicated, to_global
 from vlm_jax.train.flops import count_flops, model_flops
 from vlm_jax.train.optim import make_optimizer
@@ -116,7 +117,7 @@ def benchmark(experiment: Experiment, *, pipeline: bool = True) -> Results:
 
 def pipeline_rate(model: Model, experiment: Experiment, mesh: Mesh) -> float:
     """Examples a second from the data set to checked host arrays, over all processes, while no device computes."""
-    data, data_dir = experiment.data, Path(experiment.data_dir).expanduser()
+    data, data_dir = experiment.data, local_path(experiment.data_dir)
     batches = train_batches(
         open_source(data.name, data.train, data_dir),
         data,

@@ -19,6 +19,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.evals import EVALUATIONS, Evaluation, Labelled, Subject
 from vlm_jax.experiment import ZeroShot
 from vlm_jax.files import check_writable, write_output
+from vlm_jax.paths import local_path
 from vlm_jax.sharding import MeshShape, batch_sharding, make_mesh
 from vlm_jax.workdir import Loaded, load
 
@@ -79,7 +80,7 @@ def evaluate(
         loaded = load(workdir, step=checkpoint_step, mesh=mesh)
         data = loaded.experiment.data
         split = split or data.test
-        directory = Path(data_dir or loaded.experiment.data_dir).expanduser()
+        directory = local_path(data_dir or loaded.experiment.data_dir)
         source = open_source(data.name, split, directory)
         task = choose_task(workdir, loaded, zero_shot, changes)
 

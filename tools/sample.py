@@ -15,6 +15,7 @@ from vlm_jax.commandline import check_seed, command, require_one_process
 from vlm_jax.data import Source, example, open_source
 from vlm_jax.errors import UserError
 from vlm_jax.files import check_writable
+from vlm_jax.paths import local_path
 from vlm_jax.sheets import Cell, write_sheet
 from vlm_jax.workdir import Loaded, load
 
@@ -64,7 +65,7 @@ def sample(
 
     @cache
     def source() -> Source:  # samples alone need no data
-        return open_source(data.name, split or data.test, Path(data_dir or loaded.experiment.data_dir).expanduser())
+        return open_source(data.name, split or data.test, local_path(data_dir or loaded.experiment.data_dir))
 
     rows: list[tuple[str, list[Cell]]] = []
     if model.sample is not None:

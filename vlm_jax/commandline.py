@@ -6,11 +6,11 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 
 from vlm_jax.errors import UserError
+from vlm_jax.paths import cache_directory
 
 
 @contextlib.contextmanager
@@ -20,8 +20,8 @@ def command() -> Iterator[None]:
     A `UserError` ends the process with status 2, a reader that has gone, as in `--help | head`, with 1. Any other
     exception is ours and keeps its traceback.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vlm_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    if cache := cache_directory():
+        jax.config.update("jax_compilation_cache_dir", str(cache / "vlm_jax" / "xla"))
     # Small programs too: by default those that compile within a second do so again at every start, a second in all.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if isinstance(sys.stdout, io.TextIOWrapper):

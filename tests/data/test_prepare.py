@@ -1,14 +1,19 @@
+import errno
+import fcntl
+import os
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import filelock
 import pytest
 
 from vlm_jax.data import open_source
 from vlm_jax.data.digits import Digits
 from vlm_jax.data.prepare import own_names, prepare
 from vlm_jax.errors import UserError
+from vlm_jax.locks import exclusive
 
 KILLED_MIDWAY = """
 import os, signal, sys
@@ -78,3 +83,23 @@ def test_a_data_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"digits cannot be prepared in .*/file \(.*\): choose another data directory"):
         prepare("digits", tmp_path / "file")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, caplog, generated, number):
+    def lockless(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", lockless)
+    with ThreadPoolExecutor(2) as threads:
+        sizes = list(threads.map(lambda _: len(open_source("digits", "test", tmp_path)), range(2)))
+    assert sizes == [360] * 2
+    assert sorted(generated) == [180, 360, 1257]
+    assert caplog.messages[0].endswith(f"no locks ({os.strerror(number)}): {tmp_path}/digits.lock.soft stands for one")
+
+
+def test_who_waits_for_a_dead_process_is_told_what_to_delete(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlm_jax.data.prepare.exclusive", lambda path, timeout: exclusive(path, timeout / 1e5))
+    message = rf"preparing digits in .* if none does, delete {tmp_path}/digits\.lock$"
+    with filelock.FileLock(tmp_path / "digits.lock"), pytest.raises(UserError, match=message):
+        prepare("digits", tmp_path)

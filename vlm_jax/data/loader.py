@@ -16,6 +16,7 @@ from vlm_jax.data.source import Source, open_source
 from vlm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from vlm_jax.data.transforms import Box, centre_box, random_box, random_flip
 from vlm_jax.errors import UserError
+from vlm_jax.paths import local_path
 
 # A thread makes whole batches. Half the cores are left to the model; and of small images a second thread on two cores
 # makes none more, since both wait for Python's lock.
@@ -32,7 +33,7 @@ def make_tokenizer(data: Data, data_dir: Path) -> Tokenizer | None:
     if data.text is None:
         return None
     if data.text.tokenizer is not None:
-        return load_tokenizer(Path(data.text.tokenizer))
+        return load_tokenizer(local_path(data.text.tokenizer))
     texts = open_source(data.name, data.train, data_dir).texts()
     first = next(texts, None)
     if first is None:

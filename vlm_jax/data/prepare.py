@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
-from filelock import FileLock
+from filelock import Timeout
 
 from vlm_jax.data.digits import Digits
 from vlm_jax.data.easy_vqa import EasyVqa
 from vlm_jax.data.openmoji import OpenMoji
 from vlm_jax.errors import UserError
+from vlm_jax.locks import exclusive
 
 BUILDERS = {builder.name: builder for builder in (OpenMoji, EasyVqa, Digits)}
 
@@ -43,11 +44,16 @@ def prepare(name: str, data_dir: Path) -> Path:
     try:
         if not directory.exists():
             data_dir.mkdir(parents=True, exist_ok=True)
-            with FileLock(data_dir / f"{base}.lock"), _quiet():
+            with exclusive(data_dir / f"{base}.lock", timeout=600), _quiet():
                 _remove_interrupted(directory.parent)
                 # Does nothing if another process has just done it.
                 builder = BUILDERS[base](config=config or None, data_dir=data_dir)
                 builder.download_and_prepare(file_format="array_record")
+    except Timeout as error:
+        raise UserError(
+            f"another process has been preparing {base} in {data_dir} for ten minutes: if none does, delete "
+            f"{error.lock_file}"
+        ) from error
     except OSError as error:
         raise UserError(f"{name} cannot be prepared in {data_dir} ({error}): choose another data directory") from error
     return directory
