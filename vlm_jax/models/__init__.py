@@ -1,5 +1,6 @@
 """The families. Each file exports `Config`, a frozen dataclass, and `build(config) -> Model`."""
 
+import dataclasses
 import importlib
 import pkgutil
 import sys
@@ -18,9 +19,32 @@ def family_of(config: Any) -> str:
     return type(config).__module__.rpartition(".")[2]
 
 
+SIZES = (
+    *("image_size", "channels", "levels", "vocab_size", "context_length"),
+    *("width", "widths", "hidden", "latent", "embedding", "mlp", "depth", "heads"),
+)
+"""Of these every family and every part of one has at least 1."""
+
+
 def build(config: Any) -> Model:
-    """The model of any family's `Config`."""
+    """The model of any family's `Config`.
+
+    Raises:
+      UserError: a size is below 1, or a number of something below 0.
+    """
+    check_sizes(config, "model")
     return sys.modules[type(config).__module__].build(config)
+
+
+def check_sizes(config: Any, path: str) -> None:
+    """Refuses what would otherwise fail as arithmetic, somewhere within the model."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{path}.{field.name}"
+        least = 1 if field.name in SIZES else 0
+        if dataclasses.is_dataclass(value):
+            check_sizes(value, name)
+        elif any(isinstance(part, int) and part < least for part in (value if isinstance(value, tuple) else (value,))):
+            raise UserError(f"{name} is {value}: it must be at least {least}")
 
 
 def read_config(family: str, fields: Any) -> Any:
