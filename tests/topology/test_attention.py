@@ -14,7 +14,7 @@ def test_the_kernel_compiles_for_a_v5e_in_a_stack_that_is_scanned_and_rematerial
     """Heads of 64 and of 72 features, over a mesh that splits examples, parameters and heads."""
     devices = topologies.get_topology_desc("v5e:2x4", "tpu").devices
     mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2), devices)
-    config = Transformer(width=width, depth=2, heads=2, mlp=256, dtype="bfloat16", scan=True, remat=True)
+    config = Transformer(width=width, depth=2, heads=2, mlp=256, dtype="bfloat16", scan=True, remat="all")
     stack = TransformerStack(config)
 
     def loss(params, x):

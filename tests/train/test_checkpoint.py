@@ -1,6 +1,7 @@
 """Saving, keeping and restoring: bit for bit, on any mesh, or an error that says what differs."""
 
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -226,7 +227,7 @@ def test_no_room_is_noticed_before_anything_is_written(tmp_path: Path, monkeypat
 def test_an_error_of_the_background_is_raised_by_the_next_call_and_leaves_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with Checkpoints(tmp_path) as checkpoints:
@@ -250,7 +251,7 @@ def test_an_error_of_the_background_is_raised_by_the_next_call_and_leaves_no_che
 
 
 def test_an_error_in_the_code_is_not_taken_for_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise ValueError("a mistake")
 
     monkeypatch.setattr(checksums, "write_manifest", broken)
@@ -258,6 +259,98 @@ def test_an_error_in_the_code_is_not_taken_for_the_users(tmp_path: Path, monkeyp
         checkpoints.save(1, small(1))
         with pytest.raises(ValueError, match="a mistake"):
             checkpoints.wait()
+
+
+ODD = (
+    *("plain", "sp ace ~ -dash #x @ +x = a:b,c;d|e&f <g> (h) {0} {x $HOME !y^ `z`", "50% %20 %s", "~", "-", "s3:"),
+    *("'a' \"b\"", "new\nline\ttab", "ünïcødé 日本", ".hidden", "8", "x.orbax-checkpoint-tmp"),
+)
+
+
+def test_the_name_of_a_directory_is_text(tmp_path: Path) -> None:
+    """Whatever the libraries beneath could read into it."""
+    directory = tmp_path.joinpath(*ODD)
+    with Checkpoints(directory) as checkpoints:
+        save_small(checkpoints, {1: None})
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        assert checkpoints.restore(small_abstract())[1]["step"] == 1
+    assert [path for path in tmp_path.rglob("*") if path.name.isdigit()] == [
+        tmp_path / Path(*ODD[:11]),
+        directory / "1",
+    ]
+
+
+@pytest.mark.parametrize("name", ["seed[0]", "a*b", "a?b", "back\\slash", "logs:"])
+def test_a_directory_that_could_not_be_read_again_is_not_written(tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"^{re.escape(str(tmp_path / name))} holds .* in its path, which the libraries"
+    ):
+        Checkpoints(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"^/s3/bucket/run holds /s3/ in its path"):
+        Checkpoints(Path("/s3/bucket/run"))
+
+
+def test_a_run_that_was_moved_to_such_a_name_is_read_or_refused(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "plain") as checkpoints:
+        save_small(checkpoints, {1: None})
+    for name in ("seed[0]", "a*b?"):
+        shutil.copytree(tmp_path / "plain", tmp_path / name)
+        with Checkpoints(tmp_path / name, read_only=True) as checkpoints:
+            assert checkpoints.restore(small_abstract())[1]["step"] == 1
+    with pytest.raises(UserError, match=r"holds \\ in its path"):
+        Checkpoints(tmp_path / "back\\slash", read_only=True)
+
+
+def test_a_save_that_cannot_be_opened_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here orbax finds nothing where it has just written, since it takes the name for a pattern."""
+    monkeypatch.setattr("vlm_jax.train.checkpoint.check_path", lambda *_, **__: None)
+    directory = tmp_path / "seed[0]"
+    message = (
+        r"^checkpoint 1 could not be written to .*: what was written for params cannot be opened \(.*\); look at that "
+        r"file system and run the same command again, there is no checkpoint before it$"
+    )
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(1, small(1))
+        with pytest.raises(UserError, match=f"(?s){message}"):
+            checkpoints.wait()
+        assert checkpoints.steps() == ()
+
+
+def test_a_save_that_holds_other_arrays_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"params/kernel": "float32[2, 3]", "params/bias": "float32[3]"}
+    monkeypatch.setattr("vlm_jax.train.checkpoint.opened", lambda checkpoint, name: found)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, small(1))
+        with pytest.raises(UserError, match=r"could not be written .*holds float32\[3\] for params/bias where nothing"):
+            checkpoints.wait()
+        assert checkpoints.steps() == ()
+
+
+def test_names_that_are_no_steps_are_left_alone(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        save_small(checkpoints, {1: None})
+    for name in ("007", "²", "٣", "notes", "2.bak"):
+        (tmp_path / name).mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == (1,)
+        save_small(checkpoints, {2: None})
+        assert checkpoints.restore(small_abstract())[0] == 2
+
+
+def test_a_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file cannot be read \(Not a directory\)"):
+        Checkpoints(tmp_path / "file", read_only=True)
+
+    def forbidden(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)"):
+        Checkpoints(tmp_path, read_only=True)
 
 
 def test_a_writer_deletes_what_a_dead_save_left_and_a_reader_does_not(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Damaged files are noticed, named and passed over; nothing silently wrong is ever restored."""
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 import pytest
 
@@ -54,6 +56,13 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def rewrite(checkpoint: Path, **fields: Any) -> None:
+    """The manifest with other fields, and whole."""
+    manifest = msgspec.to_builtins(checksums.read_manifest(checkpoint)) | fields
+    body = msgspec.json.encode({name: value for name, value in manifest.items() if value is not None})
+    (checkpoint / checksums.MANIFEST).write_bytes(hashlib.blake2b(body).hexdigest().encode() + b"\n" + body)
+
+
 def contents(directory: Path) -> dict[Path, tuple[int, bytes]]:
     return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in directory.glob("**/*") if p.is_file()}
 
@@ -67,6 +76,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "manifest flipped": (lambda step: flip_a_bit(step / checksums.MANIFEST), "CHECKSUMS: checksum differs"),
     "manifest truncated": (lambda step: truncate(step / checksums.MANIFEST), "CHECKSUMS: checksum differs"),
     "manifest empty": (lambda step: (step / checksums.MANIFEST).write_bytes(b""), "CHECKSUMS: checksum differs"),
+    "manifest without files": (lambda step: rewrite(step, files={}), r"ema/_METADATA: not in CHECKSUMS"),
+    "file that nobody wrote": (lambda step: (step / "params" / "d" / "0").touch(), r"params/d/0: not in CHECKSUMS"),
     "half deleted": (lambda step: [shutil.rmtree(step), step.mkdir()], "CHECKSUMS: No such file or directory"),
     "not a directory": (lambda step: [shutil.rmtree(step), step.touch()], "CHECKSUMS: Not a directory"),
 }
@@ -205,11 +216,46 @@ def test_a_symbolic_link_is_refused(directory: Path, tmp_path: Path, link: str, 
         checkpoints.restore(abstract(), step)
 
 
-def test_a_damaged_manifest_takes_no_part_in_the_choice_of_the_best(directory: Path) -> None:
+@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink])
+def test_without_its_manifest_a_checkpoint_may_be_the_best_and_no_other_is_taken_for_it(
+    directory: Path, damage: Callable[[Path], None]
+) -> None:
     with Checkpoints(directory, read_only=True) as checkpoints:
         assert checkpoints.best_step() == 300
-        flip_a_bit(directory / "300" / checksums.MANIFEST)
-        assert checkpoints.best_step() == 200
+        damage(directory / "300" / checksums.MANIFEST)
+        message = r"the best cannot be known, since 300 is damaged \(300/CHECKSUMS: .*choose one of 100, 200 yourself$"
+        with pytest.raises(UserError, match=message):
+            checkpoints.best_step()
+        assert checkpoints.restore(abstract(), 200)[0] == 200
+
+
+def test_a_checkpoint_without_its_manifest_is_not_deleted(directory: Path) -> None:
+    """It may be the best, and its manifest may be brought back."""
+    (directory / "100" / checksums.MANIFEST).unlink()
+    with Checkpoints(directory, keep_last=1, keep_best=1) as checkpoints:
+        assert checkpoints.restore(abstract())[0] == 300
+        checkpoints.save(400, items(400))
+        assert checkpoints.steps() == (100, 300, 400)
+
+
+def test_files_that_systems_leave_in_a_directory_do_no_harm(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in (".nfs000000001", ".DS_Store"):
+        (directory / "300" / "params" / name).touch()
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        assert checkpoints.restore(abstract())[0] == 300
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("version", "told"), [(None, 1), (3, 3)])
+def test_a_manifest_of_another_version_is_refused_and_its_checkpoint_left_alone(
+    directory: Path, version: int | None, told: int
+) -> None:
+    rewrite(directory / "300", version=version)
+    before = contents(directory)
+    for read_only in (True, False):
+        with pytest.raises(UserError, match=rf"/300 was written by another version .*version {told}, this one reads 2"):
+            Checkpoints(directory, read_only=read_only)
+    assert contents(directory) == before
 
 
 @pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "commit_success.txt"])

@@ -1,8 +1,8 @@
 """The one checkpoint manager: named trees of arrays, saved in the background and restored onto any mesh.
 
 Orbax writes a checkpoint into a temporary directory and renames that when it is complete, so that a crash leaves no
-half of one. It does not notice a flipped bit or another dtype, and it stops at the first damaged file; what is here
-verifies checksums, compares shapes and dtypes, and falls back to the newest checkpoint that is whole.
+half of one. It does not notice a flipped bit, and it stops at the first damaged file; what is here verifies checksums
+and to what run a checkpoint belongs, and falls back to the newest checkpoint that is whole.
 
 All processes of a run call the same methods in the same order, over one shared file system. What one of them finds
 damaged is damaged for all.
@@ -17,21 +17,21 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from vlm_jax.errors import UserError
 from vlm_jax.train import checksums
+from vlm_jax.train.agreement import agreed, gather
 from vlm_jax.train.finite import not_finite
-from vlm_jax.trees import leaves_by_path
+from vlm_jax.train.items import described, differences, opened, restore
+from vlm_jax.train.saved import check_path, find_damage, misplaced, read_manifests, saved_steps, validation_losses
 
 PyTree = Any
 
@@ -44,15 +44,36 @@ class Checkpoints:
     The newest `keep_last` are kept, and the `keep_best` of lowest validation loss. Every method first waits for the
     save in the background and raises what went wrong with it; after that they can only be read. A directory has one
     writer at a time, since a second one would delete what the first is writing. A reader changes nothing.
+
+    Args:
+      identity: facts that give the arrays their meaning. They are written beside the arrays and compared with those
+        of the checkpoints that are there; None, of a reader or of a process other than the first: not compared.
+
+    Raises:
+      UserError: a checkpoint there belongs elsewhere, is of another version of this library, or cannot be read; or
+        the directory has a name that the libraries beneath would misread.
     """
 
-    def __init__(self, directory: Path, *, keep_last: int = 3, keep_best: int = 1, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep_last: int = 3,
+        keep_best: int = 1,
+        read_only: bool = False,
+        identity: Mapping[str, str] | None = None,
+    ) -> None:
         logging.getLogger("absl").addFilter(_worth_telling)
+        check_path(directory, read_only=read_only)
         self._directory = directory.absolute()
         self._keep_last = keep_last
         self._keep_best = keep_best
+        self._identity = identity
         self._saving = 0
+        self._items: dict[str, dict[str, str]] = {}
         self._losses: dict[int, float] = {}
+        if wrong := agreed(misplaced(self._directory, identity)):
+            raise UserError(wrong)
         self._manager = None if read_only else self._open()
 
     def __enter__(self) -> Self:
@@ -66,11 +87,23 @@ class Checkpoints:
     def steps(self) -> tuple[int, ...]:
         """The saved steps, ascending."""
         self.wait()
-        return _steps(self._directory)
+        return saved_steps(self._directory)
 
     def best_step(self) -> int | None:
-        """The step of lowest validation loss; None if none was saved with one."""
-        losses = _validation_losses(self._directory, self.steps())
+        """The step of lowest validation loss; None if none was saved with one.
+
+        Raises:
+          UserError: the loss of a damaged one is not known, and may have been the lowest.
+        """
+        self.wait()
+        manifests, damaged = read_manifests(self._directory)
+        losses = validation_losses(manifests)
+        if manifests and damaged:
+            step, damage = next(iter(damaged.items()))
+            raise UserError(
+                f"which checkpoint in {self._directory} is the best cannot be known, since {step} is damaged "
+                f"({step}/{damage}): bring it back from a copy, or choose one of {_listed(list(manifests))} yourself"
+            )
         return min(losses, key=losses.__getitem__, default=None)
 
     def save(self, step: int, items: Mapping[str, PyTree], *, validation_loss: float | None = None) -> None:
@@ -94,6 +127,7 @@ class Checkpoints:
         if validation_loss is not None and math.isfinite(validation_loss):
             self._losses[step] = validation_loss
         self._saving = step
+        self._items = {name: described({name: tree}) for name, tree in items.items()}
         # Within a dictionary a tree may be empty or a single array, which orbax refuses otherwise, and the path of
         # each leaf begins with its item.
         args = {name: ocp.args.StandardSave({name: tree}) for name, tree in items.items()}
@@ -116,7 +150,7 @@ class Checkpoints:
         """
         self.wait()
         # Process 0's view decides, since a network file system may show a directory to some processes later.
-        steps = [int(name) for name in _gather(" ".join(map(str, _steps(self._directory))))[0].split()]
+        steps = [int(name) for name in gather(" ".join(map(str, saved_steps(self._directory))))[0].split()]
         if step is None:
             return self._restore_newest(abstract, steps)
         if step not in steps:
@@ -153,8 +187,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             for dead in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}"):
                 _remove(dead)
-        self._losses = _validation_losses(self._directory, _steps(self._directory))
-        policies = (ocp.checkpoint_managers.LatestN(n=self._keep_last), _KeepBest(self._keep_best, self._losses))
+        manifests, damaged = read_manifests(self._directory)
+        self._losses = validation_losses(manifests)
+        keep_best = _KeepBest(self._keep_best, self._losses, damaged.keys())
+        policies = (ocp.checkpoint_managers.LatestN(n=self._keep_last), keep_best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
@@ -167,13 +203,27 @@ class Checkpoints:
         # Orbax calls this in its background thread on process 0, when all processes have written their files and
         # before the temporary directory gets its final name: what bears that name has a manifest.
         step = self._saving
-        checksums.write_manifest(self._directory / f"{step}{ocp.utils.TMP_DIR_SUFFIX}", self._losses.get(step))
+        checkpoint = self._directory / f"{step}{ocp.utils.TMP_DIR_SUFFIX}"
+        for name, expected in self._items.items():
+            try:
+                wrong = differences(opened(checkpoint, name), expected)
+            except (OSError, ValueError) as error:
+                raise _UnreadableError(f"what was written for {name} cannot be opened ({error})") from error
+            if wrong:
+                raise _UnreadableError(f"what was written holds {wrong[0]}")
+        checksums.write_manifest(
+            checkpoint,
+            step=step,
+            validation_loss=self._losses.get(step),
+            identity=self._identity or {},
+            items=self._items,
+        )
 
     def _check_room(self, step: int, items: Mapping[str, PyTree]) -> None:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(items)))
         free = shutil.disk_usage(self._directory).free
         # Processes look at different moments and must still decide alike.
-        if _agreed("full" if free < needed else ""):
+        if agreed("full" if free < needed else ""):
             problem = f"it needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; free space"
             raise UserError(self._unwritten(step, problem))
 
@@ -181,6 +231,9 @@ class Checkpoints:
     def _failure_told(self) -> Iterator[None]:
         try:
             yield
+        except _UnreadableError as error:
+            self._give_up()
+            raise UserError(self._unwritten(self._saving, f"{error}; look at that file system")) from error
         except (OSError, ValueError) as error:
             self._give_up()
             number = _error_number(error)
@@ -193,11 +246,11 @@ class Checkpoints:
         # The first error may come while other files are still being written.
         if self._manager is not None:
             manager, self._manager = self._manager, None
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, _UnreadableError):
                 manager.close()
 
     def _unwritten(self, step: int, problem: str) -> str:
-        complete = _steps(self._directory)
+        complete = saved_steps(self._directory)
         last = f"the last good checkpoint is {complete[-1]}" if complete else "there is no checkpoint before it"
         return (
             f"checkpoint {step} could not be written to {self._directory}: {problem} and run the same command again, "
@@ -245,9 +298,13 @@ class Checkpoints:
             self._manager = self._open()
 
 
+class _UnreadableError(Exception):
+    """A save left what the next start of the run could not restore."""
+
+
 @dataclass(frozen=True)
 class _KeepBest:
-    """An orbax preservation policy that keeps the `count` checkpoints of lowest loss.
+    """An orbax preservation policy that keeps the `count` checkpoints of lowest loss, and those that lost theirs.
 
     Orbax's `BestN` reads losses from a file of its own in each step, and one damaged file keeps the manager from
     being created at all; ours are in the manifests.
@@ -255,6 +312,8 @@ class _KeepBest:
 
     count: int
     losses: Mapping[int, float]
+    damaged: Collection[int]
+    """Without a manifest, so that the best may be among them."""
 
     def should_preserve(
         self,
@@ -264,11 +323,7 @@ class _KeepBest:
     ) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
         best = sorted((step for step in steps if step in self.losses), key=self.losses.__getitem__)[: self.count]
-        return [step in best for step in steps]
-
-
-def _steps(directory: Path) -> tuple[int, ...]:
-    return tuple(sorted(int(path.name) for path in directory.glob("[0-9]*") if path.name.isdecimal()))
+        return [step in best or step in self.damaged for step in steps]
 
 
 def _remove(directory: Path) -> None:
@@ -287,90 +342,19 @@ def _listed(steps: Sequence[int]) -> str:
     return ", ".join(map(str, steps))
 
 
-def _validation_losses(directory: Path, steps: Sequence[int]) -> dict[int, float]:
-    """Of the steps that were saved with one and whose manifest is whole."""
-    losses = {}
-    for step in steps:
-        with contextlib.suppress(checksums.DamagedError):
-            losses[step] = checksums.read_manifest(directory / str(step)).validation_loss
-    return {step: loss for step, loss in losses.items() if loss is not None}
-
-
-def _damage(checkpoint: Path, items: Mapping[str, PyTree]) -> str:
-    """What is wrong with the files of these items, empty if nothing; each process reads its share, all agree.
-
-    Raises:
-      UserError: there is a symbolic link, through which orbax would read and delete things elsewhere.
-    """
-    link = next((str(path) for path in (checkpoint, *checkpoint.glob("**/*")) if path.is_symlink()), "")
-    if link := _agreed(link):
-        raise UserError(f"{link} is a symbolic link: a checkpoint holds none, put the file itself there")
-    damage = ""
-    try:
-        checksums.verify(checkpoint, items, share=jax.process_index(), shares=jax.process_count())
-    except checksums.DamagedError as error:
-        damage = str(error)
-    return _agreed(damage)
-
-
 def _sound(checkpoint: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The items, known to be what was written and finite.
 
     Raises:
       checksums.DamagedError: they are not.
     """
-    if damage := _damage(checkpoint, abstract):
+    if damage := find_damage(checkpoint, abstract):
         raise checksums.DamagedError(damage)
-    items = _restore(checkpoint, abstract)
+    items = restore(checkpoint, abstract)
     # Of a run that diverged, which would only do so again from there.
-    if path := _agreed(not_finite(items)):
+    if path := agreed(not_finite(items)):
         raise checksums.DamagedError(f"{path}: holds nan or infinite values")
     return items
-
-
-def _restore(checkpoint: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """The items, once all their leaves are known to be the expected ones."""
-    with ocp.StandardCheckpointer() as reader:
-        for name, tree in abstract.items():
-            saved = {}
-            if (checkpoint / name).is_dir():
-                saved = leaves_by_path(reader.metadata(checkpoint / name).item_metadata.tree)
-            _check_leaves(checkpoint, saved, leaves_by_path({name: tree}))
-        return {
-            name: reader.restore(checkpoint / name, {name: tree})[name] if jax.tree.leaves(tree) else tree
-            for name, tree in abstract.items()
-        }
-
-
-def _check_leaves(checkpoint: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Orbax itself would cast another dtype silently."""
-    for path in sorted(saved.keys() | expected.keys()):
-        found, wanted = (
-            f"{np.dtype(leaves[path].dtype)}{list(leaves[path].shape)}" if path in leaves else "nothing"
-            for leaves in (saved, expected)
-        )
-        if found != wanted:
-            raise UserError(
-                f"{checkpoint} holds {found} for {path} where {wanted} is expected: use the settings that it was "
-                f"saved with, or another directory"
-            )
-
-
-def _agreed(problem: str) -> str:
-    """The first problem that a process sees, on all of them; empty if none sees any."""
-    return next(filter(None, _gather(problem)), "")
-
-
-def _gather(text: str) -> list[str]:
-    """The text of each process."""
-    if jax.process_count() == 1:
-        return [text]
-    characters = np.frombuffer(text.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(characters.size))
-    padded = np.zeros(max(lengths) + 1, np.uint8)
-    padded[: characters.size] = characters
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
 def _error_number(error: OSError | ValueError) -> int | None:

@@ -1,46 +1,59 @@
-"""Checksums of a checkpoint's files: written when it is complete, compared before a value of it is used.
+"""Manifests of checkpoints: what is in one and to what run it belongs, written when it is complete, compared before
+a value of it is used.
 
 The manifest is one file at the top of a checkpoint. Its first line is the checksum of the rest, which is JSON, so
 that a manifest is either exactly what was written or known to be damaged.
 """
 
 import hashlib
-import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vlm_jax.errors import UserError
 
 MANIFEST = "CHECKSUMS"
+VERSION = 2
 
 
 class DamagedError(Exception):
     """A checkpoint is not what was written; the message names the file, relative to the checkpoint, and the damage."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a complete checkpoint holds."""
 
+    version: int = VERSION
+    step: int
     validation_loss: float | None
+    identity: dict[str, str]
+    """Facts of the run that give the arrays their meaning."""
     files: dict[str, tuple[int, str]]
     """The size in bytes and the checksum of each file, by its path relative to the checkpoint."""
 
 
-def write_manifest(checkpoint: Path, validation_loss: float | None) -> None:
-    """Writes the manifest of the files of every item of a checkpoint, that is of its subdirectories.
+def write_manifest(
+    checkpoint: Path, *, step: int, validation_loss: float | None, identity: Mapping[str, str], items: Collection[str]
+) -> None:
+    """Writes the manifest of the files of the items of a checkpoint, that is of its subdirectories.
 
     Files at the top of the checkpoint are orbax's notes, such as the time of the last rename. It writes them after
     this, and nothing restored comes from them.
     """
-    paths = [path for path in checkpoint.glob("*/**/*") if path.is_file()]
+    paths = [path for item in items for path in _files(checkpoint / item)]
     with ThreadPoolExecutor() as pool:
         digests = pool.map(_file_digest, paths)
         files = {
             path.relative_to(checkpoint).as_posix(): (path.stat().st_size, digest)
             for path, digest in zip(paths, digests, strict=True)
         }
-    body = json.dumps(asdict(Manifest(validation_loss, files)), indent=1, sort_keys=True).encode()
+    manifest = Manifest(step=step, validation_loss=validation_loss, identity=dict(identity), files=files)
+    body = msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
     (checkpoint / MANIFEST).write_bytes(_digest(body) + b"\n" + body)
 
 
@@ -49,6 +62,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
     Raises:
       DamagedError: it is missing or not what was written.
+      UserError: another version of this library wrote it.
     """
     try:
         digest, _, body = (checkpoint / MANIFEST).read_bytes().partition(b"\n")
@@ -56,24 +70,41 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise DamagedError(f"{MANIFEST}: {error.strerror}") from error
     if digest != _digest(body):
         raise DamagedError(f"{MANIFEST}: checksum differs")
-    content = json.loads(body)
-    files = {path: (size, digest) for path, (size, digest) in content["files"].items()}
-    return Manifest(content["validation_loss"], files)
+    try:
+        content: dict[str, Any] = msgspec.json.decode(body, type=dict)
+        if content.get("version") == VERSION:
+            return msgspec.convert(content, Manifest)
+    except msgspec.DecodeError as error:
+        raise DamagedError(f"{MANIFEST}: {error}") from error
+    raise UserError(
+        f"{checkpoint} was written by another version of vlm_jax (its manifest is of version "
+        f"{content.get('version', 1)}, this one reads {VERSION}): use that version, or train anew elsewhere"
+    )
 
 
 def verify(checkpoint: Path, items: Collection[str], *, share: int = 0, shares: int = 1) -> None:
     """Reads every `shares`-th file of the given items, from the `share`-th on, and compares it with the manifest.
 
     Raises:
-      DamagedError: the manifest or a file is missing, cannot be read, or differs.
+      DamagedError: the manifest or a file is missing, cannot be read, or differs; or the manifest does not know of a
+        file, which then was never vouched for.
+      UserError: another version of this library wrote the manifest.
     """
     manifest = read_manifest(checkpoint)
+    there = [path.relative_to(checkpoint).as_posix() for item in items for path in _files(checkpoint / item)]
+    if unknown := sorted(set(there) - manifest.files.keys()):
+        raise DamagedError(f"{unknown[0]}: not in {MANIFEST}")
     paths = sorted(path for path in manifest.files if path.partition("/")[0] in items)
     with ThreadPoolExecutor() as pool:
         verdicts = pool.map(lambda path: _damage(checkpoint / path, *manifest.files[path]), paths[share::shares])
         for path, damage in zip(paths[share::shares], verdicts, strict=True):
             if damage is not None:
                 raise DamagedError(f"{path}: {damage}")
+
+
+def _files(directory: Path) -> list[Path]:
+    """All but hidden ones, such as network file systems and desktops leave."""
+    return [path for path in directory.glob("**/*") if not path.name.startswith(".") and path.is_file()]
 
 
 def _damage(path: Path, size: int, digest: str) -> str | None:

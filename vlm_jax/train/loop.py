@@ -45,11 +45,16 @@ def fit(
     workdir: Path,
     train_batches: TrainBatches,
     validation: Validation | None = None,
+    *,
+    identity: Mapping[str, str] | None = None,
 ) -> TrainState:
     """Trains to `experiment.steps` from the newest good checkpoint in `workdir`, or from the beginning.
 
     Each step is the same whether or not the run was interrupted before it, and on any mesh and number of processes.
     SIGTERM or Ctrl-C saves, without a score, says so and ends the process with status 0; a second Ctrl-C kills it.
+
+    Args:
+      identity: what the checkpoints of `workdir` belong to, as `Checkpoints` takes it.
 
     Raises:
       UserError: the mesh, the batches or the checkpoints do not fit, or the loss or the state is no longer finite.
@@ -70,7 +75,8 @@ def fit(
             return to_global(check_batch(model.inputs, batch), experiment.batch_size, mesh)
 
         stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep_last=experiment.keep_last))
+        directory = workdir / "checkpoints"
+        checkpoints = stack.enter_context(Checkpoints(directory, keep_last=experiment.keep_last, identity=identity))
         abstract = jax.eval_shape(init, init_key, abstract_batch(model.inputs, experiment.batch_size))
         shardings = train_state_shardings(model, optimizer, abstract, mesh)
         state = restore(checkpoints, abstract, shardings)
