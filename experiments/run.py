@@ -2,27 +2,21 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import jax
 import numpy as np
 
 from experiments.presets import from_command_line
 from vlm_jax.commandline import command
-from vlm_jax.data import (
-    Tokenizer,
-    check_tokenizer,
-    evaluation_batches,
-    load_tokenizer,
-    make_tokenizer,
-    open_source,
-    train_batches,
-)
+from vlm_jax.data import Tokenizer, check_tokenizer, evaluation_batches, make_tokenizer, open_source, train_batches
 from vlm_jax.errors import UserError
-from vlm_jax.experiment import Distributed, Experiment, claimed_workdir, has_checkpoints, to_record
+from vlm_jax.experiment import Distributed, Experiment, to_record
 from vlm_jax.models import build
+from vlm_jax.paths import local_path
 from vlm_jax.sharding import batch_shards, check_batch_size, make_mesh
 from vlm_jax.train.loop import Rows, Validation, fit
+from vlm_jax.workdir import claimed_workdir, has_checkpoints, read_identity, read_tokenizer, write_tokenizer
 
 
 def main() -> None:
@@ -54,25 +48,26 @@ def run(preset: str, experiment: Experiment) -> None:
     """Trains `experiment` in its directory, from where it stopped if it has begun."""
     mesh = make_mesh(experiment.mesh)
     check_batch_size(experiment.batch_size, mesh, experiment.micro_steps)
-    workdir, data_dir = (
-        Path(path).expanduser() for path in (experiment.workdir or f"runs/{preset}", experiment.data_dir)
-    )
+    workdir, data_dir = (local_path(path) for path in (experiment.workdir or f"runs/{preset}", experiment.data_dir))
     model, data = build(experiment.model), experiment.data
     source = open_source(data.name, data.train, data_dir)
     held_out = None if data.validation is None else open_source(data.name, data.validation, data_dir)
     # The first process alone claims the directory; where it is refused, it ends and the others with it.
     first = jax.process_index() == 0
-    with claimed_workdir(workdir, to_record(preset, experiment)) if first else contextlib.nullcontext():
+    # A run belongs to one version of its data, whatever is prepared beside it later.
+    found = replace(experiment, data=replace(data, name=source.full_name))
+    record = to_record(preset, found, source.examples)
+    with claimed_workdir(workdir, record) if first else contextlib.nullcontext():
         tokenizer: Tokenizer | None = None
         if data.text is not None:
             # A run keeps the tokenizer that it began with, whatever another version would make of the captions.
-            saved = workdir / "tokenizer.json"
-            tokenizer = load_tokenizer(saved) if has_checkpoints(workdir) else make_tokenizer(data, data_dir)
+            begun = has_checkpoints(workdir)
+            tokenizer = read_tokenizer(workdir) if begun else make_tokenizer(data, data_dir)
             if tokenizer is not None and "tokens" in model.inputs:
                 tokens = model.inputs["tokens"]
                 check_tokenizer(tokenizer, vocab_size=tokens.limit, eos_id=tokens.contains)
-            if first and tokenizer is not None:
-                tokenizer.save(saved)
+            if first and not begun and tokenizer is not None:
+                write_tokenizer(workdir, tokenizer)
 
         def batches(rows: Rows, start: int) -> Iterator[dict[str, np.ndarray]]:
             return train_batches(
@@ -97,7 +92,7 @@ def run(preset: str, experiment: Experiment) -> None:
 
             validation = Validation(held_out_batches, size)
 
-        fit(model, experiment, workdir, batches, validation)
+        fit(model, experiment, workdir, batches, validation, identity=read_identity(workdir) if first else None)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,11 @@ from experiments.presets import from_command_line, presets
 from tools.evaluate import evaluate
 from tools.likelihood import likelihood
 from tools.sample import sample
+from vlm_jax.data import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.sharding import MeshShape, make_mesh
+from vlm_jax.workdir import read_record
 
 ROOT = Path(__file__).parents[1]
 
@@ -185,3 +188,35 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused_before_a_step(tmp_p
     with pytest.raises(UserError, match=r"ids up to 2048 and the model's vocab_size is 2048: .* at least 2049"):
         run.run("clip-tiny", replace(preset, data=data, workdir=str(tmp_path / "run"), data_dir=str(data_dir)))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_newer_version_of_its_data_is_another_run(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is prepared beside it; the version that the run began with is found by its name."""
+    mine = tmp_path / "data" / "mine"
+    shutil.copytree(open_source("digits", "train", data_dir).directory, mine / "1.0.9")
+
+    def train(name: str) -> None:
+        preset = presets()["vae-tiny"][1]
+        data = replace(preset.data, name=name)
+        settings = {"workdir": str(tmp_path / "run"), "data_dir": str(tmp_path / "data")}
+        run.run("vae-tiny", replace(preset, data=data, **settings))
+
+    trained = []
+    checkpoint = tmp_path / "run" / "checkpoints" / "1"
+    monkeypatch.setattr(run, "fit", lambda *_, **__: [trained.append(1), checkpoint.mkdir(parents=True, exist_ok=True)])
+    train("mine")
+    record = read_record(tmp_path / "run")
+    assert record["data"]["name"] == "mine:1.0.9"
+    assert record["examples"] == {"train": 1257, "validation": 180, "test": 360}
+    train("mine")
+    shutil.copytree(mine / "1.0.9", mine / "1.0.10")
+    with pytest.raises(UserError, match=r'belongs to another .*\(data\.name: "mine:1\.0\.9" -> "mine:1\.0\.10"\)'):
+        train("mine")
+    train("mine:1.0.9")
+    description = mine / "1.0.9" / "dataset_info.json"
+    description.write_text(description.read_text().replace('"1257"', '"1256"'))
+    with pytest.raises(UserError, match=r"belongs to another .*\(examples\.train: 1257 -> 1256\)"):
+        train("mine:1.0.9")
+    assert len(trained) == 3

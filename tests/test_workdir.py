@@ -1,7 +1,15 @@
-"""A run's directory gives back the model that was trained there."""
+"""A run's directory gives back the model that was trained there, and belongs to one run."""
 
+import errno
+import fcntl
+import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +17,14 @@ import numpy as np
 import pytest
 
 import vlm_jax
+from vlm_jax.data import train_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.trees import leaves_by_path
+from vlm_jax.workdir import claimed_workdir, read_record, write_tokenizer
+
+RECORD = {"preset": "vae-tiny", "seed": 0, "model": {"latent": 4}}
 
 
 def saved(workdir: Path, item: str, step: int) -> dict[str, np.ndarray]:
@@ -76,3 +88,205 @@ def test_refuses_a_run_without_checkpoints(clip_run: Path, tmp_path: Path) -> No
 def test_refuses_a_step_that_is_not_there(clip_run: Path) -> None:
     with pytest.raises(UserError, match="there is no checkpoint 7 in"):
         vlm_jax.load(clip_run, step=7)
+
+
+def edited(run: Path, to: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of a run with another config.json."""
+    workdir = shutil.copytree(run, to / "run")
+    record = json.loads((workdir / "config.json").read_text())
+    edit(record)
+    (workdir / "config.json").write_text(json.dumps(record))
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda record: record["model"].update(levels=25), r"config\.json .*\(model\.levels: 17 -> 25\): bring back"),
+        (lambda record: record["model"].update(latent=0), r"model\.latent: 4 -> 0"),
+        (lambda record: record["data"].update(name="digits"), r'data\.name: "digits:1\.0\.0" -> "digits"'),
+        (lambda record: record["examples"].update(train=3), r"examples\.train: 1257 -> 3"),
+        (lambda record: record["model"].update(rope=True), r"has the field model\.rope, which this version"),
+        (lambda record: record.pop("preset"), r"preset: \"vae-tiny\" -> absent"),
+    ],
+)
+def test_an_edited_record_is_refused_by_the_field(
+    vae_run: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        vlm_jax.load(edited(vae_run, tmp_path, edit))
+
+
+def test_what_changes_no_value_may_be_edited(vae_run: Path, tmp_path: Path) -> None:
+    workdir = edited(vae_run, tmp_path, lambda record: record.update(log_every=7, data_dir="elsewhere"))
+    assert vlm_jax.load(workdir).step == vlm_jax.load(vae_run).step
+
+
+def test_another_tokenizer_is_refused(clip_run: Path, tmp_path: Path) -> None:
+    workdir = shutil.copytree(clip_run, tmp_path / "run")
+    text = (workdir / "tokenizer.json").read_text()
+    (workdir / "tokenizer.json").write_text(text.replace('"<bos>": 1', '"<bos>": 4'))
+    with pytest.raises(UserError, match=r"not written with .*that are there \(tokenizer\.json: \w+ -> \w+\)"):
+        vlm_jax.load(workdir)
+    (workdir / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has lost its tokenizer\.json, which .*: copy it back"):
+        vlm_jax.load(workdir)
+
+
+def test_a_checkpoint_of_another_run_is_not_loaded(vae_run: Path, clip_run: Path, tmp_path: Path) -> None:
+    workdir = shutil.copytree(vae_run, tmp_path / "run")
+    shutil.copytree(clip_run / "checkpoints" / "3", workdir / "checkpoints" / "3")
+    with pytest.raises(UserError, match=r"/3 was not written with .*data\.channels: 3 -> 1;"):
+        vlm_jax.load(workdir, step=2)
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run", Path("gs://bucket/run"), "https://a.b/c"])
+def test_an_address_elsewhere_is_no_directory(address: str | Path) -> None:
+    with pytest.raises(UserError, match=r":/+\S+ is not a directory or file of this machine: mount it"):
+        vlm_jax.load(address)
+
+
+def test_a_directory_belongs_to_a_configuration_from_its_first_checkpoint_on(tmp_path: Path) -> None:
+    other = RECORD | {"seed": 1}
+    for claim in (RECORD, other, RECORD):
+        with claimed_workdir(tmp_path, claim):
+            assert read_record(tmp_path) == claim
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    belongs = r"belongs to another configuration \(seed: 0 -> 1\).*another --workdir"
+    with pytest.raises(UserError, match=belongs), claimed_workdir(tmp_path, other):
+        pass
+    assert read_record(tmp_path) == RECORD
+    with claimed_workdir(tmp_path, RECORD):  # the refusal left no lock behind
+        pass
+
+
+def assert_taken(workdir: Path) -> None:
+    with pytest.raises(UserError, match=f"another process is writing to {workdir}"), claimed_workdir(workdir, RECORD):
+        pass
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    """Locks are the operating system's, so that they end with a killed process."""
+    hold = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as holder:
+        assert holder.stdout.readline() == "\n"
+        assert_taken(tmp_path)
+        holder.kill()
+    with claimed_workdir(tmp_path, RECORD):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_of_the_file_system_a_file_keeps_the_second_writer_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def lockless(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", lockless)
+    with claimed_workdir(tmp_path, RECORD):
+        assert caplog.messages == [
+            f"the file system of {tmp_path}/.lock has no locks ({os.strerror(number)}): {tmp_path}/.lock.soft stands "
+            f"for one"
+        ]
+        assert_taken(tmp_path)
+    with claimed_workdir(tmp_path, RECORD):  # it is gone with its holder
+        pass
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    with claimed_workdir(tmp_path, RECORD):
+        holder = (tmp_path / ".lock.soft").read_text()
+    assert str(os.getpid()) in holder
+    (tmp_path / ".lock.soft").write_text(holder.replace(str(os.getpid()), dead.stdout.strip(), 1))
+    with claimed_workdir(tmp_path, RECORD):  # nor does one killed on this machine hold it
+        pass
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not the directory of a run: it has no config.json"),
+        (b"{", "config.json is damaged"),
+        (b"[]", r"config.json is damaged \(it is no JSON object\): restore it from a copy"),
+        (b"null", "config.json is damaged"),
+        (b'{"preset": "\xff"}', "config.json is damaged .*can't decode byte 0xff"),
+        (b"[" * 100_000, "config.json is damaged"),
+        (b'{"a":' * 100_000, "config.json is damaged"),
+    ],
+    ids=["none", "cut off", "list", "null", "not UTF-8", "deep list", "deep object"],
+)
+def test_refuses_what_is_not_the_directory_of_a_run(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        vlm_jax.load(tmp_path)
+
+
+def test_a_record_that_is_a_directory_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(UserError, match=r"config.json cannot be read \(Is a directory\)"):
+        vlm_jax.load(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_be_kept_is_told(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be written \(Is a directory\): mend that"):
+        write_tokenizer(tmp_path, train_tokenizer(["a"], 300))
+
+
+@pytest.mark.parametrize("name", ["config.json", ".lock", "checkpoints"])
+def test_a_part_of_the_wrong_kind_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch() if name == "checkpoints" else (tmp_path / name).mkdir()
+    with (
+        pytest.raises(
+            UserError, match=rf"{tmp_path}/{name} cannot be (written|read) \((Is|Not) a directory\): mend that"
+        ),
+        claimed_workdir(tmp_path, RECORD),
+    ):
+        pass
+
+
+def test_a_left_temporary_file_of_any_kind_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "config.json.tmp").mkdir()
+    with claimed_workdir(tmp_path, RECORD):
+        assert read_record(tmp_path) == RECORD
+
+
+def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(workdir: Path, message: str) -> None:
+        message = rf"cannot be written \({message}\): mend that, or choose another --workdir"
+        with pytest.raises(UserError, match=message), claimed_workdir(workdir, RECORD):
+            pass
+
+    (tmp_path / "file").write_text("mine")
+    refused(tmp_path / "file", "File exists")
+    refused(tmp_path / "file" / "run", "Not a directory")
+    assert (tmp_path / "file").read_text() == "mine"
+    with monkeypatch.context() as patch:
+
+        def forbidden(path: Path, **_: Any) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        patch.setattr(Path, "mkdir", forbidden)
+        refused(tmp_path / "run", "Permission denied")
+
+
+def test_a_disk_that_is_full_costs_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with claimed_workdir(tmp_path, RECORD):
+        pass
+    monkeypatch.setattr(os, "fsync", full)
+    message = rf"^{tmp_path} cannot be written \(No space left on device\)"
+    with pytest.raises(UserError, match=message), claimed_workdir(tmp_path, RECORD | {"seed": 1}):
+        pass
+    assert read_record(tmp_path) == RECORD
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json"]
+
+
+@pytest.mark.parametrize("name", ["seed[0]", "back\\slash"])
+def test_a_name_that_checkpoints_cannot_have_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="choose another directory"), claimed_workdir(tmp_path / name, RECORD):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -23,15 +23,17 @@ from tools.evaluate import evaluate, sentence, tell
 from vlm_jax.commandline import check_seed, command, require_one_process
 from vlm_jax.contract import abstract_batch
 from vlm_jax.data import example, open_source
+from vlm_jax.data.find import find_data_set, full_name
 from vlm_jax.errors import UserError
 from vlm_jax.evals.likelihood import mean_and_error
-from vlm_jax.experiment import Experiment, from_record, has_checkpoints, read_record
+from vlm_jax.experiment import Experiment, from_record
 from vlm_jax.files import check_writable, write_output
 from vlm_jax.models import build, family_of
+from vlm_jax.paths import local_path
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.flops import model_flops
 from vlm_jax.trees import count_parameters
-from vlm_jax.workdir import Loaded, load
+from vlm_jax.workdir import Loaded, has_checkpoints, load, read_record
 
 SHOWN = 8
 """Samples of each model in the figure."""
@@ -85,9 +87,9 @@ def likelihood(
       UserError: presets cannot be compared, a file cannot be written, or a preset failed.
     """
     require_one_process()
-    chosen = begun(choose(presets, data), workdir)
+    chosen = begun(choose(presets, data), workdir, data_dir)
     first = next(iter(chosen.values()))
-    directory = Path(data_dir or first.data_dir).expanduser()
+    directory = local_path(data_dir or first.data_dir)
     out = workdir / f"likelihood-{data}" if out is None else out
     check_writable(out / "ledger.json")
     check_seed(seed)
@@ -144,7 +146,7 @@ def choose(names: tuple[str, ...], data: str) -> dict[str, Experiment]:
     return {name: known[name] for name in names}
 
 
-def begun(chosen: dict[str, Experiment], workdir: Path) -> dict[str, Experiment]:
+def begun(chosen: dict[str, Experiment], workdir: Path, data_dir: str | None) -> dict[str, Experiment]:
     """The same, but where a run has begun with its own settings.
 
     Raises:
@@ -155,20 +157,23 @@ def begun(chosen: dict[str, Experiment], workdir: Path) -> dict[str, Experiment]
         for name, experiment in chosen.items()
     }
     first = next(iter(chosen))
-    expected = held_out(chosen[first])
+    expected = held_out(chosen[first], data_dir)
     for name, experiment in experiments.items():
-        if held_out(experiment) != expected:
+        if (found := held_out(experiment, data_dir)) != expected:
             raise UserError(
-                f"{workdir / name} is measured on {held_out(experiment)} and {first} on {expected}: "
+                f"{workdir / name} is measured on {found} and {first} on {expected}: "
                 f"choose other --presets, or another --workdir"
             )
     return experiments
 
 
-def held_out(experiment: Experiment) -> str:
+def held_out(experiment: Experiment, data_dir: str | None) -> str:
     """What two runs must share for their bits to be comparable."""
     data, image = experiment.data, build(experiment.model).inputs["image"]
-    return f"{data.name}, split {data.test}, shape {image.shape}, {image.limit} levels"
+    name, directory = data.name, local_path(data_dir or experiment.data_dir)
+    if ":" not in name:  # a preset's; a run's record has the version
+        name = full_name(find_data_set(name, directory), directory)
+    return f"{name}, split {data.test}, shape {image.shape}, {image.limit} levels"
 
 
 def complete(path: Path, experiment: Experiment) -> bool:

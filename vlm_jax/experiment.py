@@ -1,35 +1,19 @@
-"""All that one run is told, and its record in the run's directory."""
+"""All that one run is told, and the record of it."""
 
-import contextlib
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
-from filelock import FileLock, Timeout
 
 from vlm_jax.data import Data
 from vlm_jax.errors import UserError
+from vlm_jax.identity import identity
 from vlm_jax.models import family_of, read_config
 from vlm_jax.sharding import MeshShape
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.trees import leaves_by_path
-
-RUN_FIELDS = (
-    "workdir",
-    "data_dir",
-    "mesh",
-    "distributed",
-    "zero_shot",
-    "steps",
-    "log_every",
-    "checkpoint_every",
-    "keep_last",
-)
-"""What may change between one start of a run and the next: none of it changes the value of any step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +102,17 @@ class Experiment:
                 raise UserError(f"{path.replace('/', '.')} is {value}: it must be a finite number")
 
 
-def to_record(preset: str, experiment: Experiment) -> dict[str, Any]:
-    """The experiment as JSON values, with what its defaults stand for written out."""
+def to_record(preset: str, experiment: Experiment, examples: Mapping[str, int]) -> dict[str, Any]:
+    """The experiment as JSON values, with what its defaults stand for written out.
+
+    Args:
+      examples: in each split of its data set, of which `experiment.data.name` should tell the version.
+    """
     optimizer = experiment.optimizer
     if optimizer.schedule != "constant" and optimizer.decay_steps is None:
         experiment = replace(experiment, optimizer=replace(optimizer, decay_steps=experiment.steps))
     fields = msgspec.json.decode(msgspec.json.encode(experiment))
-    return {"preset": preset, "family": family_of(experiment.model), **fields}
+    return {"preset": preset, "family": family_of(experiment.model), "examples": dict(examples), **fields}
 
 
 def from_record(record: dict[str, Any]) -> Experiment:
@@ -133,89 +121,13 @@ def from_record(record: dict[str, Any]) -> Experiment:
     Raises:
       UserError: it does not describe an experiment of this version of the library.
     """
-    fields = {name: value for name, value in record.items() if name not in ("preset", "family")}
+    fields = {name: value for name, value in record.items() if name not in ("preset", "family", "examples")}
     try:
         experiment = msgspec.convert(fields, Experiment)
-        return replace(experiment, model=read_config(record["family"], fields["model"]))
+        experiment = replace(experiment, model=read_config(record["family"], fields["model"]))
     except (msgspec.ValidationError, KeyError) as error:
         raise UserError(f"the record does not describe an experiment of this version: {error}") from error
-
-
-def read_record(workdir: Path) -> dict[str, Any]:
-    """`config.json` of a run.
-
-    Raises:
-      UserError: `workdir` is not the directory of a run.
-    """
-    path = workdir / "config.json"
-    try:
-        return json.loads(path.read_text(), object_hook=modern)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{workdir} is not the directory of a run: it has no config.json") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}): restore it from a copy, or train anew elsewhere") from error
-
-
-def modern(part: dict[str, Any]) -> dict[str, Any]:
-    """A part of a record that an older version may have written, as this one writes it."""
-    if isinstance(part.get("remat"), bool):  # up to 0.1.0
-        part["remat"] = "all" if part["remat"] else "none"
-    return part
-
-
-@contextlib.contextmanager
-def claimed_workdir(workdir: Path, record: dict[str, Any]) -> Iterator[None]:
-    """Makes `workdir` this run's for as long as the context lasts, and writes the record into it.
-
-    The directory belongs to a configuration from the first checkpoint on: before it there is nothing to lose.
-
-    Raises:
-      UserError: another process is writing there, or the directory belongs to another configuration; the message
-        shows the difference.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(workdir / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise UserError(
-            f"another process is writing to {workdir}: wait for it, stop it, or choose another --workdir"
-        ) from error
-    try:
-        changes = differences(read_record(workdir), record) if has_checkpoints(workdir) else []
-        if changes:
-            raise UserError(
-                f"{workdir} belongs to another configuration ({'; '.join(changes)}): "
-                f"choose another --workdir, or run the command that began it"
-            )
-        temporary = workdir / "config.json.tmp"
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(workdir / "config.json")
-        yield
-    finally:
-        lock.release()
-
-
-def has_checkpoints(workdir: Path) -> bool:
-    """Whether anything was saved in the directory of a run."""
-    return any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The fields of two records that make them different runs, as "path: old -> new"."""
-    old_leaves, new_leaves = flatten(old), flatten(new)
-    return [
-        f"{path}: {old_leaves.get(path, 'absent')} -> {new_leaves.get(path, 'absent')}"
-        for path in sorted(old_leaves.keys() | new_leaves.keys())
-        if path.split(".")[0] not in RUN_FIELDS and old_leaves.get(path, ...) != new_leaves.get(path, ...)
-    ]
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """JSON objects as dotted paths to JSON texts."""
-    if not isinstance(value, dict):
-        return {prefix: json.dumps(value)}
-    leaves: dict[str, str] = {}
-    for name, branch in value.items():
-        leaves |= flatten(branch, f"{prefix}.{name}" if prefix else name)
-    return leaves
+    # msgspec passes over what it does not know, which may be what the numbers depend on.
+    if unknown := sorted(identity(fields).keys() - identity(to_record("", experiment, {})).keys()):
+        raise UserError(f"the record has the field {unknown[0]}, which this version of vlm_jax does not know")
+    return experiment

@@ -1,19 +1,35 @@
-"""A run's directory, as what it holds: a model, its variables, its tokenizer."""
+"""A run's directory: the names in it, who writes there, and what it holds: a model, its variables, its tokenizer."""
 
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
+from filelock import Timeout
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from vlm_jax.contract import Model, Variables, abstract_batch
 from vlm_jax.data import Tokenizer, load_tokenizer
 from vlm_jax.errors import UserError
-from vlm_jax.experiment import Experiment, from_record, read_record
+from vlm_jax.experiment import Experiment, from_record
+from vlm_jax.files import replace_file
+from vlm_jax.identity import changes, identity, listed
+from vlm_jax.locks import exclusive
 from vlm_jax.models import build
+from vlm_jax.paths import local_path
 from vlm_jax.sharding import parameter_shardings, replicated
 from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.saved import check_path, saved_steps
 from vlm_jax.trees import merge, partition
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -37,17 +53,24 @@ def load(workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = No
       mesh: where to lay out the variables, by the model's rules; None: on the first device.
 
     Raises:
-      UserError: `workdir` is not the directory of a run, or has no such or no sound checkpoint, or has lost
-        its tokenizer.
+      UserError: `workdir` is not the directory of a run, or has no such or no sound checkpoint, or what is in it does
+        not belong together.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = local_path(workdir)
     experiment = from_record(read_record(workdir))
-    tokenizer = None
-    if experiment.data.text is not None:
-        if not (workdir / "tokenizer.json").exists():
-            raise UserError(f"{workdir} has lost its tokenizer.json, by which its model reads: copy it back")
-        tokenizer = load_tokenizer(workdir / "tokenizer.json")
-    model = build(experiment.model)
+    if not has_checkpoints(workdir):
+        raise UserError(f"{workdir} has no checkpoint yet: let the run reach its first one")
+    tokenizer = None if experiment.data.text is None else read_tokenizer(workdir)
+    with Checkpoints(workdir / CHECKPOINTS, read_only=True, identity=read_identity(workdir)) as checkpoints:
+        model = build(experiment.model)
+        step, variables = restore_variables(checkpoints, model, experiment, step, mesh)
+    return Loaded(model=model, variables=variables, tokenizer=tokenizer, experiment=experiment, step=step)
+
+
+def restore_variables(
+    checkpoints: Checkpoints, model: Model, experiment: Experiment, step: int | None, mesh: Mesh | None
+) -> tuple[int, Variables]:
+    """What `load` returns of a run's checkpoints, of which there is one at least."""
     batch = abstract_batch(model.inputs, experiment.batch_size)
     collections = dict(jax.eval_shape(model.init, jax.random.key(0), batch))
     params = collections.pop("params")
@@ -67,19 +90,117 @@ def load(workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = No
     if experiment.ema_decay is not None:
         # The average covers the live parameters; the frozen ones stand among the parameters only.
         items = {"ema": live, "state": collections} if not frozen else {**items, "ema": live}
-
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore(items, checkpoints.best_step() if step is None else step)
-    if restored is None:
-        raise UserError(f"{workdir} has no checkpoint yet: let the run reach its first one")
+    restored = checkpoints.restore(items, checkpoints.best_step() if step is None else step)
+    assert restored is not None
     step, values = restored
     if "ema" in values:
         frozen, _ = partition(values.get("params", {}), model.frozen)
         values["params"] = merge(values["ema"], frozen)
-    return Loaded(
-        model=model,
-        variables={"params": values["params"], **values["state"]},
-        tokenizer=tokenizer,
-        experiment=experiment,
-        step=step,
-    )
+    return step, {"params": values["params"], **values["state"]}
+
+
+def read_record(workdir: Path) -> dict[str, Any]:
+    """What `to_record` made, from the directory of a run.
+
+    Raises:
+      UserError: `workdir` is not the directory of a run, or its record is damaged.
+    """
+    path = workdir / CONFIG
+    try:
+        record = json.loads(path.read_bytes())
+        if not isinstance(record, dict):
+            raise ValueError("it is no JSON object")
+        identity(record)  # fails where it is nested too deep
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{workdir} is not the directory of a run: it has no {CONFIG}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend that") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): restore it from a copy, or train anew elsewhere") from error
+    return record
+
+
+def read_identity(workdir: Path) -> dict[str, str]:
+    """The facts that make the run of a directory this run and no other, its tokenizer's digest among them.
+
+    Raises:
+      UserError: `workdir` is not the directory of a run, or a file there cannot be read.
+    """
+    facts = identity(read_record(workdir))
+    path = workdir / TOKENIZER
+    try:
+        facts[TOKENIZER] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend that") from error
+    return facts
+
+
+def read_tokenizer(workdir: Path) -> Tokenizer:
+    """The tokenizer that a run began with.
+
+    Raises:
+      UserError: it is not there, or is none.
+    """
+    if not (workdir / TOKENIZER).exists():
+        raise UserError(f"{workdir} has lost its {TOKENIZER}, which gives its tokens their meaning: copy it back")
+    return load_tokenizer(workdir / TOKENIZER)
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether anything was saved in the directory of a run."""
+    return bool(saved_steps(workdir / CHECKPOINTS))
+
+
+@contextlib.contextmanager
+def claimed_workdir(workdir: Path, record: dict[str, Any]) -> Iterator[None]:
+    """Makes `workdir` this run's for as long as the context lasts, and writes the record into it.
+
+    The directory belongs to a configuration from the first checkpoint on: before it there is nothing to lose.
+
+    Raises:
+      UserError: another process is writing there, or the directory belongs to another configuration, which the
+        message shows; or it cannot be written.
+    """
+    check_path(workdir / CHECKPOINTS, read_only=False)
+    with contextlib.ExitStack() as stack:
+        with failure_told(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(exclusive(workdir / LOCK, timeout=0))
+            except Timeout as error:
+                raise UserError(
+                    f"another process is writing to {workdir} (it holds {error.lock_file}): wait for it, stop it, or "
+                    f"choose another --workdir"
+                ) from error
+            found = changes(identity(read_record(workdir)), identity(record)) if has_checkpoints(workdir) else []
+            if found:
+                raise UserError(
+                    f"{workdir} belongs to another configuration ({listed(found)}): choose another --workdir, or give "
+                    f"these the values that they had"
+                )
+            text = json.dumps(record, indent=2) + "\n"
+            replace_file(workdir / CONFIG, lambda temporary: temporary.write_text(text))
+        yield
+
+
+def write_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
+    """Keeps the tokenizer that a run begins with.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with failure_told(workdir):
+        replace_file(workdir / TOKENIZER, tokenizer.save)
+
+
+@contextlib.contextmanager
+def failure_told(workdir: Path) -> Iterator[None]:
+    """Turns a failure to write into what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or workdir} cannot be written ({error.strerror}): mend that, or choose another --workdir"
+        ) from error

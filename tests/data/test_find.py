@@ -1,7 +1,7 @@
 import pytest
 
 from vlm_jax.data import open_source
-from vlm_jax.data.find import find_data_set
+from vlm_jax.data.find import find_data_set, full_name
 from vlm_jax.errors import UserError
 
 
@@ -34,6 +34,23 @@ def foreign(tmp_path):
 )
 def test_foreign_names(foreign, name, directory):
     assert find_data_set(name, foreign) == foreign / directory
+    assert find_data_set(full_name(foreign / directory, foreign), foreign) == foreign / directory
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [("easy_vqa", "easy_vqa/questions:1.0.0"), ("easy_vqa/color", "easy_vqa/color:1.0.0"), ("digits", "digits:1.0.0")],
+)
+def test_our_own_have_versions_too(data_dir, name, full):
+    directory = find_data_set(name, data_dir)
+    assert full_name(directory, data_dir) == full
+    assert find_data_set(full, data_dir) == directory
+
+
+def test_another_version_of_ours_is_found_where_it_was_prepared(tmp_path):
+    (tmp_path / "digits" / "0.9.0").mkdir(parents=True)
+    (tmp_path / "digits" / "0.9.0" / "dataset_info.json").write_text("{}")
+    assert find_data_set("digits:0.9.0", tmp_path) == tmp_path / "digits" / "0.9.0"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +61,10 @@ def test_foreign_names(foreign, name, directory):
         ("qqqqqq", r"no data set 'qqqqqq': did you mean one of \['openmoji', .*'cifar10:3\.0\.2'"),
         ("", r"no data set '': did you mean one of \['openmoji'"),
         ("../cifar10", r"no data set '\.\./cifar10'"),
-        ("openmoji:2.0.0", r"no data set 'openmoji:2\.0\.0': those that start with openmoji are \['openmoji'\]"),
+        (
+            "openmoji:2.0.0",
+            r"openmoji:2\.0\.0 is not prepared in .*, and this vlm_jax makes openmoji:1\.0\.0: choose that",
+        ),
         ("easy_vqa/colour", r"no data set 'easy_vqa/colour': those .* are \['easy_vqa/questions', 'easy_vqa/color', "),
         ("imagenet_resized", r"several configurations in .*: choose one of \['imagenet_resized/32x32', 'imagenet_"),
         (

@@ -77,7 +77,7 @@ def test_a_preset_that_fails_does_not_take_the_others_with_it(
     assert "kde-tiny failed: MemoryError: too large\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"test": "validation"}, {"name": "fashion_mnist"}, {"image_size": 16}])
+@pytest.mark.parametrize("change", [{"test": "validation"}, {"name": "digits:1.0.1"}, {"image_size": 16}])
 def test_a_run_of_other_images_is_refused(vae_run: Path, tmp_path: Path, change: dict) -> None:
     workdir = shutil.copytree(vae_run, tmp_path / "vae-tiny")
     record = json.loads((workdir / "config.json").read_text())
@@ -85,7 +85,7 @@ def test_a_run_of_other_images_is_refused(vae_run: Path, tmp_path: Path, change:
     if "image_size" in change:
         record["model"] |= change
     (workdir / "config.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"vae-tiny is measured on .* and kde-tiny on digits, split test, shape"):
+    with pytest.raises(UserError, match=r"vae-tiny is measured on .* and kde-tiny on digits:1.0.0, split test, shape"):
         likelihood(presets=("kde-tiny", "vae-tiny"), workdir=tmp_path)
     assert not (tmp_path / "kde-tiny").exists()
 

@@ -1,6 +1,7 @@
 """From the name of a data set to the directory that holds it."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,18 +28,18 @@ def find_data_set(name: str, data_dir: Path) -> Path:
     Args:
       name: "openmoji", "easy_vqa" (its questions), "easy_vqa/color", "easy_vqa/shape", "digits", or any data set that
         TFDS has prepared under `data_dir`: "fashion_mnist", "coco_captions:1.1.0", "imagenet_resized/32x32". Of
-        several prepared versions the newest is meant.
+        several prepared versions the newest is meant, of ours the one that this library makes.
 
     Raises:
       UserError: there is no such data set, or it is not prepared, or the name fits several.
     """
     base = _base(name)
-    if base in BUILDERS:
-        ours = [own for own in own_names() if _base(own) == base]
-        if name not in (base, *ours):
-            raise UserError(f"there is no data set {name!r}: those that start with {base} are {ours}")
-        return prepare(ours[0] if name == base else name, data_dir)
     wanted, _, version = name.partition(":")
+    if base in BUILDERS and version in ("", str(BUILDERS[base].VERSION)):
+        ours = [own for own in own_names() if _base(own) == base]
+        if wanted not in (base, *ours):
+            raise UserError(f"there is no data set {name!r}: those that start with {base} are {ours}")
+        return prepare(ours[0] if wanted == base else wanted, data_dir)
     prepared = list(_prepared(data_dir))
     fitting = [
         found for found in prepared if wanted in (found.name, _base(found.name)) and version in ("", found.version)
@@ -49,6 +50,11 @@ def find_data_set(name: str, data_dir: Path) -> Path:
     if len(configurations) > 1:
         raise UserError(f"{name} has several configurations in {data_dir}: choose one of {configurations}")
     return max(fitting, key=lambda found: [int(number) for number in found.version.split(".")]).directory
+
+
+def full_name(directory: Path, data_dir: Path) -> str:
+    """By which `find_data_set` finds this directory and no other: "coco_captions/2014:1.1.0", "digits:1.0.0"."""
+    return f"{Path(os.path.relpath(directory.parent, data_dir)).as_posix()}:{directory.name}"
 
 
 def mend(name: str, data_dir: Path) -> str:
@@ -78,6 +84,9 @@ def _prepared(data_dir: Path) -> Iterator[_Prepared]:
 def _why_not_found(name: str, data_dir: Path, prepared: list[_Prepared]) -> str:
     base = _base(name)
     there = sorted(f"{found.name}:{found.version}" for found in prepared)
+    if base in BUILDERS:
+        made = f"{base}:{BUILDERS[base].VERSION}"
+        return f"{name} is not prepared in {data_dir}, which has {there}, and this vlm_jax makes {made}: choose that"
     known = {*tfds.list_builders(with_community_datasets=False), *(_base(found.name) for found in prepared)}
     if base in known:
         return f"{name} is not prepared in {data_dir}, which has {there}: {_build(name, data_dir)}"

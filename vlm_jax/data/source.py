@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from vlm_jax.data.find import find_data_set, mend
+from vlm_jax.data.find import find_data_set, full_name, mend
 from vlm_jax.data.picture import Picture
 from vlm_jax.errors import UserError
 
@@ -33,6 +33,10 @@ class Source:
     label_names: tuple[str, ...] | None
     label_fields: tuple[str, ...]
     """The fields of the data set that are labels; of several, none of which is called so, `label` is none."""
+    full_name: str
+    """With configuration and version, as `find_data_set` takes it: "coco_captions/2014:1.1.0"."""
+    examples: dict[str, int]
+    """In each split of the data set."""
     _records: Any = field(repr=False)
     _features: tfds.features.FeaturesDict = field(repr=False)
     _keys: dict[str, str] = field(repr=False)
@@ -150,6 +154,8 @@ def open_source(name: str, split: str, data_dir: Path, *, label: str | None = No
         directory=directory,
         label_names=tuple(features[keys["label"]].names) if "label" in keys else None,
         label_fields=labels,
+        full_name=full_name(directory, data_dir),
+        examples=_examples(builder),
         _records=_open_split(builder, name, split),
         _features=tfds.features.FeaturesDict({key: features[key] for key in keys.values()}),
         _keys=keys,
