@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 from jax.experimental import topologies
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 
 from experiments.presets import from_command_line
 from vlm_jax.commandline import command
@@ -18,7 +18,7 @@ from vlm_jax.contract import abstract_batch
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import build
-from vlm_jax.sharding import batch_sharding, check_batch_size, make_mesh, replicated
+from vlm_jax.sharding import batch_sharding, check_batch_size, make_mesh, placed, replicated
 from vlm_jax.train.optim import make_optimizer
 from vlm_jax.train.step import TrainState, init_train_state, make_train_step, train_state_shardings
 from vlm_jax.trees import count_parameters
@@ -103,17 +103,14 @@ def lower_step(experiment: Experiment, mesh: Mesh) -> tuple[TrainState, jax.stag
     def init(key: jax.Array, batch: Any) -> TrainState:
         return init_train_state(model, optimizer, key, batch, ema_decay=experiment.ema_decay)
 
-    def placed(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
     key, batch = jax.eval_shape(lambda: jax.random.key(0)), abstract_batch(model.inputs, experiment.batch_size)
     # Abstract, for what is computed while tracing would have to run on the mesh's devices.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         state = jax.eval_shape(init, key, batch)
         shardings = train_state_shardings(model, optimizer, state, mesh)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-        batch = {name: placed(leaf, batch_sharding(mesh)) for name, leaf in batch.items()}
-        return state, jitted.lower(jax.tree.map(placed, state, shardings), batch, placed(key, replicated(mesh)))
+        batch = placed(batch, batch_sharding(mesh))
+        return state, jitted.lower(placed(state, shardings), batch, placed(key, replicated(mesh)))
 
 
 def collectives(program: str) -> tuple[Counter[str], Counter[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Int
 
 from vlm_jax.contract import Rule
@@ -161,6 +161,15 @@ def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh
                 f"the parameter {path} of shape {list(shape)} cannot be split over --mesh.{axis} {mesh.shape[axis]}: "
                 f"choose one that divides {dimension}"
             )
+
+
+def placed(tree: PyTree, shardings: PyTree) -> PyTree:
+    """The shapes and dtypes of `tree`, to lie as `shardings` say: one for each leaf, or one for all of a branch."""
+
+    def place(sharding: Sharding, branch: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), branch)
+
+    return jax.tree.map(place, shardings, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -21,7 +21,7 @@ from vlm_jax.identity import changes, identity, listed
 from vlm_jax.locks import exclusive
 from vlm_jax.models import build
 from vlm_jax.paths import local_path
-from vlm_jax.sharding import parameter_shardings, replicated
+from vlm_jax.sharding import parameter_shardings, placed, replicated
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.saved import check_path, saved_steps
 from vlm_jax.trees import merge, partition
@@ -76,15 +76,10 @@ def restore_variables(
     params = collections.pop("params")
     if mesh is None:
         device = SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: device, (params, collections))
+        params, collections = placed((params, collections), device)
     else:
-        everywhere = replicated(mesh)
-        shardings = parameter_shardings(params, model.rules, mesh), jax.tree.map(lambda _: everywhere, collections)
-    params, collections = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        (params, collections),
-        shardings,
-    )
+        params = placed(params, parameter_shardings(params, model.rules, mesh))
+        collections = placed(collections, replicated(mesh))
     frozen, live = partition(params, model.frozen)
     items = {"params": params, "state": collections}
     if experiment.ema_decay is not None:

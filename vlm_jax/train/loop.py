@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from vlm_jax.contract import Batch, Model, Variables, abstract_batch, check_batch
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
-from vlm_jax.sharding import check_batch_size, make_mesh, process_rows, replicated, to_global
+from vlm_jax.sharding import batch_sharding, check_batch_size, make_mesh, placed, process_rows, replicated, to_global
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.metrics import MetricsLog
 from vlm_jax.train.optim import learning_rate_schedule, make_optimizer
@@ -77,7 +77,9 @@ def fit(
         stack.enter_context(jax.set_mesh(mesh))
         directory = workdir / "checkpoints"
         checkpoints = stack.enter_context(Checkpoints(directory, keep_last=experiment.keep_last, identity=identity))
-        abstract = jax.eval_shape(init, init_key, abstract_batch(model.inputs, experiment.batch_size))
+        # Traced for batches that lie as those to come, so that the initialisation itself need not be traced again.
+        batch = placed(abstract_batch(model.inputs, experiment.batch_size), batch_sharding(mesh))
+        abstract = jax.jit(init).eval_shape(init_key, batch)
         shardings = train_state_shardings(model, optimizer, abstract, mesh)
         state = restore(checkpoints, abstract, shardings)
         if state is None:
@@ -135,10 +137,7 @@ def fit(
 
 def restore(checkpoints: Checkpoints, abstract: TrainState, shardings: TrainState) -> TrainState | None:
     """The newest good state, laid out on this mesh."""
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-    )
-    restored = checkpoints.restore(placed._asdict())
+    restored = checkpoints.restore(placed(abstract, shardings)._asdict())
     return None if restored is None else TrainState(**restored[1])
 
 
