@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
@@ -15,7 +16,7 @@ from tools.compile_report import lower_step
 from vlm_jax.contract import Model, abstract_batch
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import build, clip
-from vlm_jax.sharding import MeshShape, batch_sharding, constrain, make_mesh
+from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.trees import count_parameters
 
 PRESETS = {name: experiment for name, (_, experiment) in presets().items()}
@@ -211,7 +212,7 @@ def test_texts_norms_and_temperatures_are_the_published_ones(name: str):
 
 
 def scalars(model: Model, key: jax.Array) -> dict[str, jax.Array]:
-    batch = {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in abstract_batch(model.inputs, 1).items()}
+    batch = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in abstract_batch(model.inputs, 1).items()}
     return {name: leaf for name, leaf in model.init(key, batch)["params"].items() if name.startswith("log")}
 
 
@@ -270,11 +271,13 @@ def test_no_activation_of_the_whole_batch_goes_to_every_device(name: str, capfd:
 
 
 @pytest.mark.usefixtures("uncached")
-def test_the_partitioner_still_warns(capfd: pytest.CaptureFixture[str]):
-    """Of a lookup in a table that is split by width, which the test above exists to find."""
+def test_the_partitioner_still_warns_where_every_device_gets_the_whole(capfd: pytest.CaptureFixture[str]):
+    """Which the test above exists to find: of a change of layout that no release so far makes piece by piece."""
     mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
-    with jax.set_mesh(mesh):
-        table = placed(jax.ShapeDtypeStruct((16, 8), "float32"), NamedSharding(mesh, PartitionSpec("tensor", "fsdp")))
-        tokens = placed(jax.ShapeDtypeStruct((8, 4), "int32"), batch_sharding(mesh))
-        jax.jit(lambda table, tokens: constrain(table[tokens], "batch", None, None)).lower(table, tokens).compile()
+    before, after = (
+        NamedSharding(mesh, spec) for spec in (PartitionSpec("fsdp"), PartitionSpec(None, ("data", "fsdp")))
+    )
+    x = placed(jax.ShapeDtypeStruct((8, 16), "float32"), before)
+    compiled = jax.jit(jnp.sin, out_shardings=after).lower(x).compile()
+    assert "f32[8,16]" in compiled.as_text()
     assert WHOLE_ON_EVERY_DEVICE in capfd.readouterr().err

@@ -184,12 +184,13 @@ def build(config: Config) -> Model:
     def init(key: Array, batch: Batch) -> Variables:
         """Pseudo-inputs start as images of the batch: from random ones the prior's components hardly separate."""
         image, count = batch["image"], config.pseudo_inputs
-        variables = module.init(key, image, noise_like(image, key))
+        variables = module.init(key, image, jnp.zeros((len(image), config.latent)))
         if count is None:
             return variables
-        chosen = jax.random.permutation(key, image)[jnp.arange(count) % len(image)]
+        choice_key, noise_key = jax.random.split(key)
+        chosen = jax.random.permutation(choice_key, image)[jnp.arange(count) % len(image)]
         # The noise tells those apart that start as the same image.
-        noise = 0.05 * jax.random.normal(key, chosen.shape)
+        noise = 0.05 * jax.random.normal(noise_key, chosen.shape)
         return {"params": {**variables["params"], "pseudo_inputs": to_unit_range(chosen, config.levels) + noise}}
 
     def loss(
