@@ -3,13 +3,30 @@
 import math
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from invertible import jacobian_log_det, random_variables
-from vlm_jax.nn.coupling import ActNorm, Coupling, InvertibleConv, MultiScale, Repeated, Split, Step, squeeze, unsqueeze
+from reference import conv, random_params
+from vlm_jax.nn.coupling import (
+    ActNorm,
+    Coupling,
+    CouplingNet,
+    InvertibleConv,
+    MultiScale,
+    Repeated,
+    Split,
+    Step,
+    mixture_logit,
+    mixture_logit_inverse,
+    squeeze,
+    transform,
+    unsqueeze,
+)
 from vlm_jax.nn.masked_flow import MaskedStep
 
 KEY = jax.random.key(0)
@@ -72,6 +89,77 @@ def test_actnorm_makes_the_first_batch_standard():
     (y, _), _ = jax.jit(ActNorm().init_with_output)(KEY, x)
     np.testing.assert_allclose(np.mean(y, axis=(0, 1, 2)), 0, atol=1e-4)
     np.testing.assert_allclose(np.var(y, axis=(0, 1, 2)), 1, atol=1e-4)
+
+
+def test_actnorm_of_a_constant_channel_adds_a_millionth_to_its_variance():
+    (y, _), variables = ActNorm().init_with_output(KEY, jnp.full((2, 2, 2, 1), 3.0))
+    np.testing.assert_allclose(variables["params"]["log_scale"], -0.5 * math.log(1e-6), rtol=1e-6)
+    np.testing.assert_allclose(variables["params"]["shift"], -3000, rtol=1e-5)
+    np.testing.assert_allclose(y, 0, atol=1e-2)
+
+
+def test_one_layer_stretches_or_shrinks_by_at_most_the_square_of_e():
+    """exp(2 tanh(s / 2)): of small outputs exp(s), and of any its derivative is the log-determinant."""
+    outputs = jnp.array([-1e4, -1.0, -0.01, 0.01, 1.0, 1e4])
+    expected = np.array([-2, -2 * math.tanh(0.5), -0.01, 0.01, 2 * math.tanh(0.5), 2])
+    x = jnp.full((6, 1, 1, 1), 3.0)
+    network = jnp.stack([outputs, jnp.full(6, 0.5)], axis=-1)[:, None, None]
+    y, log_det = transform(x, network, 0, inverse=False)
+    np.testing.assert_allclose(log_det, expected, rtol=1e-4)
+    np.testing.assert_allclose(y.ravel(), 3 * np.exp(expected) + 0.5, rtol=1e-4)
+
+
+def test_a_mixture_is_the_logit_of_its_distribution_function():
+    """1902.00275, equation 8, in float64; and its logistics are as bounded as an affine map."""
+    random = np.random.default_rng(0)
+    parameters = random.normal(size=(1, 4, 4, 2, 3, 3)) * np.array([1, 1, 0.5])
+    parameters[0, 0, 0, 0, :, 2], parameters[0, 0, 0, 1, :, 2] = 1e4, -1e4
+    x = random.normal(size=(1, 4, 4, 2))
+    weights = scipy.special.softmax(parameters[..., 0], axis=-1)
+    scales = np.exp(2 * np.tanh(parameters[..., 2] / 2))
+    z = (x[..., None] - parameters[..., 1]) / scales
+    below = np.sum(weights * scipy.special.expit(z), axis=-1)
+    density = np.sum(weights * scipy.special.expit(z) * scipy.special.expit(-z) / scales, axis=-1)
+    x, parameters = jnp.float32(x), jnp.float32(parameters)
+    y, log_slope = mixture_logit(x, parameters)
+    np.testing.assert_allclose(y, scipy.special.logit(below), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(log_slope, np.log(density / below / (1 - below)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(mixture_logit_inverse)(y, parameters), x, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["whole", "with all hidden units dropped"])
+def test_a_couplings_network_is_glows_of_relus_after_actnorms(dropped: bool):
+    module, x = CouplingNet(8, 2, mixtures=2, dropout=1 - 1e-6), np.float32(X)
+    params = random_params(jax.eval_shape(module.init, KEY, x)["params"])
+    rngs = {"dropout": KEY}
+    y = jax.jit(lambda params: module.apply({"params": params}, x, train=dropped, rngs=rngs))(params)
+    for name in ("in", "hidden"):
+        norm = params[f"norm_{name}"]
+        x = conv(params[f"conv_{name}"], x) * np.exp(norm["log_scale"]) + norm["shift"]
+        x = np.maximum(x, 0)
+    np.testing.assert_allclose(y, conv(params["parameters"], x * (not dropped)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_logistics_of_a_coupling_start_apart_from_minus_two_to_two():
+    x = jnp.zeros((1, 1, 1, 2))
+    start = CouplingNet(8, 2, mixtures=3).init_with_output(KEY, x)[0].reshape(2, 11)
+    logistics = start[:, 2:].reshape(2, 3, 3)
+    np.testing.assert_array_equal(logistics[..., 1], [[-2, 0, 2]] * 2)
+    assert jnp.sum(jnp.abs(start)) == 8
+
+
+class Dropping(nn.Module):
+    """A step that adds 0 or 2 to each element in training."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: None, *, inverse: bool, train: bool) -> tuple[jax.Array, jax.Array]:
+        return x + nn.Dropout(0.5, deterministic=not train)(jnp.ones_like(x)), jnp.zeros(len(x))
+
+
+def test_each_step_drops_out_by_itself():
+    x = jnp.zeros((1, 8, 8, 1))
+    sums, _ = Repeated(Dropping, 2).apply({}, x, train=True, rngs={"dropout": KEY})
+    assert set(np.unique(sums)) == {0, 2, 4}
 
 
 def test_every_actnorm_of_a_stack_sees_what_those_before_it_make_of_the_first_batch():

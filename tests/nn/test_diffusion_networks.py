@@ -1,18 +1,22 @@
 """The U-Net and the diffusion transformer: sizes, what they see, where they start."""
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from reference import attention, conv, dense, group_norm, layer_norm, mlp, random_params, silu
 from vlm_jax.errors import UserError
-from vlm_jax.nn.conditioning import timestep_features
+from vlm_jax.nn.conditioning import Conditioning, timestep_features
 from vlm_jax.nn.denoiser import Denoiser, Network, sampling_labels, training_labels
 from vlm_jax.nn.dit import DiT, DiTTower, position_features
 from vlm_jax.nn.transformer import Transformer
-from vlm_jax.nn.unet import UNet, UNetTower, check_unet
+from vlm_jax.nn.unet import SpatialAttention, UNet, UNetBlock, UNetTower, check_unet
+from vlm_jax.nn.vision import patchify, unpatchify
 from vlm_jax.trees import count_parameters, leaves_by_path
 
 KEY = jax.random.key(0)
@@ -107,6 +111,100 @@ def test_position_features_tell_columns_then_rows():
     for row, column in ((0, 0), (2, 1), (1, 2)):
         expected = [wave(place * frequencies) for place in (column, row) for wave in (np.sin, np.cos)]
         np.testing.assert_allclose(features[row, column], np.concatenate(expected), atol=1e-6)
+
+
+TRANSFORMER = Transformer(width=8, depth=2, heads=2, mlp=12, norm_eps=0.3, scan=False)
+TOWERS: dict[str, Any] = {
+    "unet": UNetTower(UNet(widths=(8, 16), blocks=1, attention=(2,), heads=2, groups=4), 2, 3),
+    "dit": DiTTower(DiT(patch_size=2, transformer=TRANSFORMER), 2, 3),
+}
+ALL_DROPPED = 1 - 1e-6
+
+
+def condition_of(params: Any, features: int, *, endpoint: bool) -> np.ndarray:
+    frequencies = 10_000.0 ** -np.linspace(0, 1, features // 2, endpoint=endpoint)
+    angles = TIME[:, None].astype(np.float64) * frequencies
+    x = dense(params["time_in"], np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
+    return dense(params["time_out"], silu(x)) + params["label"][LABEL]
+
+
+def dit_formula(params: Any, *, dropped: bool) -> np.ndarray:
+    """2212.09748, section 3.2: adaLN-Zero."""
+    condition = silu(condition_of(params["conditioning"], 256, endpoint=False))
+    x = dense(params["patch"], patchify(X, 2)) + position_features(2, 8)
+    for block in (params["block_0"], params["block_1"]):
+        modulation = np.split(dense(block["modulation"], condition)[:, None], 6, axis=-1)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
+        y = layer_norm({}, x, 0.3) * (1 + scale) + shift
+        x = x + gate * attention(block["attention"], y, y, 2) * (not dropped)
+        y = layer_norm({}, x, 0.3) * (1 + mlp_scale) + mlp_shift
+        x = x + mlp_gate * mlp(block["mlp"], y, "gelu_tanh") * (not dropped)
+    shift, scale = np.split(dense(params["last_modulation"], condition)[:, None], 2, axis=-1)
+    return unpatchify(dense(params["last"], layer_norm({}, x, 0.3) * (1 + scale) + shift), 2, 2)
+
+
+def unet_formula(params: Any, *, dropped: bool) -> np.ndarray:
+    """2006.11239, appendix B, at widths of 8 and 16 and one block at each."""
+    condition = silu(condition_of(params["conditioning"], 8, endpoint=True))
+
+    def block(name: str, x: np.ndarray) -> np.ndarray:
+        p = params[name]
+        y = conv(p["conv_in"], silu(group_norm(p["norm_in"], x, 4)))
+        y = silu(group_norm(p["norm_out"], y + dense(p["condition"], condition)[:, None, None], 4))
+        y = conv(p["conv_out"], 0 * y if dropped else y)
+        return y + (dense(p["skip"], x) if "skip" in p else x)
+
+    def attend(name: str, x: np.ndarray) -> np.ndarray:
+        y = group_norm(params[name]["norm"], x, 4).reshape(3, 4, 16)
+        return x + attention(params[name], y, y, 2).reshape(x.shape)
+
+    first = conv(params["first"], X)
+    fine = block("down_0_0", first)
+    down = conv(params["down_1"]["conv"], fine, stride=2)
+    coarse = attend("down_1_0_attention", block("down_1_0", down))
+    x = block("middle_1", attend("middle_attention", block("middle_0", coarse)))
+    for i, skip in enumerate((coarse, down)):
+        x = attend(f"up_1_{i}_attention", block(f"up_1_{i}", np.concatenate([x, skip], axis=-1)))
+    x = conv(params["up_1"]["conv"], x.repeat(2, axis=1).repeat(2, axis=2))
+    for i, skip in enumerate((fine, first)):
+        x = block(f"up_0_{i}", np.concatenate([x, skip], axis=-1))
+    return conv(params["last"], silu(group_norm(params["norm_out"], x, 4)))
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["whole", "with all branches dropped"])
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_network_is_that_of_its_paper(name: str, dropped: bool):
+    tower = TOWERS[name]
+    params = random_params(jax.eval_shape(tower.init, KEY, X, TIME, LABEL)["params"], scale=0.3)
+    expected = {"unet": unet_formula, "dit": dit_formula}[name](params, dropped=dropped)
+    if dropped:
+        config = tower.config
+        if name == "dit":
+            config = replace(config, transformer=replace(TRANSFORMER, dropout=ALL_DROPPED))
+        else:
+            config = replace(config, dropout=ALL_DROPPED)
+        tower = tower.clone(config=config)
+    apply = jax.jit(
+        lambda params: tower.apply({"params": params}, X, TIME, LABEL, train=dropped, rngs={"dropout": KEY})
+    )
+    y = apply(params)
+    np.testing.assert_allclose(y, expected, atol=1e-3 * np.abs(expected).max())
+    assert np.abs(expected).max() > 0.1
+
+
+def test_blocks_and_attention_of_the_unet_start_as_almost_their_skips():
+    """By kernels of a variance of 1e-10 over the mean of inputs and outputs, where DDPM's release has a scale of 0."""
+    config, x = UNet(widths=(64,), groups=8), np.zeros((1, 1, 1, 64), np.float32)
+    block = jax.jit(UNetBlock(config, 64).init, static_argnames="train")(KEY, x, x[:, 0, 0], train=False)["params"]
+    np.testing.assert_allclose(block["conv_out"]["kernel"].var(), 1e-10 / (9 * 64), rtol=0.05)
+    attention = jax.jit(SpatialAttention(config).init)(KEY, x)["params"]
+    np.testing.assert_allclose(attention["out"]["kernel"].var(), 1e-10 / 64, rtol=0.1)
+
+
+def test_what_tells_the_class_starts_with_the_deviation_of_a_fiftieth():
+    module = Conditioning(8, 8, False, classes=2000)
+    params = jax.jit(module.init)(KEY, np.zeros(1, np.float32))["params"]
+    np.testing.assert_allclose(params["label"].std(), 0.02, rtol=0.05)
 
 
 def count(tower: UNetTower | DiTTower, side: int, channels: int) -> int:

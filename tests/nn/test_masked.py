@@ -1,39 +1,55 @@
 """Gated masked convolutions: as masked kernels over the whole window, and what each pixel's output depends on."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from reference import conv, dense, random_params
 from vlm_jax.nn.masked import GatedLayer, GatedStack
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(1, 5, 6, 4)).astype(np.float32)
 
 
-def test_a_layer_is_that_of_the_paper_with_masked_kernels():
-    """1606.05328, figure 2, with convolutions of the whole 3x3 and 1x3 windows whose weights to come are zero."""
-    layer = GatedLayer(width=4, kernel=3)
-    v, h = X, X[:, ::-1]
-    call = jax.jit(lambda variables: layer.apply(variables, (v, h), None, False)[0])
-    variables = jax.jit(lambda key: layer.init(key, (v, h), None, False))(KEY)
-    params = variables["params"]
+@pytest.mark.parametrize("dropped", [False, True], ids=["whole", "with both gates dropped"])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_a_layer_is_that_of_the_paper_with_masked_kernels(kernel: int, dropped: bool):
+    """1606.05328, figure 2 and section 2.3, with whole windows around the pixel whose weights to come are zero."""
+    layer = GatedLayer(width=4, kernel=kernel, classes=3, dropout=1 - 1e-6)
+    v, h, label = X, X[:, ::-1], np.array([2])
+    args = (v, h), label, dropped
+    params = random_params(jax.eval_shape(lambda: layer.init(KEY, *args))["params"], scale=0.3)
+    rows, pixels = jax.jit(lambda params: layer.apply({"params": params}, *args, rngs={"dropout": KEY})[0])(params)
 
-    def convolution(x: np.ndarray, layer: dict[str, jax.Array]) -> jax.Array:
-        kernel = layer["kernel"]
-        height = 3 if len(kernel) > 1 else 1
-        masked = np.zeros((height, 3, *kernel.shape[2:]), np.float32)
-        masked[: len(kernel), : kernel.shape[1]] = kernel
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, masked, (1, 1), "SAME", dimension_numbers=dimensions) + layer["bias"]
+    def masked(x: np.ndarray, params: Any) -> np.ndarray:
+        rows, columns, *widths = params["kernel"].shape
+        whole = np.zeros((kernel if rows > 1 else 1, kernel, *widths))
+        whole[:rows, :columns] = params["kernel"]
+        return conv({"kernel": whole, "bias": params["bias"]}, x)
 
-    def gate(x: jax.Array) -> jax.Array:
-        return jnp.tanh(x[..., :4]) / (1 + jnp.exp(-x[..., 4:]))
+    def gate(x: np.ndarray) -> np.ndarray:
+        return np.tanh(x[..., :4]) / (1 + np.exp(-x[..., 4:])) * (not dropped)
 
-    above = convolution(v, params["vertical_conv"])
-    beside = convolution(h, params["horizontal_conv"]) + above @ params["link"]["kernel"]
-    rows, pixels = call(variables)
+    told = np.split(params["label"][2], 2)
+    above = masked(v, params["vertical_conv"]) + told[0]
+    beside = masked(h, params["horizontal_conv"]) + above @ params["link"]["kernel"] + told[1]
     np.testing.assert_allclose(rows, v + gate(above), atol=1e-5)
-    np.testing.assert_allclose(pixels, h + gate(beside) @ params["out"]["kernel"] + params["out"]["bias"], atol=1e-5)
+    np.testing.assert_allclose(pixels, h + dense(params["out"], gate(beside)), atol=1e-5)
+
+
+def test_each_layer_drops_out_by_itself_and_labels_start_with_the_deviation_of_a_fiftieth():
+    """Two layers that each add 0 or 2 to a pixel's feature, of gates that are 1: sums of 0, 2 and 4."""
+    stack, x = GatedStack(width=64, depth=2, kernel=1, classes=20, dropout=0.5), np.zeros((1, 1, 1, 64), np.float32)
+    variables = jax.jit(stack.init)(KEY, x, np.array([0]))
+    np.testing.assert_allclose(variables["params"]["layers"]["label"].std(), 0.02, rtol=0.05)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), variables["params"])
+    params["layers"]["horizontal_conv"]["bias"][:] = 20
+    params["layers"]["out"]["kernel"][:] = np.eye(64)
+    sums = stack.apply({"params": params}, x, np.array([0]), train=True, rngs={"dropout": KEY})
+    assert set(np.unique(sums.round(3))) == {0, 2, 4}
 
 
 def test_an_output_depends_on_all_pixels_before_its_own_and_on_no_other():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from invertible import jacobian_log_det, random_variables
+from reference import conv, elu, random_params
 from vlm_jax.nn.coupling import MultiScale
 from vlm_jax.nn.masked_flow import MaskedStep, MaskedUnit, RowFlow
 
@@ -73,3 +74,27 @@ def test_a_unit_starts_as_the_identity():
     (y, log_det), _ = jax.jit(MaskedUnit(8).init_with_output)(KEY, X)
     np.testing.assert_array_equal(y, X)
     np.testing.assert_array_equal(log_det, 0)
+
+
+def test_a_row_is_scaled_and_shifted_by_the_formula():
+    """exp(2 tanh(s / 2)) and t, of exponential linear units of the two rows above and five columns."""
+    module, x = RowFlow(8, 2), np.asarray(X, np.float64)
+    params = random_params(jax.eval_shape(module.init, KEY, X)["params"])
+    y, log_det = jax.jit(module.apply)({"params": params}, X)
+    above = np.pad(x, ((0, 0), (2, 0), (0, 0), (0, 0)))
+    # A window of two rows, with one of zeros below, gives at each row what stands below it and the next.
+    hidden = elu(conv(params["conv_in"], above)[:, :4])
+    outputs = conv(params["parameters"], elu(conv(params["conv_hidden"], hidden))).reshape(*x.shape, 2)
+    log_scale = 2 * np.tanh(outputs[..., 0] / 2)
+    np.testing.assert_allclose(y, x * np.exp(log_scale) + outputs[..., 1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(log_det, log_scale.sum(axis=(1, 2, 3)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_coupling_of_a_step_sees_the_context_and_drops_out_in_training():
+    context = jax.random.normal(jax.random.key(1), (3, 4, 4, 2))
+    module, rngs = MaskedStep(8, 8, dropout=0.5), {"dropout": KEY}
+    variables = random_params(jax.eval_shape(module.init, KEY, X, context))
+    apply = jax.jit(partial(module.apply, rngs=rngs), static_argnames="train")
+    still, _ = apply(variables, X, context)
+    assert np.abs(apply(variables, X, context + 1)[0] - still).max() > 1e-3
+    assert np.abs(apply(variables, X, context, train=True)[0] - still).max() > 1e-3

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import reference
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import empty_cache
 from vlm_jax.nn.transformer import ACTIVATIONS, Transformer, TransformerStack, unrolled
@@ -183,3 +184,31 @@ def test_activations():
     tanh = np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))
     np.testing.assert_allclose(ACTIVATIONS["gelu_tanh"](x), x * (1 + tanh) / 2, atol=1e-6)
     np.testing.assert_allclose(ACTIVATIONS["quick_gelu"](x), x / (1 + np.exp(-1.702 * x)), atol=1e-6)
+
+
+NORM_EPS = 0.3
+"""Of about the size of the variances that it is added to."""
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_stack_is_that_of_the_formula(unrolled_params, activation: Any, causal: bool):
+    config = replace(UNROLLED, activation=activation, norm_eps=NORM_EPS)
+    expected = reference.transformer(unrolled_params, X, config, causal=causal)
+    np.testing.assert_allclose(apply(config, unrolled_params, X, causal=causal), expected, atol=1e-5)
+
+
+def test_a_mask_says_who_is_attended_to(unrolled_params):
+    """With a mask of the past it is the causal stack."""
+    mask = np.tri(LENGTH, dtype=bool)[None, None]
+    past = jax.jit(lambda x: TransformerStack(UNROLLED).apply({"params": unrolled_params}, x, mask=mask)[0])
+    np.testing.assert_allclose(past(X), apply(UNROLLED, unrolled_params, X, causal=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_dropout_of_all_leaves_the_residual_stream(unrolled_params, scan: bool):
+    """At a rate of all but one in a million, no branch adds anything."""
+    config, params = (SCANNED, stacked(unrolled_params)) if scan else (UNROLLED, unrolled_params)
+    dropping = replace(config, dropout=1 - 1e-6)
+    y = apply(dropping, params, X, train=True, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_allclose(y, reference.layer_norm(params["final_norm"], X, config.norm_eps), atol=1e-5)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import reference
 from vlm_jax.errors import UserError
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.vision import VisionTower, VisionTransformer, patchify, unpatchify
@@ -89,3 +90,32 @@ def test_patches_that_do_not_tile_the_image_are_refused(size: int):
     message = f"an image of 8 pixels a side cannot be cut into patches of {size}: choose a patch_size"
     with pytest.raises(UserError, match=message):
         replace(CLASS, patch_size=size)
+
+
+@pytest.mark.parametrize("pool", TOWERS)
+def test_a_tower_is_that_of_the_formula(pool: str):
+    """With a class token or SigLIP's attention pooling, two heads, and an epsilon as large as the variances."""
+    settings = replace(CLASS.transformer, norm_eps=0.3, activation="gelu")
+    config = replace(TOWERS[pool], transformer=settings)
+    params = random_params(config)
+    x = reference.dense(params["patch"], patchify(IMAGE, 4))
+    if pool == "class":
+        x = np.concatenate([np.broadcast_to(params["class_token"], (2, 1, 8)), x], axis=1)
+    x = x + params["position"]
+    if pool == "class":
+        x = reference.layer_norm(params["pre_norm"], x, 0.3)
+    x = reference.transformer(params["transformer"], x, settings)
+    expected = x[:, 0] if pool == "class" else reference.attention_pool(params["pool"], x, settings)
+    y = jax.jit(VisionTower(config).apply)({"params": params}, IMAGE)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pool", TOWERS)
+def test_positions_and_the_class_token_start_with_the_length_of_one(pool: str):
+    """In expectation: each of the width's values has the variance 1 / width."""
+    config = replace(TOWERS[pool], image_size=64, transformer=replace(CLASS.transformer, width=64, mlp=8))
+    image = np.zeros((1, 64, 64, 3), np.float32)
+    params = jax.jit(VisionTower(config).init)(jax.random.key(0), image)["params"]
+    for name in ("position", "class_token") if pool == "class" else ("position",):
+        length = np.square(params[name]).sum(axis=-1)
+        np.testing.assert_allclose(length.mean(), 1, atol=5 * np.sqrt(2 / 64 / length.size))
