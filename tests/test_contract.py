@@ -164,17 +164,8 @@ def test_capabilities_return_what_the_contract_says(model: Model, variables):
             y = jax.eval_shape(partial(function, known=known), variables, KEY, image)
             assert (y.shape, y.dtype) == (image.shape, image.dtype)
         else:
-            y = jax.eval_shape(function, variables, batch, KEY)
-            assert len(y.shape) == 2 and jnp.issubdtype(y.dtype, jnp.integer)
+            raise AssertionError(f"nothing here says what {capability} returns")
     assert declared
-
-
-def test_both_encoders_share_a_space_or_there_is_one(model: Model, variables):
-    if model.encode_image is not None and model.encode_text is not None:
-        batch = random_batch(model)
-        image = jax.eval_shape(model.encode_image, variables, batch["image"])
-        text = jax.eval_shape(model.encode_text, variables, batch["tokens"])
-        assert image.shape == text.shape
 
 
 def test_a_likelihood_says_whether_it_is_a_bound(model: Model):

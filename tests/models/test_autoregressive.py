@@ -286,6 +286,14 @@ def test_a_model_without_preference_takes_the_logarithm_of_its_levels():
     np.testing.assert_allclose(loss, math.log2(3), rtol=1e-6)
 
 
+def test_places_and_labels_start_with_the_deviation_of_a_fiftieth():
+    model = autoregressive.build(config(64, 1, 2, 1, classes=50, width=32))
+    batch = {"image": np.zeros((1, 64, 64, 1), np.uint8), "label": np.zeros(1, np.int32)}
+    tables = jax.jit(lambda key: [model.init(key, batch)["params"][name] for name in ("row", "column", "label")])(KEY)
+    for table in tables:
+        np.testing.assert_allclose(table.std(), 0.02, rtol=0.06)
+
+
 def test_dropout_is_for_training_alone():
     plain, dropping = (autoregressive.build(config(2, 1, 3, 1, dropout=rate)) for rate in (0.0, 0.5))
     variables, batch = random_variables(config(2, 1, 3, 1)), {"image": all_images(config(2, 1, 3, 1))}

@@ -82,6 +82,24 @@ def test_a_vector_of_zeros_has_a_finite_gradient():
     assert jnp.isfinite(gradient).all()
 
 
+def test_a_short_vector_becomes_one_of_unit_length_too():
+    np.testing.assert_allclose(clip.unit(jnp.array([[3e-5, -4e-5]])), [[0.6, -0.8]], rtol=1e-5)
+
+
+def test_tables_of_texts_start_with_the_published_deviations():
+    """Those of OpenAI's release: a fiftieth for tokens, a hundredth for positions."""
+    config = replace(CLIP, text=replace(CLIP.text, vocab_size=500, context_length=400))
+    batch = {"image": IMAGE[:1], "tokens": np.full((1, 400), EOS, np.int32)}
+
+    def tables(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        text = clip.build(config).init(key, batch)["params"]["text"]
+        return text["token"]["embedding"], text["position"]
+
+    token, position = jax.jit(tables)(KEY)
+    np.testing.assert_allclose(token.std(), 0.02, rtol=0.05)
+    np.testing.assert_allclose(position.std(), 0.01, rtol=0.05)
+
+
 def test_clip_starts_at_its_published_temperature():
     params = jax.jit(clip.build(CLIP).init)(KEY, BATCH_OF_PAIRS)["params"]
     np.testing.assert_allclose(params["log_scale"], math.log(1 / 0.07), rtol=1e-6)

@@ -243,3 +243,9 @@ def test_latents_are_real_vectors_without_a_likelihood():
 def test_steps_that_do_not_fit_are_refused(changes: dict[str, int]):
     with pytest.raises(UserError, match=r"sampling_steps=\d+ must be from 1 to timesteps=\d+"):
         replace(CONFIG, **changes)
+
+
+def test_too_few_steps_of_linear_betas_are_refused_before_they_are_built():
+    assert diffusion.build(replace(CONFIG, timesteps=21, sampling_steps=1)).sample is not None
+    with pytest.raises(UserError, match=r"timesteps=20 of linear betas would add more noise than there can be: choose"):
+        replace(CONFIG, timesteps=20, sampling_steps=1)

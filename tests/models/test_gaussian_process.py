@@ -207,12 +207,19 @@ def test_it_starts_with_the_mean_and_variance_of_the_batch():
     y = (image.reshape(50, 48) + 0.5) / 256
     np.testing.assert_allclose(params["mean"], y.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(np.diag(covariance(LARGE, params)), y.var(axis=0).mean() + JITTER, rtol=1e-4)
+    # A fifth of it is noise; the length is of two pixels, and neighbours are alike before any training.
+    np.testing.assert_allclose(np.exp(2 * params["log_noise"]), y.var(axis=0).mean() / 5, rtol=1e-4)
+    np.testing.assert_allclose(np.exp(params["log_length_scale"]), 2, rtol=1e-6)
+    assert JITTER == 1e-5
 
 
 def test_images_that_are_all_alike_have_a_density():
     model = gaussian_process.build(SMALL)
     batch = {"image": jnp.zeros((3, 2, 2, 1), jnp.uint8)}
-    assert jnp.isfinite(model.log_likelihood(model.init(KEY, batch), batch, KEY)).all()
+    variables = model.init(KEY, batch)
+    assert jnp.isfinite(model.log_likelihood(variables, batch, KEY)).all()
+    # The deviation is that of a level at least.
+    np.testing.assert_allclose(np.exp(variables["params"]["log_noise"]), math.sqrt(0.2) / 3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{"image_size": 0}, {"channels": 0}, {"levels": 1}])

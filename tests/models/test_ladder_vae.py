@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from optimized import mapped
+from reference import ACTIVATIONS, conv, dense, random_params
 from vlm_jax.errors import UserError
 from vlm_jax.models import ladder_vae
 from vlm_jax.models.ladder_vae import Config, LadderVAE
@@ -169,6 +170,46 @@ def test_a_posterior_that_is_the_prior_costs_nothing():
     assert abs(aux.metrics["rate_bits_per_dim"]) < 1e-6
     _, aux = jax.jit(lambda: MODEL.loss(variables, BATCH, KEY, 0, train=False))()
     assert aux.metrics["rate_bits_per_dim"] > 1e-4
+
+
+def test_residual_branches_start_with_their_share_of_the_variance():
+    """1 / depth, so that the sum over a way's blocks does not grow with depth; priors start as the standard one."""
+    c = replace(CONFIG, width=48, hidden=32, latent=8, encoder_blocks=(1, 3), decoder_blocks=(2, 3))
+
+    def kernels(key: jax.Array) -> dict[str, jax.Array]:
+        params = ladder_vae.build(c).init(key, {"image": IMAGES[:1]})["params"]
+        encoder, decoder = params["encoder"]["size_1"], params["decoder"]["size_1"]
+        ends = {name: decoder[name]["expand"]["kernel"] for name in ("block", "posterior", "prior")}
+        return ends | {"encoder": encoder["block"]["expand"]["kernel"], "latent": decoder["latent"]["kernel"]}
+
+    variances = {name: kernel.var() for name, kernel in jax.jit(kernels)(KEY).items()}
+    expected = {"encoder": 1 / 4 / 32, "block": 1 / 5 / 32, "latent": 1 / 5 / 8, "posterior": 1 / 32, "prior": 0}
+    for name, variance in expected.items():
+        np.testing.assert_allclose(variances[name], variance, rtol=0.15, err_msg=name)
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["whole", "with its hidden units dropped"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_bottleneck_is_that_of_the_figure(size: int, dropped: bool):
+    """2011.10650, figure 3: a GELU before each of four convolutions, the middle ones 1x1 where images are small."""
+    x = np.random.default_rng(0).normal(size=(2, size, size, 6)).astype(np.float32)
+    block = ladder_vae.Bottleneck(5, 4, dropout=1 - 1e-6)
+    params = random_params(jax.eval_shape(block.init, KEY, x)["params"])
+    assert params["first"]["kernel"].shape[:2] == ((3, 3) if size == 3 else (1, 1))
+    rngs = {"dropout": KEY}
+    y = jax.jit(lambda params: block.apply({"params": params}, x, train=dropped, rngs=rngs))(params)
+    gelu = ACTIVATIONS["gelu_tanh"]
+    hidden = dense(params["reduce"], gelu(np.float64(x)))
+    for name in ("first", "second"):
+        hidden = conv(params[name], gelu(hidden))
+    np.testing.assert_allclose(y, dense(params["expand"], gelu(hidden) * (not dropped)), atol=1e-4)
+
+
+def test_pooling_is_the_mean_of_squares_and_enlarging_repeats():
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
+    squares = x.reshape(2, 2, 2, 2, 2, 3)
+    np.testing.assert_allclose(ladder_vae.pool(jnp.asarray(x), 2), squares.mean(axis=(2, 4)), atol=1e-6)
+    np.testing.assert_array_equal(ladder_vae.enlarge(jnp.asarray(x), 8), x.repeat(2, axis=1).repeat(2, axis=2))
 
 
 def test_deviations_are_bounded(variables: Any):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from optimized import mapped
 from vlm_jax.errors import UserError
@@ -116,3 +117,44 @@ def test_training_dequantises_levels():
 def test_too_few_steps_are_refused(name: str):
     with pytest.raises(UserError, match=f"{name} is 1: it must be at least 2"):
         replace(CONFIG, **{name: 1})
+
+
+class Zero(nn.Module):
+    """Says nothing."""
+
+    config: Any
+    channels: int
+
+    def __call__(self, x_t: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+        return jnp.zeros_like(x_t)
+
+
+@pytest.mark.parametrize("deviation", [0.5, 1.3])
+def test_edm_is_preconditioned_by_the_deviation_of_its_config(deviation: float, monkeypatch: pytest.MonkeyPatch):
+    """A network that says nothing leaves skip x_t for x: of x = 0.7 the error is skip eps sigma - (1 - skip) 0.7."""
+    monkeypatch.setattr(probability_flow, "Denoiser", Zero)
+    model = probability_flow.build(replace(CONFIG, process="edm", levels=None, data_deviation=deviation))
+    batch = {"image": jnp.full((20_000, 2, 2, 1), 0.7)}
+    loss, _ = jax.jit(lambda key: model.loss({}, batch, key, 0, train=True))(KEY)
+    u = (np.arange(10_000) + 0.5) / 10_000
+    sigma = np.exp(-1.2 + 1.2 * scipy.stats.norm.ppf(u))
+    skip = deviation**2 / (sigma**2 + deviation**2)
+    weight = (sigma**2 + deviation**2) / (sigma * deviation) ** 2
+    np.testing.assert_allclose(loss, np.mean(weight * ((skip * sigma) ** 2 + ((1 - skip) * 0.7) ** 2)), rtol=0.02)
+    # Denoised once more from the last deviation but one, what is left is skip x_t.
+    ask = probability_flow.build(
+        replace(CONFIG, process="edm", levels=None, data_deviation=deviation, sampling_steps=2, solver="ddim")
+    )
+    seen: list[np.ndarray] = []
+    ask.sample({}, KEY, {}, num=2, on_step=lambda done, x: seen.append(np.asarray(x)))
+    jax.effects_barrier()
+    skip = deviation**2 / (0.002**2 + deviation**2)
+    np.testing.assert_allclose(seen[1], skip * seen[0], rtol=1e-4)
+
+
+def test_deviations_of_samples_fall_by_the_seventh_power_from_80_to_a_five_hundredth():
+    """2206.00364, equation 5 and table 1."""
+    i = np.arange(12)
+    expected = (80 ** (1 / 7) + i / 11 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(probability_flow.karras_times(12), expected, rtol=1e-3)
+    assert CONFIG.data_deviation == 0.5

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from optimized import mapped
+from reference import random_params
 from vlm_jax.errors import UserError
 from vlm_jax.models import tarflow
 from vlm_jax.models.tarflow import Block, Config, TarFlow
@@ -184,6 +186,36 @@ def test_at_temperature_zero_each_class_has_one_image():
     model = tarflow.build(config)
     draw = jax.jit(lambda key: model.sample(variables, key, {}, num=64, temperature=0.0))
     assert len(np.unique(draw(KEY), axis=0)) == 2
+
+
+def test_places_and_labels_start_with_the_deviation_of_a_hundredth():
+    config = replace(WIDE, image_size=32, classes=100, transformer=replace(TRANSFORMER, depth=1))
+    x, label = jnp.zeros((1, 256, 4)), jnp.zeros(1, jnp.int32)
+    params = jax.jit(lambda key: {n: Block(config).init(key, x, label)["params"][n] for n in ("position", "label")})(
+        KEY
+    )
+    for table in params.values():
+        np.testing.assert_allclose(table.std(), 0.01, rtol=0.1)
+
+
+def test_each_block_drops_out_by_itself():
+    """Of two equal blocks that shift patches of 0 from the ends in turn: dropped alike, both ends would be alike."""
+    config = replace(SMALL, patch_size=1, transformer=replace(TRANSFORMER, depth=1, dropout=0.5))
+    module, x = TarFlow(config), jnp.zeros((1, 4, 1))
+    params = random_params(jax.eval_shape(module.init, KEY, x)["params"])
+
+    def equal_shifts(path: str, leaf: np.ndarray) -> np.ndarray:
+        if re.search("embed|position", path):
+            return np.zeros_like(leaf)
+        shift = np.array([1, 0]) if "affine" in path else 1  # and no scale
+        return np.repeat(leaf[:1] * np.float32(shift), 2, axis=0)
+
+    params = map_with_path(equal_shifts, params)
+    apply = jax.jit(lambda key: module.apply({"params": params}, x, train=True, rngs={"dropout": key})[0])
+    z = apply(KEY)
+    still = jax.jit(lambda: module.apply({"params": params}, x)[0])()
+    np.testing.assert_allclose(still, still[:, ::-1], atol=1e-5)
+    assert np.abs(z - z[:, ::-1]).max() > 1e-2
 
 
 def test_dropout_is_for_training_alone():

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 
 from optimized import mapped
 from vlm_jax.contract import Model
@@ -210,3 +212,38 @@ def test_a_learned_prior_mixes_the_posteriors_of_its_pseudo_inputs_which_start_a
 def test_pseudo_inputs_that_start_as_the_same_image_are_told_apart():
     pseudo = vae.build(replace(CONFIG, pseudo_inputs=6)).init(KEY, {"image": IMAGES[:2]})["params"]["pseudo_inputs"]
     assert len(np.unique(pseudo, axis=0)) == 6
+    # As the images are, but for noise of a twentieth of the range's half.
+    init = vae.build(replace(CONFIG, pseudo_inputs=200)).init
+    pseudo = np.asarray(jax.jit(lambda key: init(key, BATCH)["params"]["pseudo_inputs"])(KEY))
+    np.testing.assert_allclose((pseudo - np.round(pseudo)).std(), 0.05, rtol=0.1)
+
+
+NARROW_AND_WIDE = np.float32([[-1.0, 3.0], [2.0, 0.0]]), np.float32([[-4.0, 2.0], [1.5, -3.0]])
+"""Means and log-variances of the components of a learned prior of two dimensions."""
+
+
+def test_latents_of_a_learned_prior_have_the_moments_of_its_density(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vae.VAE, "pseudo_posteriors", lambda self: NARROW_AND_WIDE)
+    module, count = vae.VAE(replace(CONFIG, pseudo_inputs=2)), 20_000
+    variables = {"params": {"pseudo_inputs": jnp.zeros((2, 2, 2, 1))}}
+    z = module.apply(variables, KEY, count, method="draw_latent")
+    means, log_variances = (np.float64(values) for values in NARROW_AND_WIDE)
+    second_moments = np.square(means) + np.exp(log_variances)
+    fourth_moments = means**4 + 6 * means**2 * np.exp(log_variances) + 3 * np.exp(2 * log_variances)
+    for power, moments, squares in ((1, means, second_moments), (2, second_moments, fourth_moments)):
+        expected = moments.mean(axis=0)
+        error = np.sqrt((squares.mean(axis=0) - expected**2) / count)
+        assert (np.abs(np.mean(np.asarray(z, np.float64) ** power, axis=0) - expected) < 4 * error).all()
+    narrow = np.asarray(z)[np.asarray(z[:, 0]) < -0.5][:, 0]
+    # Of the narrow component nearly all; of the wide one its lower tail.
+    spread = np.mean(np.abs(narrow + 1) < math.exp(-2))
+    tails = [scipy.stats.norm.cdf(x, 2, math.exp(0.75)) for x in (-0.5, -1 - math.exp(-2), -1 + math.exp(-2))]
+    total = scipy.stats.norm.cdf(0.5 / math.exp(-2)) + tails[0]
+    inside = scipy.stats.norm.cdf(1) - scipy.stats.norm.cdf(-1) + tails[2] - tails[1]
+    np.testing.assert_allclose(spread, inside / total, atol=0.025)
+    log_density = module.apply(variables, z[:50], method="log_prior")
+    distance = np.asarray(z[:50], np.float64)[:, None] - means
+    components = scipy.stats.norm.logpdf(distance, scale=np.exp(log_variances / 2)).sum(axis=-1)
+    np.testing.assert_allclose(
+        log_density, scipy.special.logsumexp(components, axis=1) - math.log(2), rtol=1e-4, atol=1e-4
+    )

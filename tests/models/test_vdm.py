@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 
 from optimized import mapped
 from vlm_jax.contract import Model
@@ -56,6 +58,16 @@ class Recorder(nn.Module):
 
     def __call__(self, inputs: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
         SEEN.append((np.asarray(inputs, np.float64), np.asarray(time, np.float64)))
+        return -inputs[..., :1]
+
+
+class Silent(nn.Module):
+    """Predicts no noise at all."""
+
+    config: Any
+    channels: int
+
+    def __call__(self, inputs: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
         return -inputs[..., :1]
 
 
@@ -231,3 +243,36 @@ def test_configurations_that_do_not_fit_are_refused():
         vdm.Config(image_size=2, network=NETWORK, gamma_min=2.0, gamma_max=2.0)
     with pytest.raises(UserError, match=r"sampling_steps is 0: it must be at least 1"):
         vdm.Config(image_size=2, network=NETWORK, sampling_steps=0)
+
+
+def test_the_network_sees_the_octaves_that_the_config_names(monkeypatch: pytest.MonkeyPatch):
+    """sin and cos of 2 pi 2^n x, n by n: by default those of the release, as are the ends of gamma."""
+    default = vdm.Config(image_size=2, network=NETWORK)
+    assert (default.fourier, default.gamma_min, default.gamma_max) == ((6, 7), -13.3, 5.0)
+    monkeypatch.setattr(vdm, "Denoiser", Recorder)
+    x = np.linspace(-1.2, 1.3, 8, dtype=np.float32).reshape(2, 2, 2, 1)
+    for octaves in ((6, 7), (0, 3, 1)):
+        SEEN.clear()
+        vdm.VDM(replace(CONFIG, fourier=octaves)).apply(parameters(), jnp.asarray(x), jnp.zeros(2))
+        waves = [wave(2 * np.pi * 2.0**n * np.float64(x)) for n in octaves for wave in (np.sin, np.cos)]
+        np.testing.assert_allclose(SEEN[0][0], np.concatenate([x, *waves], axis=-1), atol=1e-3)
+
+
+@pytest.mark.parametrize("first", [-1.0, 0.3, 2.0])
+def test_what_much_noise_leaves_open_of_the_levels_is_the_quadratures(first: float, monkeypatch: pytest.MonkeyPatch):
+    """E log p(level | x_0) by Gauss and Hermite, with Bayes' rule between the three Gaussians of x_0 (equation 12)."""
+    monkeypatch.setattr(vdm, "Denoiser", Silent)
+    model = vdm.build(CONFIG)
+    variables = {"params": {"first_gamma": jnp.float32(first), "last_gamma": jnp.float32(6.0)}}
+    batch = {"image": jnp.tile(jnp.asarray(IMAGES).reshape(81, 2, 2, 1), (200, 1, 1, 1))}
+    _, aux = jax.jit(lambda: model.loss(variables, batch, KEY, 0, train=False))()
+    alpha, sigma = math.sqrt(1 / (1 + math.exp(first))), math.sqrt(1 / (1 + math.exp(-first)))
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    values = np.array([-1.0, 0.0, 1.0])
+    x_0 = alpha * values[:, None] + sigma * nodes
+    log_joint = scipy.stats.norm.logpdf(x_0[..., None], alpha * values, sigma)
+    log_posterior = log_joint - scipy.special.logsumexp(log_joint, axis=-1, keepdims=True)
+    own = log_posterior[np.arange(3), :, np.arange(3)] @ weights / weights.sum()
+    expected = -own.mean() / math.log(2)
+    assert expected > 0.2
+    np.testing.assert_allclose(aux.metrics["reconstruction_bits_per_dim"], expected, rtol=0.015)

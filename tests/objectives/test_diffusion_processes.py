@@ -226,3 +226,32 @@ def test_the_divergence_of_gaussians_is_zero_at_equality_and_the_expected_log_ra
         arguments = (jnp.float32(value) for value in (mean, log_variance, other, other_log_variance))
         actual = diffusion.divergence_of_gaussians(*arguments)
         np.testing.assert_allclose(actual, weights @ ratio / weights.sum(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("gamma", [-4.0, 0.0, 3.0])
+def test_levels_given_a_noisy_value_are_those_of_bayes_rule(gamma: float):
+    """2107.00630, equation 12: all levels equally likely before, each with a Gaussian of its own after."""
+    x_t = np.float32([-1.7, -0.4, 0.0, 0.3, 1.1])
+    alpha, sigma = math.sqrt(1 / (1 + math.exp(gamma))), math.sqrt(1 / (1 + math.exp(-gamma)))
+    expected = scipy.stats.norm.logpdf(x_t[:, None], alpha * np.linspace(-1, 1, 5), sigma)
+    expected = expected - np.logaddexp.reduce(expected, axis=1, keepdims=True)
+    logits = diffusion.level_logits(jnp.asarray(x_t), jnp.float32(gamma), 5)
+    np.testing.assert_allclose(jax.nn.log_softmax(logits), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_stratified_times_are_uniform_and_evenly_spread():
+    draws = np.asarray(jax.vmap(lambda key: diffusion.stratified(key, 5))(jax.random.split(KEY, 1000)))
+    np.testing.assert_allclose(np.diff(np.sort(draws, axis=1), axis=1), 0.2, atol=1e-5)
+    assert draws.min() >= 0 and draws.max() < 1
+    np.testing.assert_allclose(draws.mean(axis=0), 0.5, atol=4 * math.sqrt(1 / 12 / 1000))
+
+
+def test_data_of_another_deviation_have_their_own_preconditioning():
+    """2206.00364, table 1, at a deviation of 1.3."""
+    sigma, data = np.array([0.1, 1.0, 20.0]), 1.3
+    p = diffusion.edm_preconditioning(jnp.float32(sigma), data)
+    total = sigma**2 + data**2
+    expected = (data**2 / total, sigma * data / np.sqrt(total), 1 / np.sqrt(total), np.log(sigma) / 4)
+    for actual, value in zip(p[:4], expected, strict=True):
+        np.testing.assert_allclose(actual, value, rtol=1e-5)
+    np.testing.assert_allclose(p.weight, total / (sigma * data) ** 2, rtol=1e-5)

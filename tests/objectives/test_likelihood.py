@@ -155,6 +155,11 @@ def test_the_mean_of_a_mixture_follows_the_coefficients_between_channels():
     np.testing.assert_allclose(mean, expected, atol=1e-6)
 
 
+def test_the_mean_of_a_mixture_stays_within_the_range_of_the_levels():
+    outputs = jnp.array([[0.0, 3.0, -1.0], [0.0, -3.0, -1.0], [0.0, 0.4, -1.0]])
+    np.testing.assert_allclose(logistic_mixture_mean(outputs, 1)[:, 0], [1, -1, 0.4], rtol=1e-6)
+
+
 def test_gaussian_log_density_is_that_of_scipy():
     x, mean, log_variance = np.random.default_rng(0).normal(size=(3, 100)) * 2
     expected = scipy.stats.norm.logpdf(x, mean, np.exp(log_variance / 2))

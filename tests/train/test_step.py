@@ -1,5 +1,6 @@
 """The train step: one trajectory on any mesh, exact accumulation, averages, frozen subsets, mutable state."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -109,6 +110,22 @@ def test_accumulation_is_exact_with_unequal_masks(micro_steps: int) -> None:
     for name, value in whole_metrics.items():
         np.testing.assert_allclose(parts_metrics[name], value, atol=1e-6, err_msg=name)
     assert parts.state["counts"]["calls"] == micro_steps
+
+
+def test_each_part_of_a_batch_draws_for_itself() -> None:
+    """Of a loss that is a draw from the standard normal: a mean of four has a quarter of the variance."""
+
+    def loss(variables: dict, batch: dict, key: jax.Array, step: jax.Array, *, train: bool) -> tuple[jax.Array, Aux]:
+        value = jax.random.normal(key) + 0.0 * variables["params"]["table"].sum()
+        return value, Aux({}, jnp.float32(len(batch["tokens"])), {"counts": variables["counts"]})
+
+    model, optimizer, draws = replace(language_model(), loss=loss), optax.sgd(0.0), 4000
+    state = init_train_state(model, optimizer, jax.random.key(0), language_batch())
+    for micro_steps in (1, 4):
+        step = make_train_step(model, optimizer, micro_steps=micro_steps)
+        losses = jax.jit(jax.vmap(lambda key, step=step: step(state, language_batch(), key)[1]["loss"]))
+        values = losses(jax.random.split(jax.random.key(1), draws))
+        assert abs(values.var() * micro_steps - 1) < 5 * math.sqrt(2 / draws)
 
 
 def test_parts_are_strided() -> None:

@@ -76,6 +76,11 @@ class Config:
                 f"sampling_steps={self.sampling_steps} must be from 1 to timesteps={self.timesteps}, of which there "
                 f"must be 2 or more"
             )
+        if self.betas == "linear" and self.timesteps <= 20:
+            raise UserError(
+                f"timesteps={self.timesteps} of linear betas would add more noise than there can be: choose more than "
+                f"20, or betas=cosine"
+            )
 
 
 class Prediction(NamedTuple):

@@ -1,0 +1,81 @@
+"""The smallest configuration of each family and of each way that it may go: RGB images of 2x2 pixels and 3 levels."""
+
+from dataclasses import replace
+from typing import Any
+
+from vlm_jax.models import (
+    autoregressive,
+    clip,
+    diffusion,
+    flow,
+    gaussian_process,
+    kde,
+    ladder_vae,
+    pixelcnn,
+    probability_flow,
+    tarflow,
+    vae,
+    vdm,
+)
+from vlm_jax.nn.denoiser import Network
+from vlm_jax.nn.dit import DiT
+from vlm_jax.nn.transformer import Transformer
+from vlm_jax.nn.unet import UNet
+from vlm_jax.nn.vision import VisionTransformer
+
+DROPOUT = 0.5
+NORM_EPS = 0.25
+"""Of every norm whose epsilon a configuration holds."""
+
+IMAGE: dict[str, Any] = {"image_size": 2, "channels": 3, "levels": 3}
+TRANSFORMER = Transformer(width=8, depth=1, heads=2, mlp=8, norm_eps=NORM_EPS, dropout=DROPOUT, scan=False)
+UNET = Network(unet=UNet(widths=(8,), blocks=1, groups=4, dropout=DROPOUT), classes=2)
+DIT = Network(dit=DiT(patch_size=1, transformer=TRANSFORMER), classes=2)
+CLIP = clip.Config(
+    image=VisionTransformer(image_size=2, patch_size=1, pre_norm=True, transformer=TRANSFORMER),
+    text=clip.TextTransformer(vocab_size=6, context_length=3, eos_id=2, transformer=TRANSFORMER),
+    embedding=8,
+)
+VAE = vae.Config(**IMAGE, latent=2, widths=(8,), mixtures=1, dropout=DROPOUT)
+FLOW = flow.Config(**IMAGE, scales=1, steps=1, width=8, dropout=DROPOUT)
+DDPM = diffusion.Config(**IMAGE, network=UNET, timesteps=4, betas="cosine", sampling_steps=2, variance="learned")
+STRAIGHT = probability_flow.Config(**IMAGE, network=DIT, sampling_steps=2, likelihood_steps=2)
+
+CONFIGS: dict[str, Any] = {
+    "autoregressive": autoregressive.Config(**IMAGE, patch_size=2, classes=2, transformer=TRANSFORMER),
+    "autoregressive of mixtures": autoregressive.Config(**IMAGE, mixtures=1, transformer=TRANSFORMER),
+    "clip": CLIP,
+    "siglip": replace(
+        CLIP,
+        objective="sigmoid",
+        image=replace(CLIP.image, pool="attention", pre_norm=False),
+        text=replace(CLIP.text, pool="last"),
+        projection=False,
+    ),
+    "diffusion": DDPM,
+    "flow": FLOW,
+    "flow of learned noise": replace(FLOW, dequantisation="variational", dequantisation_steps=1, masked_width=8),
+    "gaussian process": gaussian_process.Config(**IMAGE, kernel="rbf"),
+    "kde": kde.Config(**IMAGE, kernel="discretised"),
+    "kde of densities": kde.Config(**IMAGE, kernel="gaussian", queries=2),
+    "ladder vae": ladder_vae.Config(
+        **IMAGE,
+        width=8,
+        hidden=8,
+        latent=1,
+        sizes=(2, 1),
+        encoder_blocks=(1, 1),
+        decoder_blocks=(1, 1),
+        mixtures=1,
+        dropout=DROPOUT,
+    ),
+    "pixelcnn": pixelcnn.Config(**IMAGE, width=8, depth=1, classes=2, dropout=DROPOUT),
+    "probability flow": STRAIGHT,
+    "edm": replace(STRAIGHT, process="edm"),
+    "tarflow": tarflow.Config(**IMAGE, patch_size=1, blocks=2, classes=2, transformer=TRANSFORMER),
+    "vae": VAE,
+    "vae of a learned prior": replace(VAE, pseudo_inputs=2),
+    "vdm": vdm.Config(
+        **IMAGE, network=UNET, gamma_min=-5.0, schedule="monotone", fourier=(0,), sampling_steps=2, predict="v"
+    ),
+}
