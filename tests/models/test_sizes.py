@@ -1,4 +1,4 @@
-"""A size that no model can have is refused by its name, in every family and every part of one."""
+"""A number that no model can have is refused by its name, in every family and every part of one."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields, is_dataclass, replace
@@ -42,3 +42,25 @@ def test_a_size_within_a_part_is_named_by_its_path() -> None:
     text = replace(model.text, transformer=replace(model.text.transformer, mlp=0))
     with pytest.raises(UserError, match=r"^model\.text\.transformer\.mlp is 0: it must be at least 1$"):
         build(replace(model, text=text))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "range_"),
+    [
+        ("dropout", -0.1, r"at least 0 and less than 1"),
+        ("dropout", 1.0, r"at least 0 and less than 1"),
+        ("norm_eps", 0.0, "above 0"),
+        ("norm_eps", -1e-6, "above 0"),
+    ],
+)
+def test_a_share_and_an_epsilon_have_their_ranges_wherever_they_stand(setting: str, value: float, range_: str) -> None:
+    model = TINY["clip-tiny"]
+    text = replace(model.text, transformer=replace(model.text.transformer, **{setting: value}))
+    with pytest.raises(UserError, match=rf"^model\.text\.transformer\.{setting} is {value}: it must be {range_}$"):
+        build(replace(model, text=text))
+
+
+def test_a_network_that_is_never_told_the_class_is_refused() -> None:
+    model = TINY["diffusion-tiny-ddpm"]
+    with pytest.raises(UserError, match=r"^model\.network\.class_dropout is 1\.0"):
+        build(replace(model, network=replace(model.network, class_dropout=1.0)))

@@ -7,14 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+import vlm_jax
 from tools.evaluate import evaluate, print_table
 from tools.sample import sample
+from vlm_jax.data import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evals import Evaluation, Subject
+
+
+def bits_per_dim(workdir: Path, draws: int) -> np.ndarray:
+    """[draws, 360] for the digits of the test split, by the model that is loaded."""
+    run = vlm_jax.load(workdir)
+    source = open_source(run.experiment.data.name, "test", Path(run.experiment.data_dir))
+    image = np.stack([record["image"].pixels(1) for record in (source[i] for i in range(len(source)))])
+    nats = jax.jit(lambda key: run.model.log_likelihood(run.variables, {"image": image}, key))
+    return np.stack([-nats(jax.random.key(seed)) for seed in range(draws)]) / (64 * np.log(2))
 
 
 def test_a_vae_is_measured_by_what_it_can_do(vae_run: Path, capsys: pytest.CaptureFixture) -> None:
@@ -24,8 +36,11 @@ def test_a_vae_is_measured_by_what_it_can_do(vae_run: Path, capsys: pytest.Captu
     assert {name.split("/")[0] for name in results} == {
         "step", "split", "examples", "seed", "bound", "likelihood", "importance_weighted", "reconstruction",
     }  # fmt: skip
-    assert 0 < results["importance_weighted/bits_per_dim"] < results["likelihood/bits_per_dim"] < 10
-    assert 0 < results["likelihood/bits_per_dim_standard_error"] < 0.1
+    bits = bits_per_dim(vae_run, draws=8)
+    np.testing.assert_allclose(results["likelihood/bits_per_dim"], bits.mean(), rtol=2e-3)
+    error = bits.mean(axis=0).std(ddof=1) / np.sqrt(360)
+    np.testing.assert_allclose(results["likelihood/bits_per_dim_standard_error"], error, rtol=0.05)
+    assert results["importance_weighted/bits_per_dim"] < results["likelihood/bits_per_dim"]
     print_table(results)
     assert "likelihood/bits_per_dim " in capsys.readouterr().out
 
