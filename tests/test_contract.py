@@ -1,4 +1,7 @@
-"""What every family owes: held for each tiny preset there is, so that a new family is covered by having one."""
+"""What every family owes: held for each tiny preset there is, so that a new family is covered by having one.
+
+What has to be compiled is held for the smallest configurations (`smallest.py`), and for the presets as a slow test.
+"""
 
 import json
 import re
@@ -13,6 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.presets import presets
+from smallest import CONFIGS as SMALLEST
 from vlm_jax.contract import CAPABILITIES, Input, Model, abstract_batch, check_batch
 from vlm_jax.errors import UserError
 from vlm_jax.models import FAMILIES, build, family_of, read_config
@@ -23,6 +27,7 @@ from vlm_jax.trees import leaves_by_path, partition
 
 CONFIGS = {name: experiment.model for name, (_, experiment) in presets().items()}
 TINY = [name for name in CONFIGS if "tiny" in name]
+COMPILED = SMALLEST | {name: CONFIGS[name] for name in TINY}
 BATCH = 4
 KEY = jax.random.key(0)
 
@@ -49,14 +54,14 @@ def abstract_variables(model: Model) -> Any:
     return jax.eval_shape(model.init, KEY, abstract_batch(model.inputs, BATCH))
 
 
-@pytest.fixture(scope="module", params=TINY)
-def name(request) -> str:
-    return request.param
+@pytest.fixture(scope="module", params=[*SMALLEST, *(pytest.param(name, marks=pytest.mark.slow) for name in TINY)])
+def config(request) -> Any:
+    return COMPILED[request.param]
 
 
 @pytest.fixture(scope="module")
-def model(name: str) -> Model:
-    return build(CONFIGS[name])
+def model(config: Any) -> Model:
+    return build(config)
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +90,18 @@ def value_and_grad(model: Model) -> Any:
     return call
 
 
-def test_every_family_has_a_tiny_preset():
+def test_every_family_has_a_tiny_preset_and_a_smallest_configuration():
     assert {family_of(CONFIGS[name]) for name in TINY} == set(FAMILIES)
+    assert {family_of(config) for config in SMALLEST.values()} == set(FAMILIES)
 
 
-def test_initialisation_is_a_function_of_the_key(name: str, model: Model, init):
+def test_initialisation_is_a_function_of_the_key(config: Any, model: Model, init):
     """Built and traced twice, so that nothing may be drawn when either happens."""
-    first, second = init(KEY), jax.jit(build(CONFIGS[name]).init)(KEY, random_batch(model))
+    first, second = init(KEY), jax.jit(build(config).init)(KEY, random_batch(model))
     jax.tree.map(np.testing.assert_array_equal, first, second)
     other = init(jax.random.key(1))
     differ = any((a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True))
-    assert differ == (family_of(CONFIGS[name]) not in CLOSED_FORM)
+    assert differ == (family_of(config) not in CLOSED_FORM)
     assert {leaf.dtype for leaf in jax.tree.leaves(first["params"])} == {np.dtype(np.float32)}
 
 
@@ -126,6 +132,8 @@ def test_the_weight_counts_examples_or_tokens(model: Model, variables):
         assert one >= BATCH and two == 2 * one
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", TINY, indirect=True)
 def test_gradients_reach_every_live_parameter(model: Model, variables, value_and_grad):
     _, gradients = value_and_grad(variables, KEY)
     _, live = partition(gradients, model.frozen)
@@ -136,7 +144,10 @@ def test_gradients_reach_every_live_parameter(model: Model, variables, value_and
     assert unreached == set()
 
 
-def test_capabilities_return_what_the_contract_says(model: Model, variables):
+@pytest.mark.parametrize("preset", TINY)
+def test_capabilities_return_what_the_contract_says(preset: str):
+    model = build(CONFIGS[preset])
+    variables = abstract_variables(model)
     batch = {name: jnp.asarray(values) for name, values in random_batch(model).items()}
     declared = [capability for capability in CAPABILITIES if getattr(model, capability) is not None]
     for capability in declared:

@@ -81,9 +81,9 @@ def test_decoding_honours_a_mask_as_the_full_causal_pass_does(variables):
     mask = np.broadcast_to(mask, (BATCH, 1, LENGTH, LENGTH)) | np.eye(LENGTH, dtype=bool)
     full, _ = jax.jit(lambda x, mask: MODULE.apply(variables, x, mask=mask, causal=True))(X, mask)
     step = jax.jit(lambda *args: MODULE.apply(variables, args[0], mask=args[1], cache=args[2], position=args[3]))
-    empty = empty_cache(BATCH, LENGTH + 2, HEADS, WIDTH // HEADS, layers=1, dtype="float32")
+    (empty,) = empty_cache(BATCH, LENGTH + 2, HEADS, WIDTH // HEADS, layers=1, dtype="float32")
     room = np.pad(mask, [(0, 0), (0, 0), (0, 0), (0, 2)], constant_values=True)
-    cache = Cache(empty.key[0] + 100, empty.value[0] + 100)
+    cache = Cache(empty.key + 100, empty.value + 100)
     for start, stop in [(0, 2), (2, 3), (3, 5)]:
         y, cache = step(X[:, start:stop], room[:, :, start:stop], cache, start)
         np.testing.assert_allclose(y, full[:, start:stop], atol=1e-6)

@@ -38,6 +38,7 @@ def test_a_finished_run_is_measured_as_it_is_beside_the_baselines(
     assert uniform.bits_per_dim == pytest.approx(math.log2(17))
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_trained_and_what_is_complete_is_not_touched(
     vae_run: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from vlm_jax.contract import Aux, Input, Model
 from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
-from vlm_jax.train.loop import fit
+from vlm_jax.train.loop import Validation, fit
 from vlm_jax.train.optim import Optimizer
 
 
@@ -47,7 +47,8 @@ def test_validation_scores_the_averaged_parameters_where_an_average_is_kept(
         ema_decay=decay,
         checkpoint_every=2,
     )
-    state = fit(line(), experiment, tmp_path, batches, lambda: iter([(ones, 8)]))
+    validation = Validation(lambda rows: iter([(ones, 8)]), batch_size=8)
+    state = fit(line(), experiment, tmp_path, batches, validation)
     lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     score = [each["validation_loss"] for each in lines if "validation_loss" in each][-1]
     now = float(state.params["height"])
