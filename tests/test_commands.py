@@ -166,14 +166,11 @@ def test_errors_are_one_line_and_status_2(module: str, tmp_path: Path) -> None:
     assert done.stderr == f"error: {tmp_path} is not the directory of a run: it has no config.json\n"
 
 
-@pytest.mark.parametrize("examples", [20, 7])
-def test_a_validation_split_smaller_than_the_batch_or_the_mesh_is_used(
-    examples: int, tmp_path: Path, data_dir: Path
-) -> None:
+def test_a_validation_split_smaller_than_the_batch_and_the_mesh_is_used(tmp_path: Path, data_dir: Path) -> None:
     preset = presets()["vae-tiny"][1]
     model = replace(preset.model, latent=2, widths=(8,), mixtures=1)
     small = replace(preset, model=model, steps=1, batch_size=32, workdir=str(tmp_path / "run"), data_dir=str(data_dir))
-    run.run("vae-tiny", replace(small, data=replace(preset.data, validation=f"validation[:{examples}]")))
+    run.run("vae-tiny", replace(small, data=replace(preset.data, validation="validation[:7]")))
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert math.isfinite(line["validation_loss"])
 

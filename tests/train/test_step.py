@@ -57,7 +57,7 @@ def trajectory(config: object, mesh: MeshShape, devices: int, steps: int = 10) -
     return {path: np.asarray(leaf) for path, leaf in leaves_by_path(state._asdict()).items()}
 
 
-@pytest.mark.parametrize("config", [CLIP, VAE], ids=["clip", "vae"])
+@pytest.mark.parametrize("config", [CLIP, pytest.param(VAE, marks=pytest.mark.slow)], ids=["clip", "vae"])
 def test_one_trajectory_on_one_and_eight_devices(config: object) -> None:
     """The contrastive loss spans the global batch, and the VAE draws noise inside the loss."""
     expected = trajectory(config, MeshShape(), 1)
