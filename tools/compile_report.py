@@ -56,7 +56,7 @@ def chips(topology: str) -> list[jax.Device]:
     except Exception as error:  # of several kinds
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"nothing can be compiled for --topology {topology} ({reason}): pip install -e '.[topology]', and choose "
+            f"nothing can be compiled for --topology {topology} ({reason}): pip install -e '.[tpu]', and choose "
             f"one such as v5e:16x16"
         ) from error
 

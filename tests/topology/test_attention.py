@@ -1,4 +1,4 @@
-"""Fused attention in programs that libtpu compiles for chips that are not here (extra `topology`)."""
+"""Fused attention in programs that libtpu compiles for chips that are not here (extra `tpu`)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Meshes and steps for chips that libtpu describes and that are not here (extra `topology`)."""
+"""Meshes and steps for chips that libtpu describes and that are not here (extra `tpu`)."""
 
 from collections.abc import Iterator
 from dataclasses import replace
