@@ -180,9 +180,18 @@ def gpt2(config: autoregressive.Config, batch_size: int) -> Contender:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     t, length, first = config.transformer, positions(config), config.levels
-    sizes = {"n_embd": t.width, "n_layer": t.depth, "n_head": t.heads, "n_inner": t.mlp, "n_positions": length + 1}
-    words = {"vocab_size": first + 1, "bos_token_id": first, "pad_token_id": 0, "eos_token_id": None}
-    network = GPT2LMHeadModel(GPT2Config(**sizes, **words)).eval()
+    peer = GPT2Config(
+        n_embd=t.width,
+        n_layer=t.depth,
+        n_head=t.heads,
+        n_inner=t.mlp,
+        n_positions=length + 1,
+        vocab_size=first + 1,
+        bos_token_id=first,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    network = GPT2LMHeadModel(peer).eval()
     start = torch.full((batch_size, 1), first)
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": length, "min_new_tokens": length}
 

@@ -35,7 +35,5 @@ def test_the_bytes_of_a_shape(shape: str, size: int):
 
 
 def test_an_unknown_topology_is_refused_in_one_sentence():
-    with pytest.raises(
-        UserError, match=r"nothing can be compiled for --topology v9z:2x2 .*pip install -e '.\[tpu\]'"
-    ):
+    with pytest.raises(UserError, match=r"nothing can be compiled for --topology v9z:2x2 .*pip install -e '.\[tpu\]'"):
         chips("v9z:2x2")
