@@ -16,7 +16,7 @@ from tools.compile_report import lower_step
 from vlm_jax.contract import Model, abstract_batch
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import build, clip
-from vlm_jax.sharding import MeshShape, make_mesh
+from vlm_jax.sharding import MeshShape, make_mesh, placed
 from vlm_jax.trees import count_parameters
 
 PRESETS = {name: experiment for name, (_, experiment) in presets().items()}
@@ -237,10 +237,6 @@ def test_the_schedule_is_the_published_one(name: str, learning_rate: float, b2: 
 def lowered_step(experiment: Experiment) -> jax.stages.Lowered:
     """The sharded train step of the published batch, without a single array."""
     return lower_step(experiment, make_mesh(MeshShape(data=2, fsdp=2, tensor=2)))[1]
-
-
-def placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 SCANNED = ("clip-vit-b16", "diffusion-dit-xl2")  # traced within seconds

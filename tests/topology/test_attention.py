@@ -6,7 +6,7 @@ import pytest
 from jax.experimental import topologies
 
 from vlm_jax.nn.transformer import TRANSFORMER_RULES, Transformer, TransformerStack
-from vlm_jax.sharding import MeshShape, batch_sharding, make_mesh, parameter_shardings
+from vlm_jax.sharding import MeshShape, batch_sharding, make_mesh, parameter_shardings, placed
 
 
 @pytest.mark.parametrize(("length", "width", "causal"), [(197, 128, False), (256, 144, False), (1024, 128, True)])
@@ -23,11 +23,7 @@ def test_the_kernel_compiles_for_a_v5e_in_a_stack_that_is_scanned_and_rematerial
     x = jax.ShapeDtypeStruct((8, length, width), jnp.float32, sharding=batch_sharding(mesh))
     params = jax.eval_shape(stack.init, jax.random.key(0), x)["params"]
     with jax.set_mesh(mesh):
-        params = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            params,
-            parameter_shardings(params, TRANSFORMER_RULES, mesh),
-        )
+        params = placed(params, parameter_shardings(params, TRANSFORMER_RULES, mesh))
         program = jax.jit(jax.grad(loss)).lower(params, x).compile().as_text()
     calls = [line for line in program.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     assert len(calls) >= 3  # forward, forward again, backward
