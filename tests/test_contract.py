@@ -146,8 +146,8 @@ def test_capabilities_return_what_the_contract_says(preset: str):
     declared = [capability for capability in CAPABILITIES if getattr(model, capability) is not None]
     for capability in declared:
         function = getattr(model, capability)
-        if capability in ("encode_image", "encode_text"):
-            field = "image" if capability == "encode_image" else "tokens"
+        if capability in ("embed_image", "embed_text"):
+            field = "image" if capability == "embed_image" else "tokens"
             y = jax.eval_shape(function, variables, batch[field])
             assert (y.ndim, len(y), y.dtype) == (2, BATCH, jnp.float32)
         elif capability in ("log_likelihood", "log_weight"):

@@ -82,7 +82,7 @@ def test_every_family_has_a_smallest_configuration():
     assert {family_of(config) for config in CONFIGS.values()} == set(FAMILIES)
 
 
-ENCODERS = [name for name, model in MODELS.items() if model.encode_image is not None]
+ENCODERS = [name for name, model in MODELS.items() if model.embed_image is not None]
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -90,8 +90,8 @@ def test_images_and_texts_are_unit_vectors_of_one_space_and_cost_as_much_as_chan
     """Of equal pairs InfoNCE is ln B, and the sigmoid loss that of a yes and B - 1 noes at one logit."""
     model, batch = MODELS[name], random_batch(MODELS[name])
     variables = variables_of(model)
-    image = model.encode_image(variables, batch["image"])
-    text = model.encode_text(variables, batch["tokens"])
+    image = model.embed_image(variables, batch["image"])
+    text = model.embed_text(variables, batch["tokens"])
     assert image.shape == text.shape
     for embedding in (image, text):
         np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-5)
@@ -197,8 +197,8 @@ def test_dropout_is_for_the_loss_of_training_norms_have_their_epsilon_and_no_key
             if function is not None:
                 trace(lambda key, v, batch, f=function: f(v, batch, key), variables, abstract)
         for function, field in (
-            (model.encode_image, "image"),
-            (model.encode_text, "tokens"),
+            (model.embed_image, "image"),
+            (model.embed_text, "tokens"),
             (model.reconstruct, "image"),
         ):
             if function is not None:

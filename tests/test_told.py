@@ -44,8 +44,8 @@ MODEL = Model(
     init=lambda *_: {},
     loss=lambda *_, **__: None,
     rules=(),
-    encode_image=lambda _, image: image.reshape(len(image), -1).astype(jnp.float32),
-    encode_text=of_tokens,
+    embed_image=lambda _, image: image.reshape(len(image), -1).astype(jnp.float32),
+    embed_text=of_tokens,
     log_likelihood=lambda _, batch, key: batch["label"].astype(jnp.float32),
     reconstruct=lambda _, image: image,
     conditions={"label": Input((), "int32", CLASSES)},
@@ -65,7 +65,7 @@ def test_what_fits_passes_in_any_width_of_integers(transform: Any) -> None:
     np.testing.assert_array_equal(draw({"label": [9, 0, 4]})[:, 0, 0, 0], [10, 1, 5])
     np.testing.assert_array_equal(draw({"label": np.array([9, 0, 4], np.int64)})[:, 0, 0, 0], [10, 1, 5])
     np.testing.assert_array_equal(draw({})[:, 0, 0, 0], [100] * 3)
-    np.testing.assert_array_equal(transform(MODEL.encode_text)({}, TOKENS), [[11], [5]])
+    np.testing.assert_array_equal(transform(MODEL.embed_text)({}, TOKENS), [[11], [5]])
     np.testing.assert_array_equal(transform(MODEL.log_likelihood)({}, BATCH, KEY), [9, 0])
     np.testing.assert_array_equal(transform(MODEL.generate)({}, BATCH, KEY), TOKENS)
     for y in (MODEL.reconstruct({}, IMAGE), MODEL.complete({}, KEY, IMAGE, KNOWN)):
@@ -80,9 +80,9 @@ def test_what_fits_passes_in_any_width_of_integers(transform: Any) -> None:
         (partial(MODEL.sample, {}, KEY, num=2), {"label": [1, 2, 3]}, "'label' holds 3 examples and 2 are due"),
         (partial(MODEL.sample, {}, KEY, num=1), {"label": [1.0]}, "'label' holds float"),
         (partial(MODEL.sample, {}, KEY, num=2), {"label": [[1], [2]]}, "holds int"),
-        (partial(MODEL.encode_text, {}), TOKENS[:, :2], "[2] an example and the model expects int32[3]"),
+        (partial(MODEL.embed_text, {}), TOKENS[:, :2], "[2] an example and the model expects int32[3]"),
         (
-            partial(MODEL.encode_image, {}),
+            partial(MODEL.embed_image, {}),
             IMAGE / 16,
             "float64[2, 2, 1] an example and the model expects uint8",
         ),
@@ -116,9 +116,9 @@ def test_names_shapes_and_kinds_are_refused(traced: bool, call: Any, given: Any,
     [
         (partial(MODEL.sample, {}, KEY, {"label": [10, 99, -1]}, num=3), "'label' holds the value -1, outside [0, 10)"),
         (partial(MODEL.sample, {}, KEY, {"label": [10, 9]}, num=2), "'label' holds the value 10, outside [0, 10)"),
-        (partial(MODEL.encode_text, {}, np.array([[0, 2, 50]])), "'tokens' holds the value 50, outside [0, 50)"),
-        (partial(MODEL.encode_text, {}, np.array([[0, 1, 5]])), "field 'tokens' lacks the value 2"),
-        (partial(MODEL.encode_image, {}, IMAGE + 1), "'image' holds the value 17, outside [0, 17)"),
+        (partial(MODEL.embed_text, {}, np.array([[0, 2, 50]])), "'tokens' holds the value 50, outside [0, 50)"),
+        (partial(MODEL.embed_text, {}, np.array([[0, 1, 5]])), "field 'tokens' lacks the value 2"),
+        (partial(MODEL.embed_image, {}, IMAGE + 1), "'image' holds the value 17, outside [0, 17)"),
         (partial(MODEL.reconstruct, {}, jnp.asarray(IMAGE + 1)), "'image' holds the value 17, outside [0, 17)"),
         (partial(MODEL.complete, {}, KEY, IMAGE + 1, KNOWN), "'image' holds the value 17, outside [0, 17)"),
         (partial(MODEL.log_likelihood, {}, BATCH | {"image": IMAGE + 1}, KEY), "'image' holds the value 17"),
@@ -137,7 +137,7 @@ def test_under_jit_what_is_told_wrongly_is_no_draw_of_something_else() -> None:
     """Values are not known there: the rows that do not fit come out empty, and the others as they would alone."""
     images = jax.jit(partial(MODEL.sample, {}, KEY, num=4))({"label": jnp.array([10, 9, -1, 99])})
     np.testing.assert_array_equal(images[:, 0, 0, 0], [0, 10, 0, 0])
-    vectors = jax.jit(MODEL.encode_text)({}, jnp.array([[0, 2, 9], [0, 2, 50], [0, 1, 5], [-1, 2, 0]]))
+    vectors = jax.jit(MODEL.embed_text)({}, jnp.array([[0, 2, 9], [0, 2, 50], [0, 1, 5], [-1, 2, 0]]))
     np.testing.assert_array_equal(vectors[:, 0], [11, np.nan, np.nan, np.nan])
     values = jax.jit(MODEL.log_likelihood)({}, BATCH | {"label": np.array([10, 3])}, KEY)
     np.testing.assert_array_equal(values, [np.nan, 3])

@@ -74,7 +74,7 @@ def test_a_directory_can_be_moved(clip_run: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(clip_run, tmp_path / "moved")
     loaded = vlm_jax.load(str(moved))
     tokens = loaded.tokenizer.encode(["red circle"], 16)
-    vectors = loaded.model.encode_text(loaded.variables, jnp.asarray(tokens))
+    vectors = loaded.model.embed_text(loaded.variables, jnp.asarray(tokens))
     np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
 
 

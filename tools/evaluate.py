@@ -144,7 +144,7 @@ def choose_task(workdir: Path, loaded: Loaded, name: str | None, changes: dict[s
       UserError: the model takes no texts, or changes are of nothing.
     """
     changes = {field: value for field, value in changes.items() if value}
-    if loaded.model.encode_text is None:
+    if loaded.model.embed_text is None:
         if name or changes:
             raise UserError(f"{workdir} holds a model that takes no texts: leave out --zero-shot and --prompts")
         return None

@@ -76,7 +76,7 @@ def sample(
         rows += completions(loaded, source(), min(num, COLUMNS), seed, temperature)
     if model.reconstruct is not None:
         rows += reconstructions(loaded, source(), min(num, COLUMNS))
-    if model.encode_image is not None and model.encode_text is not None:
+    if model.embed_image is not None and model.embed_text is not None:
         rows += nearest_images(loaded, source(), prompt, num)
     if not rows:
         raise UserError(
@@ -135,16 +135,16 @@ def reconstructions(loaded: Loaded, source: Source, num: int) -> list[tuple[str,
 def nearest_images(loaded: Loaded, source: Source, prompts: tuple[str, ...], num: int) -> list[tuple[str, list[Cell]]]:
     """Each caption with the images of the split nearest to it, the nearest first."""
     model, data, tokenizer = loaded.model, loaded.experiment.data, loaded.tokenizer
-    assert model.encode_image is not None and model.encode_text is not None and tokenizer is not None
+    assert model.embed_image is not None and model.embed_text is not None and tokenizer is not None
     records = [source[i] for i in range(len(source))]
     captions = [record["text"][0] for record in records]
     texts = list(prompts or captions[:num])
     images = np.stack([example(record, data, None, None)["image"] for record in records])
-    encode_image, encode_text = jax.jit(model.encode_image), jax.jit(model.encode_text)
+    embed_image, embed_text = jax.jit(model.embed_image), jax.jit(model.embed_text)
     parts = np.array_split(images, min(8, len(images)))
-    vectors = jnp.concatenate([encode_image(loaded.variables, part) for part in parts])
+    vectors = jnp.concatenate([embed_image(loaded.variables, part) for part in parts])
     tokens = tokenizer.encode(texts, model.inputs["tokens"].shape[0])
-    similarity = np.asarray(encode_text(loaded.variables, tokens) @ vectors.T)
+    similarity = np.asarray(embed_text(loaded.variables, tokens) @ vectors.T)
     rows = []
     for text, line in zip(texts, similarity, strict=True):
         order = np.argsort(-line)[:NEAREST]

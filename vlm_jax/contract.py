@@ -69,9 +69,9 @@ class Model:
     frozen: tuple[str, ...] = ()
     """Regular expressions of the paths of parameters that never train."""
 
-    encode_image: Callable[..., jax.Array] | None = None
+    embed_image: Callable[..., jax.Array] | None = None
     """`(variables, image) -> [B, D]`, unit length"""
-    encode_text: Callable[..., jax.Array] | None = None
+    embed_text: Callable[..., jax.Array] | None = None
     """`(variables, tokens) -> [B, D]`, unit length"""
     log_likelihood: Callable[..., jax.Array] | None = None
     """`(variables, batch, key) -> [B]`, nats"""
@@ -108,8 +108,8 @@ class Model:
 
 
 CAPABILITIES = (
-    "encode_image",
-    "encode_text",
+    "embed_image",
+    "embed_text",
     "log_likelihood",
     "log_weight",
     "reconstruct",
@@ -172,8 +172,8 @@ Fits = jax.Array | None
 
 def _attentive(model: Model, capability: str, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """A capability that checks what it is told."""
-    if capability in ("encode_image", "encode_text", "reconstruct"):
-        name = "tokens" if capability == "encode_text" else "image"
+    if capability in ("embed_image", "embed_text", "reconstruct"):
+        name = "tokens" if capability == "embed_text" else "image"
 
         def of_field(variables: Variables, value: jax.Array) -> jax.Array:
             given, fits = _read(model.inputs, {name: value}, (name,))

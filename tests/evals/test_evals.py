@@ -68,8 +68,8 @@ def test_retrieval_goes_both_ways_and_ignores_the_padding_of_the_last_batch() ->
     subject = Subject(
         model=model(
             {field: Input((), "int32", 3) for field in ("image", "tokens")},
-            encode_image=lambda _, image: jnp.eye(3)[image],
-            encode_text=lambda _, tokens: texts[tokens],
+            embed_image=lambda _, image: jnp.eye(3)[image],
+            embed_text=lambda _, tokens: texts[tokens],
         ),
         variables={},
         batches=batches(
@@ -88,8 +88,8 @@ def test_retrieval_forgives_equal_captions_and_equal_images_of_the_split() -> No
     subject = Subject(
         model=model(
             {"image": Input((1,), "int32", 4), "tokens": Input((2,), "int32", 4)},
-            encode_image=lambda _, image: jnp.eye(4)[image[:, 0]],
-            encode_text=lambda _, tokens: jnp.eye(4)[tokens[:, 0]],
+            embed_image=lambda _, image: jnp.eye(4)[image[:, 0]],
+            embed_text=lambda _, tokens: jnp.eye(4)[tokens[:, 0]],
         ),
         variables={},
         batches=batches(
@@ -111,15 +111,15 @@ def zero_shot_subject(vector_of: Callable[[str], list[float]], names: tuple[str,
         raw = np.array([vector_of(tokenizer.decode(row)) for row in np.asarray(tokens)], np.float32)
         return raw / np.linalg.norm(raw, axis=1, keepdims=True)
 
-    def encode_text(_: object, tokens: jax.Array) -> jax.Array:
+    def embed_text(_: object, tokens: jax.Array) -> jax.Array:
         return jax.pure_callback(read, jax.ShapeDtypeStruct((len(tokens), 2), jnp.float32), tokens)
 
     shown = ({"image": jnp.array([[1.0, 0.6], [1, 0.7], [0.6, 1], [0, 1.0]]), "label": jnp.array([0, 0, 0, 1])}, 3)
     return Subject(
         model=model(
             {"image": Input((2,), "float32"), "tokens": Input((32,), "int32", 300)},
-            encode_image=lambda _, image: image,
-            encode_text=encode_text,
+            embed_image=lambda _, image: image,
+            embed_text=embed_text,
         ),
         variables={},
         batches=batches(),
@@ -235,8 +235,8 @@ def test_evaluations_run_where_their_capabilities_are_and_nowhere_else() -> None
 
     assert applicable(Subject(model(), {}, batches())) == set()
     assert applicable(Subject(model(log_likelihood=known), {}, batches())) == {"likelihood"}
-    both = model(encode_image=known, encode_text=known)
-    assert applicable(Subject(model(encode_image=known), {}, batches())) == set()
+    both = model(embed_image=known, embed_text=known)
+    assert applicable(Subject(model(embed_image=known), {}, batches())) == set()
     assert applicable(Subject(both, {}, batches())) == {"retrieval"}
     labelled = Labelled(batches(), ("a",), ("{}",))
     tokenizer = train_tokenizer(["a"], 300)

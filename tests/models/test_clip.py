@@ -44,11 +44,9 @@ def random_variables(config: clip.Config) -> Any:
     return variables
 
 
-encode_image = jax.jit(
-    lambda name, variables: clip.build(CONFIGS[name]).encode_image(variables, IMAGE), static_argnums=0
-)
-encode_text = jax.jit(
-    lambda name, variables, tokens: clip.build(CONFIGS[name]).encode_text(variables, tokens), static_argnums=0
+embed_image = jax.jit(lambda name, variables: clip.build(CONFIGS[name]).embed_image(variables, IMAGE), static_argnums=0)
+embed_text = jax.jit(
+    lambda name, variables, tokens: clip.build(CONFIGS[name]).embed_text(variables, tokens), static_argnums=0
 )
 loss_of = jax.jit(
     lambda name, variables: clip.build(CONFIGS[name]).loss(variables, BATCH_OF_PAIRS, KEY, 0, train=True),
@@ -60,7 +58,7 @@ loss_of = jax.jit(
 def test_embeddings_are_unit_vectors_in_float32(name: str):
     config = CONFIGS[name]
     variables = random_variables(config)
-    for embedding in (encode_image(name, variables), encode_text(name, variables, TOKENS)):
+    for embedding in (embed_image(name, variables), embed_text(name, variables, TOKENS)):
         assert embedding.shape == (BATCH, config.embedding) and embedding.dtype == jnp.float32
         np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-5)
         assert np.ptp(embedding, axis=0).min() > 1e-3
@@ -73,8 +71,8 @@ def test_embeddings_of_bfloat16_towers_are_float32(name: str):
         config, image=replace(config.image, transformer=rounded), text=replace(config.text, transformer=rounded)
     )
     model, variables = clip.build(config), random_variables(config)
-    assert jax.eval_shape(model.encode_image, variables, IMAGE).dtype == jnp.float32
-    assert jax.eval_shape(model.encode_text, variables, TOKENS).dtype == jnp.float32
+    assert jax.eval_shape(model.embed_image, variables, IMAGE).dtype == jnp.float32
+    assert jax.eval_shape(model.embed_text, variables, TOKENS).dtype == jnp.float32
 
 
 def test_a_vector_of_zeros_has_a_finite_gradient():
@@ -127,7 +125,7 @@ def test_the_loss_compares_the_embeddings_at_the_effective_scale(name: str, log_
     variables = random_variables(CONFIGS[name])
     variables["params"]["log_scale"] = jnp.float32(log_scale)
     loss, aux = loss_of(name, variables)
-    image, text = encode_image(name, variables), encode_text(name, variables, TOKENS)
+    image, text = embed_image(name, variables), embed_text(name, variables, TOKENS)
     if name == "clip":
         expected, metrics = info_nce(image, text, scale)
     else:
@@ -143,21 +141,21 @@ def test_clip_reads_a_text_at_its_first_end_token():
     """Under a causal mask, so that nothing after it counts, and everything before does."""
     variables = random_variables(CLIP)
     end = np.argmax(TOKENS == EOS, axis=1)
-    original = encode_text("clip", variables, TOKENS)
+    original = embed_text("clip", variables, TOKENS)
     for position in range(CONTEXT):
         changed = TOKENS.copy()
         changed[:, position] = np.where(end == position, EOS, VOCAB - 1)
-        same = (encode_text("clip", variables, changed) == original).all(axis=1)
+        same = (embed_text("clip", variables, changed) == original).all(axis=1)
         np.testing.assert_array_equal(same, end <= position)
 
 
 def test_siglip_reads_the_whole_text():
     variables = random_variables(SIGLIP)
-    original = encode_text("siglip", variables, TOKENS)
+    original = embed_text("siglip", variables, TOKENS)
     for position in range(CONTEXT):
         changed = TOKENS.copy()
         changed[:, position] = VOCAB - 1
-        difference = np.abs(encode_text("siglip", variables, changed) - original).max(axis=1)
+        difference = np.abs(embed_text("siglip", variables, changed) - original).max(axis=1)
         assert (difference > 1e-4).all()
 
 
@@ -167,7 +165,7 @@ def test_siglip_reads_texts_without_a_causal_mask():
     model, variables = clip.build(config), random_variables(config)
     position = variables["params"]["text"]["position"]
     variables["params"]["text"]["position"] = jnp.zeros_like(position)
-    encode = jax.jit(model.encode_text)
+    encode = jax.jit(model.embed_text)
     shuffled = TOKENS[:, np.array([3, 1, 4, 2, 0, 5])]
     np.testing.assert_allclose(encode(variables, shuffled), encode(variables, TOKENS), atol=1e-5)
 
@@ -179,7 +177,7 @@ def test_levels_are_put_on_the_unit_range_before_the_tower():
     x = jax.jit(VisionTower(CLIP.image).apply)({"params": params["image"]}, IMAGE.astype(np.float32) / 255 * 2 - 1)
     x = x @ params["image_projection"]["kernel"]
     expected = x / np.linalg.norm(x, axis=1, keepdims=True)
-    np.testing.assert_allclose(encode_image("clip", variables), expected, atol=1e-5)
+    np.testing.assert_allclose(embed_image("clip", variables), expected, atol=1e-5)
 
 
 def test_a_text_without_end_is_refused_only_where_it_is_read_there():

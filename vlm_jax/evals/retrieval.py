@@ -26,8 +26,8 @@ class Items(NamedTuple):
 def items(subject: Subject) -> tuple[Items, Items]:
     """Every image and every text of the split, row i of one paired with row i of the other."""
     model = subject.model
-    assert model.encode_image is not None and model.encode_text is not None
-    encoders = {"image": jax.jit(model.encode_image), "tokens": jax.jit(model.encode_text)}
+    assert model.embed_image is not None and model.embed_text is not None
+    encoders = {"image": jax.jit(model.embed_image), "tokens": jax.jit(model.embed_text)}
     vectors: dict[str, list[np.ndarray]] = {field: [] for field in encoders}
     numbers: dict[str, dict[bytes, int]] = {field: {} for field in encoders}
     ids: dict[str, list[int]] = {field: [] for field in encoders}
@@ -75,4 +75,4 @@ def run(subject: Subject) -> dict[str, float]:
     return metrics
 
 
-EVALUATION = Evaluation("retrieval", ("encode_image", "encode_text"), run)
+EVALUATION = Evaluation("retrieval", ("embed_image", "embed_text"), run)

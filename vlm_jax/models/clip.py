@@ -147,17 +147,17 @@ class CLIP(nn.Module):
         if c.objective == "sigmoid":
             self.logit_bias = self.param("logit_bias", nn.initializers.constant(-10.0), ())
 
-    def encode_image(self, image: Int[Array, "B H W C"], *, train: bool = False) -> Float[Array, "B D"]:
+    def embed_image(self, image: Int[Array, "B H W C"], *, train: bool = False) -> Float[Array, "B D"]:
         x = self.image(image.astype(jnp.float32) / 127.5 - 1, train=train)
         return unit(self.image_projection(x) if self.config.projection else x)
 
-    def encode_text(self, tokens: Int[Array, "B T"], *, train: bool = False) -> Float[Array, "B D"]:
+    def embed_text(self, tokens: Int[Array, "B T"], *, train: bool = False) -> Float[Array, "B D"]:
         return unit(self.text(tokens, train=train))
 
     def __call__(
         self, image: Int[Array, "B H W C"], tokens: Int[Array, "B T"], *, train: bool = False
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        image, text = self.encode_image(image, train=train), self.encode_text(tokens, train=train)
+        image, text = self.embed_image(image, train=train), self.embed_text(tokens, train=train)
         if self.config.objective == "info_nce":
             scale = jnp.minimum(jnp.exp(self.log_scale), MAX_SCALE)
             loss, metrics = info_nce(image, text, scale)
@@ -174,7 +174,7 @@ def unit(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
 
 
 def build(config: Config) -> Model:
-    """Images and texts in one space: `encode_image` and `encode_text` return unit vectors."""
+    """Images and texts in one space: `embed_image` and `embed_text` return unit vectors."""
     module: Any = CLIP(config)  # linen types what `apply` returns as a union
     image, text = config.image, config.text
 
@@ -188,11 +188,11 @@ def build(config: Config) -> Model:
         value, metrics = module.apply(variables, batch["image"], batch["tokens"], train=train, rngs={"dropout": key})
         return value, Aux(metrics)
 
-    def encode_image(variables: Variables, image: Int[Array, "B H W C"]) -> Float[Array, "B D"]:
-        return module.apply(variables, image, method="encode_image")
+    def embed_image(variables: Variables, image: Int[Array, "B H W C"]) -> Float[Array, "B D"]:
+        return module.apply(variables, image, method="embed_image")
 
-    def encode_text(variables: Variables, tokens: Int[Array, "B T"]) -> Float[Array, "B D"]:
-        return module.apply(variables, tokens, method="encode_text")
+    def embed_text(variables: Variables, tokens: Int[Array, "B T"]) -> Float[Array, "B D"]:
+        return module.apply(variables, tokens, method="embed_text")
 
     inputs: Mapping[str, Input] = {
         "image": Input((image.image_size, image.image_size, image.channels), "uint8", 256),
@@ -208,4 +208,4 @@ def build(config: Config) -> Model:
         *(((r"logit_bias$", ()),) if config.objective == "sigmoid" else ()),
         *vision_rules(image),
     )
-    return Model(inputs=inputs, init=init, loss=loss, rules=rules, encode_image=encode_image, encode_text=encode_text)
+    return Model(inputs=inputs, init=init, loss=loss, rules=rules, embed_image=embed_image, embed_text=embed_text)
