@@ -1,6 +1,7 @@
 """The record of metrics: each step once, each entry whole, and nothing that stops a run."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -8,7 +9,9 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
@@ -66,6 +69,16 @@ def test_both_logs_hold_each_value(tmp_path: Path) -> None:
         (7, pytest.approx({"loss": 0.1, "rate": 1e-7}, rel=1e-6)),
         (8, pytest.approx({"loss": 3.0, "rate": 2e-7}, rel=1e-6)),
     ]
+
+
+def test_pictures_are_for_tensorboard_and_lose_nothing(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    with MetricsLog(tmp_path, 0) as log:
+        log.write(1, {"loss": 0.5}, {"sheet": pixels})
+    assert lines(tmp_path) == [{"step": 1, "loss": 0.5}]
+    loss, sheet = events(tmp_path)[-1].summary.value
+    assert (loss.tag, sheet.tag, sheet.image.height, sheet.image.width) == ("loss", "sheet", 4, 6)
+    np.testing.assert_array_equal(Image.open(io.BytesIO(sheet.image.encoded_image_string)), pixels)
 
 
 def test_a_metric_that_is_not_finite_is_null(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The record of a run's metrics: `metrics.jsonl` and TensorBoard events. No run stops or waits for want of them."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
@@ -41,13 +44,18 @@ class MetricsLog:
             step=start + 1, session_log=SessionLog(status=SessionLog.START)
         )  # hides what it holds from there
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds the metrics of a step; one that is not finite is null in JSON, which knows no such numbers."""
+    def write(self, step: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray] = {}) -> None:
+        """Adds the metrics of a step; one that is not finite is null in JSON, which knows no such numbers.
+
+        Args:
+          pictures: uint8 [H, W, 3], for TensorBoard alone.
+        """
         if not self._enabled:
             return
         self._lines.append(msgspec.json.encode({"step": step, **values}) + b"\n")
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._add_event(step=step, summary=Summary(value=scalars))
+        shown = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        shown += [Summary.Value(tag=name, image=as_png(pixels)) for name, pixels in pictures.items()]
+        self._add_event(step=step, summary=Summary(value=shown))
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -124,6 +132,14 @@ def step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, OverflowError):
         return -1
+
+
+def as_png(pixels: np.ndarray) -> Summary.Image:
+    """What TensorBoard shows of uint8 [H, W, 3]."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    height, width, channels = pixels.shape
+    return Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=file.getvalue())
 
 
 def tfrecord(data: bytes) -> bytes:
