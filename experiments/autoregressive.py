@@ -5,6 +5,7 @@ from vlm_jax.experiment import Experiment
 from vlm_jax.models import autoregressive
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
 
 
 def autoregressive_tiny() -> Experiment:
@@ -17,11 +18,13 @@ def autoregressive_tiny() -> Experiment:
             transformer=Transformer(width=96, depth=3, heads=4, mlp=384, dropout=0.1, scan=False),
         ),
         data=Data(name="digits", validation="validation", image_size=8, channels=1),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
-        ema_decay=0.995,
-        steps=600,
-        batch_size=64,
-        checkpoint_every=100,
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
+            ema_decay=0.995,
+            steps=600,
+            batch_size=64,
+            checkpoint_every=100,
+        ),
     )
 
 
@@ -34,11 +37,13 @@ def autoregressive_tiny_openmoji() -> Experiment:
             transformer=Transformer(width=128, depth=4, heads=4, mlp=512, scan=False),
         ),
         data=Data(name="openmoji", train="train[:95%]", validation="train[95%:]", image_size=32),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, eps=1e-6),
-        ema_decay=0.995,
-        steps=5000,
-        batch_size=16,
-        checkpoint_every=250,
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, eps=1e-6),
+            ema_decay=0.995,
+            steps=5000,
+            batch_size=16,
+            checkpoint_every=250,
+        ),
     )
 
 
@@ -52,11 +57,13 @@ def autoregressive_fashion_mnist() -> Experiment:
             transformer=Transformer(width=128, depth=4, heads=4, mlp=512, dropout=0.1, scan=False),
         ),
         data=Data(name="fashion_mnist", train="train[:95%]", validation="train[95%:]", image_size=28, channels=1),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, eps=1e-6),
-        ema_decay=0.998,
-        steps=6000,
-        batch_size=32,
-        checkpoint_every=500,
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, eps=1e-6),
+            ema_decay=0.998,
+            steps=6000,
+            batch_size=32,
+            checkpoint_every=500,
+        ),
     )
 
 
@@ -74,11 +81,13 @@ def autoregressive_igpt_s() -> Experiment:
             transformer=Transformer(width=512, depth=24, heads=8, mlp=2048, dtype="bfloat16", remat="all"),
         ),
         data=Data(name="cifar10", train="train[:95%]", validation="train[95%:]", image_size=32, flip=True),
-        optimizer=Optimizer(learning_rate=3e-3, b2=0.95, warmup_steps=10_000, weight_decay=0.0),
-        steps=1_000_000,
-        batch_size=128,
-        log_every=100,
-        checkpoint_every=5000,
+        training=Training(
+            optimizer=Optimizer(learning_rate=3e-3, b2=0.95, warmup_steps=10_000, weight_decay=0.0),
+            steps=1_000_000,
+            batch_size=128,
+            log_every=100,
+            checkpoint_every=5000,
+        ),
     )
 
 

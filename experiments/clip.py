@@ -7,6 +7,7 @@ from vlm_jax.models import clip
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.vision import VisionTransformer
 from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
 
 
 def clip_tiny() -> Experiment:
@@ -25,11 +26,13 @@ def clip_tiny() -> Experiment:
             embedding=128,
         ),
         data=Data(name="openmoji", image_size=32, crop_min_area=0.8, text=Text(context_length=16, vocab_size=2048)),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=40, weight_decay=0.1, b2=0.98, eps=1e-6),
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=40, weight_decay=0.1, b2=0.98, eps=1e-6),
+            steps=400,
+            batch_size=256,
+            checkpoint_every=100,
+        ),
         zero_shot=ZeroShot(name="easy_vqa/color", prompts=("{}", "{} circle", "{} square", "{} triangle")),
-        steps=400,
-        batch_size=256,
-        checkpoint_every=100,
     )
 
 
@@ -47,12 +50,16 @@ def published(
                 context_length=model.text.context_length, vocab_size=model.text.vocab_size, tokenizer="tokenizer.json"
             ),
         ),
-        optimizer=Optimizer(learning_rate=learning_rate, warmup_steps=2000, weight_decay=weight_decay, b2=b2, eps=eps),
+        training=Training(
+            optimizer=Optimizer(
+                learning_rate=learning_rate, warmup_steps=2000, weight_decay=weight_decay, b2=b2, eps=eps
+            ),
+            steps=steps,
+            batch_size=32768,
+            log_every=50,
+            checkpoint_every=2000,
+        ),
         zero_shot=ZeroShot(name="imagenet2012", split="validation", prompts=imagenet_prompts()),
-        steps=steps,
-        batch_size=32768,
-        log_every=50,
-        checkpoint_every=2000,
     )
 
 

@@ -8,6 +8,7 @@ from vlm_jax.nn.dit import DiT
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.unet import UNet
 from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
 
 DIGITS = Data(name="digits", validation="validation", image_size=8, channels=1)
 TINY_UNET = UNet(widths=(32, 64), blocks=1, groups=8, dropout=0.1)
@@ -29,11 +30,13 @@ def diffusion_tiny() -> Experiment:
             sampling_steps=100,
         ),
         data=DIGITS,
-        optimizer=TINY_OPTIMIZER,
-        ema_decay=0.995,
-        steps=1000,
-        batch_size=128,
-        checkpoint_every=200,
+        training=Training(
+            optimizer=TINY_OPTIMIZER,
+            ema_decay=0.995,
+            steps=1000,
+            batch_size=128,
+            checkpoint_every=200,
+        ),
     )
 
 
@@ -53,11 +56,13 @@ def diffusion_tiny_ddpm() -> Experiment:
             guidance=1.5,
         ),
         data=DIGITS,
-        optimizer=TINY_OPTIMIZER,
-        ema_decay=0.995,
-        steps=1000,
-        batch_size=128,
-        checkpoint_every=200,
+        training=Training(
+            optimizer=TINY_OPTIMIZER,
+            ema_decay=0.995,
+            steps=1000,
+            batch_size=128,
+            checkpoint_every=200,
+        ),
     )
 
 
@@ -73,11 +78,13 @@ def diffusion_tiny_flow() -> Experiment:
             guidance=1.5,
         ),
         data=DIGITS,
-        optimizer=TINY_OPTIMIZER,
-        ema_decay=0.995,
-        steps=2000,
-        batch_size=128,
-        checkpoint_every=200,
+        training=Training(
+            optimizer=TINY_OPTIMIZER,
+            ema_decay=0.995,
+            steps=2000,
+            batch_size=128,
+            checkpoint_every=200,
+        ),
     )
 
 
@@ -95,11 +102,13 @@ def diffusion_fashion_mnist() -> Experiment:
         data=Data(
             name="fashion_mnist", train="train[:95%]", validation="train[95%:]", image_size=28, channels=1, flip=True
         ),
-        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=500, weight_decay=0.01, eps=1e-6),
-        ema_decay=0.999,
-        steps=20_000,
-        batch_size=128,
-        checkpoint_every=1000,
+        training=Training(
+            optimizer=Optimizer(learning_rate=1e-3, warmup_steps=500, weight_decay=0.01, eps=1e-6),
+            ema_decay=0.999,
+            steps=20_000,
+            batch_size=128,
+            checkpoint_every=1000,
+        ),
     )
 
 
@@ -115,11 +124,13 @@ def diffusion_ddpm_cifar10() -> Experiment:
             variance="forward",
         ),
         data=Data(name="cifar10", image_size=32, flip=True),
-        optimizer=Optimizer(learning_rate=2e-4, schedule="constant", warmup_steps=5000),
-        ema_decay=0.9999,
-        steps=800_000,
-        batch_size=128,
-        checkpoint_every=10_000,
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-4, schedule="constant", warmup_steps=5000),
+            ema_decay=0.9999,
+            steps=800_000,
+            batch_size=128,
+            checkpoint_every=10_000,
+        ),
     )
 
 
@@ -137,13 +148,15 @@ def diffusion_vdm_cifar10() -> Experiment:
             sampling_steps=1000,
         ),
         data=Data(name="cifar10", image_size=32),
-        optimizer=Optimizer(
-            learning_rate=2e-4, schedule="constant", warmup_steps=100, b2=0.99, weight_decay=0.01, clip_norm=None
+        training=Training(
+            optimizer=Optimizer(
+                learning_rate=2e-4, schedule="constant", warmup_steps=100, b2=0.99, weight_decay=0.01, clip_norm=None
+            ),
+            ema_decay=0.9999,
+            steps=10_000_000,
+            batch_size=128,
+            checkpoint_every=10_000,
         ),
-        ema_decay=0.9999,
-        steps=10_000_000,
-        batch_size=128,
-        checkpoint_every=10_000,
     )
 
 
@@ -161,11 +174,13 @@ def dit(width: int, depth: int, heads: int, *, steps: int = 400_000, guidance: f
             guidance=guidance,
         ),
         data=Data(name="imagenet2012", test="validation", image_size=32),
-        optimizer=Optimizer(learning_rate=1e-4, schedule="constant", clip_norm=None),
-        ema_decay=0.9999,
-        steps=steps,
-        batch_size=256,
-        checkpoint_every=10_000,
+        training=Training(
+            optimizer=Optimizer(learning_rate=1e-4, schedule="constant", clip_norm=None),
+            ema_decay=0.9999,
+            steps=steps,
+            batch_size=256,
+            checkpoint_every=10_000,
+        ),
     )
 
 

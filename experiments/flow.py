@@ -4,6 +4,7 @@ from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import flow
 from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
 
 
 def flow_tiny() -> Experiment:
@@ -23,11 +24,13 @@ def flow_tiny() -> Experiment:
             dropout=0.3,
         ),
         data=Data(name="digits", validation="validation", image_size=8, channels=1),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
-        ema_decay=0.995,
-        steps=600,
-        batch_size=128,
-        checkpoint_every=100,
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
+            ema_decay=0.995,
+            steps=600,
+            batch_size=128,
+            checkpoint_every=100,
+        ),
     )
 
 
@@ -46,11 +49,13 @@ def flow_tiny_macow() -> Experiment:
             dropout=0.3,
         ),
         data=Data(name="digits", validation="validation", image_size=8, channels=1),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
-        ema_decay=0.995,
-        steps=600,
-        batch_size=128,
-        checkpoint_every=100,
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
+            ema_decay=0.995,
+            steps=600,
+            batch_size=128,
+            checkpoint_every=100,
+        ),
     )
 
 
@@ -69,12 +74,14 @@ def flow_fashion_mnist() -> Experiment:
             dropout=0.1,
         ),
         data=Data(name="fashion_mnist", train="train[:58000]", validation="train[58000:]", image_size=28, channels=1),
-        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=500, weight_decay=0.01, eps=1e-6),
-        ema_decay=0.999,
-        steps=20_000,
-        batch_size=128,
-        log_every=50,
-        checkpoint_every=1000,
+        training=Training(
+            optimizer=Optimizer(learning_rate=1e-3, warmup_steps=500, weight_decay=0.01, eps=1e-6),
+            ema_decay=0.999,
+            steps=20_000,
+            batch_size=128,
+            log_every=50,
+            checkpoint_every=1000,
+        ),
     )
 
 
@@ -87,11 +94,13 @@ def flow_glow_cifar10() -> Experiment:
     return Experiment(
         model=flow.Config(image_size=32, scales=3, steps=32, width=512),
         data=Data(name="cifar10", image_size=32),
-        optimizer=Optimizer(learning_rate=1e-3, schedule="constant", warmup_steps=1000),
-        steps=175_000,
-        batch_size=512,
-        log_every=50,
-        checkpoint_every=2000,
+        training=Training(
+            optimizer=Optimizer(learning_rate=1e-3, schedule="constant", warmup_steps=1000),
+            steps=175_000,
+            batch_size=512,
+            log_every=50,
+            checkpoint_every=2000,
+        ),
     )
 
 
@@ -103,11 +112,13 @@ def flow_glow_imagenet64() -> Experiment:
     return Experiment(
         model=flow.Config(image_size=64, scales=4, steps=48, width=512),
         data=Data(name="downsampled_imagenet/64x64", test="validation", image_size=64),
-        optimizer=Optimizer(learning_rate=1e-3, schedule="constant", warmup_steps=1000),
-        steps=1_000_000,
-        batch_size=128,
-        log_every=50,
-        checkpoint_every=2000,
+        training=Training(
+            optimizer=Optimizer(learning_rate=1e-3, schedule="constant", warmup_steps=1000),
+            steps=1_000_000,
+            batch_size=128,
+            log_every=50,
+            checkpoint_every=2000,
+        ),
     )
 
 

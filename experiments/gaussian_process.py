@@ -4,6 +4,7 @@ from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import gaussian_process
 from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
 
 
 def gaussian_process_tiny() -> Experiment:
@@ -11,10 +12,12 @@ def gaussian_process_tiny() -> Experiment:
     return Experiment(
         model=gaussian_process.Config(image_size=8, channels=1, levels=17, kernel="matern32"),
         data=Data(name="digits", validation="validation", image_size=8, channels=1),
-        optimizer=Optimizer(learning_rate=0.05, eps=1e-6),
-        steps=120,
-        batch_size=256,
-        checkpoint_every=40,
+        training=Training(
+            optimizer=Optimizer(learning_rate=0.05, eps=1e-6),
+            steps=120,
+            batch_size=256,
+            checkpoint_every=40,
+        ),
     )
 
 
@@ -23,10 +26,12 @@ def gaussian_process_fashion_mnist() -> Experiment:
     return Experiment(
         model=gaussian_process.Config(image_size=28, channels=1, kernel="matern12"),
         data=Data(name="fashion_mnist", train="train[:55000]", validation="train[55000:]", image_size=28, channels=1),
-        optimizer=Optimizer(learning_rate=0.03, eps=1e-6),
-        steps=300,
-        batch_size=512,
-        checkpoint_every=100,
+        training=Training(
+            optimizer=Optimizer(learning_rate=0.03, eps=1e-6),
+            steps=300,
+            batch_size=512,
+            checkpoint_every=100,
+        ),
     )
 
 

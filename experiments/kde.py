@@ -4,6 +4,7 @@ from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import kde
 from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
 
 
 def kde_tiny() -> Experiment:
@@ -11,10 +12,12 @@ def kde_tiny() -> Experiment:
     return Experiment(
         model=kde.Config(image_size=8, channels=1, levels=17, kernel="discretised"),
         data=Data(name="digits", validation="validation", image_size=8, channels=1),
-        optimizer=Optimizer(learning_rate=0.1, eps=1e-6),
-        steps=40,
-        batch_size=1256,  # all but one of the training images, to divide among eight devices
-        checkpoint_every=10,
+        training=Training(
+            optimizer=Optimizer(learning_rate=0.1, eps=1e-6),
+            steps=40,
+            batch_size=1256,
+            checkpoint_every=10,
+        ),
     )
 
 
@@ -23,10 +26,12 @@ def kde_tiny_gaussian() -> Experiment:
     return Experiment(
         model=kde.Config(image_size=8, channels=1, levels=17, kernel="gaussian"),
         data=Data(name="digits", validation="validation", image_size=8, channels=1),
-        optimizer=Optimizer(learning_rate=0.1, eps=1e-6),
-        steps=40,
-        batch_size=1256,
-        checkpoint_every=10,
+        training=Training(
+            optimizer=Optimizer(learning_rate=0.1, eps=1e-6),
+            steps=40,
+            batch_size=1256,
+            checkpoint_every=10,
+        ),
     )
 
 
@@ -38,10 +43,12 @@ def kde_fashion_mnist() -> Experiment:
     return Experiment(
         model=kde.Config(image_size=28, channels=1, kernel="discretised", queries=256),
         data=Data(name="fashion_mnist", image_size=28, channels=1),
-        optimizer=Optimizer(learning_rate=0.3, eps=1e-6),
-        steps=15,
-        batch_size=60_000,
-        checkpoint_every=5,
+        training=Training(
+            optimizer=Optimizer(learning_rate=0.3, eps=1e-6),
+            steps=15,
+            batch_size=60_000,
+            checkpoint_every=5,
+        ),
     )
 
 

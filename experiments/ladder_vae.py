@@ -6,6 +6,7 @@ from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import ladder_vae
 from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
 
 
 def ladder_vae_tiny() -> Experiment:
@@ -25,11 +26,13 @@ def ladder_vae_tiny() -> Experiment:
             dropout=0.1,
         ),
         data=Data(name="digits", validation="validation", image_size=8, channels=1),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.01, eps=1e-6),
-        ema_decay=0.995,
-        steps=1000,
-        batch_size=128,
-        checkpoint_every=200,
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.01, eps=1e-6),
+            ema_decay=0.995,
+            steps=1000,
+            batch_size=128,
+            checkpoint_every=200,
+        ),
     )
 
 
@@ -49,11 +52,13 @@ def ladder_vae_fashion_mnist() -> Experiment:
             dropout=0.1,
         ),
         data=Data(name="fashion_mnist", train="train[:95%]", validation="train[95%:]", image_size=28, channels=1),
-        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=200, weight_decay=0.01, eps=1e-6),
-        ema_decay=0.999,
-        steps=10_000,
-        batch_size=64,
-        checkpoint_every=500,
+        training=Training(
+            optimizer=Optimizer(learning_rate=1e-3, warmup_steps=200, weight_decay=0.01, eps=1e-6),
+            ema_decay=0.999,
+            steps=10_000,
+            batch_size=64,
+            checkpoint_every=500,
+        ),
     )
 
 
@@ -74,19 +79,21 @@ def ladder_vae_cifar10() -> Experiment:
             mixtures=10,
         ),
         data=Data(name="cifar10", train="train[:90%]", validation="train[90%:]", image_size=32),
-        optimizer=Optimizer(
-            learning_rate=2e-4,
-            schedule="constant",
-            warmup_steps=100,
-            b2=0.9,
-            weight_decay=0.01,
-            clip_norm=200 / math.log(2),  # the release's limit is 200, of a loss in nats
+        training=Training(
+            optimizer=Optimizer(
+                learning_rate=2e-4,
+                schedule="constant",
+                warmup_steps=100,
+                b2=0.9,
+                weight_decay=0.01,
+                clip_norm=200 / math.log(2),  # the release's limit is 200, of a loss in nats
+            ),
+            ema_decay=0.9999,
+            steps=1_100_000,
+            batch_size=32,
+            log_every=100,
+            checkpoint_every=10_000,
         ),
-        ema_decay=0.9999,
-        steps=1_100_000,
-        batch_size=32,
-        log_every=100,
-        checkpoint_every=10_000,
     )
 
 

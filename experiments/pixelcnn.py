@@ -4,6 +4,7 @@ from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import pixelcnn
 from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
 
 
 def pixelcnn_tiny() -> Experiment:
@@ -11,11 +12,13 @@ def pixelcnn_tiny() -> Experiment:
     return Experiment(
         model=pixelcnn.Config(image_size=8, channels=1, levels=17, width=48, depth=6, dropout=0.2),
         data=Data(name="digits", validation="validation", image_size=8, channels=1),
-        optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
-        ema_decay=0.995,
-        steps=800,
-        batch_size=64,
-        checkpoint_every=100,
+        training=Training(
+            optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
+            ema_decay=0.995,
+            steps=800,
+            batch_size=64,
+            checkpoint_every=100,
+        ),
     )
 
 
@@ -31,12 +34,14 @@ def pixelcnn_fashion_mnist() -> Experiment:
         data=Data(
             name="fashion_mnist", train="train[:95%]", validation="train[95%:]", image_size=28, channels=1, flip=True
         ),
-        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=500, weight_decay=0.01, eps=1e-6),
-        ema_decay=0.999,
-        steps=40_000,
-        batch_size=128,
-        log_every=50,
-        checkpoint_every=2000,
+        training=Training(
+            optimizer=Optimizer(learning_rate=1e-3, warmup_steps=500, weight_decay=0.01, eps=1e-6),
+            ema_decay=0.999,
+            steps=40_000,
+            batch_size=128,
+            log_every=50,
+            checkpoint_every=2000,
+        ),
     )
 
 
@@ -49,12 +54,14 @@ def pixelcnn_cifar10() -> Experiment:
     return Experiment(
         model=pixelcnn.Config(image_size=32, mixtures=10, width=384, depth=20, kernel=5, dropout=0.5, dtype="bfloat16"),
         data=Data(name="cifar10", train="train[:95%]", validation="train[95%:]", image_size=32, flip=True),
-        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=1000, b1=0.95, b2=0.9995),
-        ema_decay=0.9995,
-        steps=200_000,
-        batch_size=128,
-        log_every=100,
-        checkpoint_every=5000,
+        training=Training(
+            optimizer=Optimizer(learning_rate=1e-3, warmup_steps=1000, b1=0.95, b2=0.9995),
+            ema_decay=0.9995,
+            steps=200_000,
+            batch_size=128,
+            log_every=100,
+            checkpoint_every=5000,
+        ),
     )
 
 

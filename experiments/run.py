@@ -46,8 +46,9 @@ def join(distributed: Distributed) -> None:
 
 def run(preset: str, experiment: Experiment) -> None:
     """Trains `experiment` in its directory, from where it stopped if it has begun."""
-    mesh = make_mesh(experiment.mesh)
-    check_batch_size(experiment.batch_size, mesh, experiment.micro_steps)
+    training = experiment.training
+    mesh = make_mesh(training.mesh)
+    check_batch_size(training.batch_size, mesh, training.micro_steps)
     workdir, data_dir = (local_path(path) for path in (experiment.workdir or f"runs/{preset}", experiment.data_dir))
     model, data = build(experiment.model), experiment.data
     source = open_source(data.name, data.train, data_dir)
@@ -74,25 +75,25 @@ def run(preset: str, experiment: Experiment) -> None:
                 source,
                 data,
                 tokenizer,
-                batch_size=experiment.batch_size,
+                batch_size=training.batch_size,
                 rows=rows,
-                seed=experiment.seed,
+                seed=training.seed,
                 start=start,
-                stop=experiment.steps,
+                stop=training.steps,
             )
 
         validation = None
         if held_out is not None:
             # A step's part at most; of a smaller split all of it at once, filled up to what the mesh can split.
             shards = batch_shards(mesh)
-            size = min(experiment.batch_size // experiment.micro_steps, -(-len(held_out) // shards) * shards)
+            size = min(training.batch_size // training.micro_steps, -(-len(held_out) // shards) * shards)
 
             def held_out_batches(rows: Rows) -> Iterator[tuple[dict[str, np.ndarray], int]]:
                 return evaluation_batches(held_out, data, tokenizer, batch_size=size, rows=rows)
 
             validation = Validation(held_out_batches, size)
 
-        fit(model, experiment, workdir, batches, validation, identity=read_identity(workdir) if first else None)
+        fit(model, training, workdir, batches, validation, identity=read_identity(workdir) if first else None)
 
 
 if __name__ == "__main__":

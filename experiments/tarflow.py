@@ -5,6 +5,7 @@ from vlm_jax.experiment import Experiment
 from vlm_jax.models import tarflow
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
 
 
 def tarflow_tiny() -> Experiment:
@@ -19,11 +20,13 @@ def tarflow_tiny() -> Experiment:
             transformer=Transformer(width=64, depth=2, heads=4, mlp=256, dropout=0.1),
         ),
         data=Data(name="digits", validation="validation", image_size=8, channels=1),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
-        ema_decay=0.995,
-        steps=1500,
-        batch_size=128,
-        checkpoint_every=100,
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
+            ema_decay=0.995,
+            steps=1500,
+            batch_size=128,
+            checkpoint_every=100,
+        ),
     )
 
 
@@ -41,11 +44,13 @@ def tarflow_imagenet64() -> Experiment:
             transformer=Transformer(width=768, depth=8, heads=12, mlp=3072, remat="all"),
         ),
         data=Data(name="downsampled_imagenet/64x64", test="validation", image_size=64, flip=True),
-        optimizer=Optimizer(learning_rate=1e-4, b2=0.95, warmup_steps=5004, weight_decay=1e-4, clip_norm=None),
-        steps=500_400,
-        batch_size=256,
-        log_every=50,
-        checkpoint_every=2000,
+        training=Training(
+            optimizer=Optimizer(learning_rate=1e-4, b2=0.95, warmup_steps=5004, weight_decay=1e-4, clip_norm=None),
+            steps=500_400,
+            batch_size=256,
+            log_every=50,
+            checkpoint_every=2000,
+        ),
     )
 
 

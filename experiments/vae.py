@@ -4,6 +4,7 @@ from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import vae
 from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
 
 
 def vae_tiny() -> Experiment:
@@ -11,11 +12,13 @@ def vae_tiny() -> Experiment:
     return Experiment(
         model=vae.Config(image_size=8, channels=1, levels=17, latent=16, widths=(32, 64), dropout=0.1),
         data=Data(name="digits", validation="validation", image_size=8, channels=1),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.01, eps=1e-6),
-        ema_decay=0.995,
-        steps=1000,
-        batch_size=128,
-        checkpoint_every=200,
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.01, eps=1e-6),
+            ema_decay=0.995,
+            steps=1000,
+            batch_size=128,
+            checkpoint_every=200,
+        ),
     )
 
 
@@ -24,11 +27,13 @@ def vae_tiny_openmoji() -> Experiment:
     return Experiment(
         model=vae.Config(image_size=32, latent=64, pseudo_inputs=256, widths=(16, 32, 64)),
         data=Data(name="openmoji", train="train[:95%]", validation="train[95%:]", image_size=32),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, eps=1e-6),
-        ema_decay=0.995,
-        steps=1500,
-        batch_size=64,
-        checkpoint_every=250,
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, eps=1e-6),
+            ema_decay=0.995,
+            steps=1500,
+            batch_size=64,
+            checkpoint_every=250,
+        ),
     )
 
 
@@ -37,11 +42,13 @@ def vae_fashion_mnist() -> Experiment:
     return Experiment(
         model=vae.Config(image_size=28, channels=1, latent=64, widths=(32, 64, 128), dropout=0.1),
         data=Data(name="fashion_mnist", train="train[:95%]", validation="train[95%:]", image_size=28, channels=1),
-        optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, eps=1e-6),
-        ema_decay=0.998,
-        steps=6000,
-        batch_size=64,
-        checkpoint_every=500,
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, weight_decay=0.01, eps=1e-6),
+            ema_decay=0.998,
+            steps=6000,
+            batch_size=64,
+            checkpoint_every=500,
+        ),
     )
 
 

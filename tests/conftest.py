@@ -9,6 +9,7 @@ import pytest
 
 from experiments.presets import presets
 from experiments.run import run
+from vlm_jax.experiment import Experiment
 from vlm_jax.sharding import MeshShape
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vlm_jax"
@@ -30,14 +31,19 @@ def data_dir() -> Path:
     return path
 
 
+def trained(preset: Experiment, **fields: object) -> Experiment:
+    """The preset with other fields of its training."""
+    return replace(preset, training=replace(preset.training, **fields))
+
+
 @pytest.fixture(scope="session")
 def vae_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a few steps of a small VAE on the digits."""
     workdir = tmp_path_factory.mktemp("vae") / "run"
     preset = presets()["vae-tiny"][1]
     model = replace(preset.model, latent=4, widths=(16,), mixtures=2)
-    small = replace(preset, model=model, workdir=str(workdir), data_dir=str(data_dir), mesh=MeshShape(fsdp=2))
-    run("vae-tiny", replace(small, steps=4, batch_size=16, checkpoint_every=2, log_every=2))
+    small = replace(preset, model=model, workdir=str(workdir), data_dir=str(data_dir))
+    run("vae-tiny", trained(small, mesh=MeshShape(fsdp=2), steps=4, batch_size=16, checkpoint_every=2, log_every=2))
     return workdir
 
 
@@ -50,5 +56,5 @@ def clip_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     image = replace(preset.model.image, transformer=tower)
     model = replace(preset.model, image=image, text=replace(preset.model.text, transformer=tower), embedding=16)
     small = replace(preset, model=model, workdir=str(workdir), data_dir=str(data_dir))
-    run("clip-tiny", replace(small, steps=3, batch_size=16, checkpoint_every=2, log_every=1))
+    run("clip-tiny", trained(small, steps=3, batch_size=16, checkpoint_every=2, log_every=1))
     return workdir

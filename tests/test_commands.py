@@ -80,7 +80,8 @@ def test_a_preset_is_built_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(clip, "PRESETS", (broken, *clip.PRESETS))
     monkeypatch.setattr(sys, "argv", ["run", "clip-tiny", "--steps", "7"])
     name, experiment = from_command_line("run", "Trains.", lambda preset: preset)
-    assert (name, experiment.steps, experiment.batch_size) == ("clip-tiny", 7, clip.clip_tiny().batch_size)
+    assert name == "clip-tiny"
+    assert experiment.training == replace(clip.clip_tiny().training, steps=7)
 
 
 def test_a_reader_that_has_gone_is_no_error() -> None:
@@ -117,8 +118,9 @@ def test_a_terminal_that_knows_ascii_alone(argument: str, status: int, printed: 
 def test_a_refused_start_leaves_nothing_behind(tmp_path: Path) -> None:
     """So that the corrected command is not told that the directory belongs to another configuration."""
     preset = presets()["vae-tiny"][1]
+    training = replace(preset.training, batch_size=12)
     with pytest.raises(UserError, match="batch size 12 cannot be split"):
-        run.run("vae-tiny", replace(preset, batch_size=12, workdir=str(tmp_path / "run")))
+        run.run("vae-tiny", replace(preset, training=training, workdir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
@@ -169,8 +171,10 @@ def test_errors_are_one_line_and_status_2(module: str, tmp_path: Path) -> None:
 def test_a_validation_split_smaller_than_the_batch_and_the_mesh_is_used(tmp_path: Path, data_dir: Path) -> None:
     preset = presets()["vae-tiny"][1]
     model = replace(preset.model, latent=2, widths=(8,), mixtures=1)
-    small = replace(preset, model=model, steps=1, batch_size=32, workdir=str(tmp_path / "run"), data_dir=str(data_dir))
-    run.run("vae-tiny", replace(small, data=replace(preset.data, validation="validation[:7]")))
+    data = replace(preset.data, validation="validation[:7]")
+    training = replace(preset.training, steps=1, batch_size=32)
+    where = {"workdir": str(tmp_path / "run"), "data_dir": str(data_dir)}
+    run.run("vae-tiny", replace(preset, model=model, data=data, training=training, **where))
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert math.isfinite(line["validation_loss"])
 

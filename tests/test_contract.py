@@ -201,9 +201,9 @@ def test_rules_lay_out_every_parameter_and_none_is_left_over(preset: str, shape:
 
 @pytest.mark.parametrize("preset", CONFIGS)
 def test_moments_and_averages_lie_beside_their_parameters(preset: str):
-    experiment = presets()[preset][1]
-    model, mesh = build(experiment.model), make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
-    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
+    training = presets()[preset][1].training
+    model, mesh = build(CONFIGS[preset]), make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
+    optimizer = make_optimizer(training.optimizer, training.steps)
     abstract = jax.eval_shape(
         lambda key, batch: init_train_state(model, optimizer, key, batch, ema_decay=0.9),
         KEY,

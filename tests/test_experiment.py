@@ -29,16 +29,20 @@ def test_records_read_back_as_the_same_experiment(name: str) -> None:
     """With the end of the schedule, where it has one."""
     experiment = PRESETS[name]
     record = json.loads(json.dumps(record_of(name, experiment)))
-    end = None if experiment.optimizer.schedule == "constant" else experiment.steps
-    assert from_record(record) == replace(experiment, optimizer=replace(experiment.optimizer, decay_steps=end))
+    training = experiment.training
+    end = None if training.optimizer.schedule == "constant" else training.steps
+    ended = replace(training, optimizer=replace(training.optimizer, decay_steps=end))
+    assert from_record(record) == replace(experiment, training=ended)
 
 
 def test_the_seed_the_data_and_the_model_make_another_run_and_the_mesh_does_not() -> None:
     experiment = PRESETS["clip-tiny"]
     record = record_of("clip-tiny", experiment)
-    same = replace(experiment, mesh=MeshShape(fsdp=8), workdir="elsewhere", log_every=1, checkpoint_every=7)
+    kept = replace(experiment.training, mesh=MeshShape(fsdp=8), log_every=1, checkpoint_every=7, keep_last=1)
+    same = replace(experiment, training=kept, workdir="elsewhere")
     assert differences(record, record_of("clip-tiny", same)) == []
-    assert differences(record, record_of("clip-tiny", replace(experiment, seed=1))) == ["seed: 0 -> 1"]
+    seeded = replace(experiment, training=replace(experiment.training, seed=1))
+    assert differences(record, record_of("clip-tiny", seeded)) == ["training.seed: 0 -> 1"]
     grown = to_record("clip-tiny", experiment, EXAMPLES | {"train": 101})
     assert differences(record, grown) == ["examples.train: 100 -> 101"]
     narrow = replace(experiment, model=replace(experiment.model, embedding=64))
@@ -48,11 +52,13 @@ def test_the_seed_the_data_and_the_model_make_another_run_and_the_mesh_does_not(
 def test_other_steps_are_another_schedule_unless_its_end_is_stated() -> None:
     """Half of one cosine and half of another is no run that anyone meant."""
     experiment = PRESETS["clip-tiny"]
-    longer = replace(experiment, steps=2 * experiment.steps)
+    training = experiment.training
+    longer = replace(training, steps=2 * training.steps)
     record = record_of("clip-tiny", experiment)
-    assert differences(record, record_of("clip-tiny", longer)) == ["optimizer.decay_steps: 400 -> 800"]
-    stated = replace(longer, optimizer=replace(experiment.optimizer, decay_steps=experiment.steps))
-    assert differences(record, record_of("clip-tiny", stated)) == []
+    other = record_of("clip-tiny", replace(experiment, training=longer))
+    assert differences(record, other) == ["training.optimizer.decay_steps: 400 -> 800"]
+    stated = replace(longer, optimizer=replace(training.optimizer, decay_steps=training.steps))
+    assert differences(record, record_of("clip-tiny", replace(experiment, training=stated))) == []
 
 
 def test_a_record_of_another_version_is_refused_by_its_field() -> None:
@@ -80,14 +86,14 @@ def test_a_field_that_is_not_known_is_refused(path: tuple[str, ...]) -> None:
         ({"steps": 0}, "steps is 0: it must be at least 1"),
         ({"steps": 10**19}, r"steps is 1(0){19}: .* less than 2\^31"),
         ({"batch_size": 2**31}, "batch_size is 2147483648: .* less than"),
-        ({"seed": 2**32}, r"seed is 4294967296: it must be at least 0 and less than 2\^32"),
+        ({"seed": 2**32}, r"seed is 4294967296: it must lie in \[0, 2\^32\)"),
         ({"seed": -1}, "seed is -1"),
         ({"ema_decay": 1.0}, r"ema_decay is 1.0: .*\[0, 1\)"),
     ],
 )
 def test_refuses_impossible_settings(fields: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        replace(PRESETS["vae-tiny"], **fields)
+        replace(PRESETS["vae-tiny"].training, **fields)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

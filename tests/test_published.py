@@ -153,9 +153,9 @@ def test_generative_models_are_trained_as_published(
 ):
     """2006.11239, appendix B; 2107.00630, appendix B; 2212.09748, section 4; VDVAE's release, whose loss is in nats."""
     experiment = PUBLISHED[name]
-    optimizer = experiment.optimizer
+    training, optimizer = experiment.training, experiment.training.optimizer
     assert (optimizer.learning_rate, optimizer.b2, optimizer.clip_norm) == (learning_rate, b2, clip_norm)
-    assert (experiment.batch_size, experiment.steps, experiment.ema_decay) == (batch_size, steps, ema_decay)
+    assert (training.batch_size, training.steps, training.ema_decay) == (batch_size, steps, ema_decay)
     assert experiment.data.flip == flip
 
 
@@ -228,15 +228,16 @@ def scalars(model: Model, key: jax.Array) -> dict[str, jax.Array]:
 def test_the_schedule_is_the_published_one(name: str, learning_rate: float, b2: float, eps: float, weight_decay: float):
     """2103.00020, tables 18 and 19; 2303.15343, section 4."""
     experiment = PUBLISHED[name]
-    optimizer = experiment.optimizer
+    optimizer = experiment.training.optimizer
     assert (optimizer.learning_rate, optimizer.b1, optimizer.b2) == (learning_rate, 0.9, b2)
     assert (optimizer.eps, optimizer.weight_decay, optimizer.schedule) == (eps, weight_decay, "cosine")
-    assert (optimizer.warmup_steps, experiment.batch_size) == (2000, 32768)
+    assert (optimizer.warmup_steps, experiment.training.batch_size) == (2000, 32768)
 
 
 def lowered_step(experiment: Experiment) -> jax.stages.Lowered:
     """The sharded train step of the published batch, without a single array."""
-    return lower_step(experiment, make_mesh(MeshShape(data=2, fsdp=2, tensor=2)))[1]
+    mesh = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
+    return lower_step(build(experiment.model), experiment.training, mesh)[1]
 
 
 SCANNED = ("clip-vit-b16", "diffusion-dit-xl2")  # traced within seconds

@@ -118,7 +118,11 @@ def test_an_edited_record_is_refused_by_the_field(
 
 
 def test_what_changes_no_value_may_be_edited(vae_run: Path, tmp_path: Path) -> None:
-    workdir = edited(vae_run, tmp_path, lambda record: record.update(log_every=7, data_dir="elsewhere"))
+    def edit(record: dict[str, Any]) -> None:
+        record["training"]["log_every"] = 7
+        record["data_dir"] = "elsewhere"
+
+    workdir = edited(vae_run, tmp_path, edit)
     assert vlm_jax.load(workdir).step == vlm_jax.load(vae_run).step
 
 
@@ -220,6 +224,19 @@ def test_refuses_what_is_not_the_directory_of_a_run(tmp_path: Path, content: byt
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
         vlm_jax.load(tmp_path)
+
+
+def test_a_run_of_before_is_refused_as_one(tmp_path: Path) -> None:
+    """Its record is flat: the seed and the optimizer stand beside the model."""
+    record = RECORD | {"optimizer": {"learning_rate": 1e-3}, "steps": 1, "batch_size": 1}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    refused = r"config\.json was written by an earlier version of vlm_jax, .*: use that version, or train anew"
+    with pytest.raises(UserError, match=refused):
+        vlm_jax.load(tmp_path)
+    with pytest.raises(UserError, match=refused), claimed_workdir(tmp_path, RECORD):
+        pass
+    assert json.loads((tmp_path / "config.json").read_text()) == record
 
 
 def test_a_record_that_is_a_directory_is_told(tmp_path: Path) -> None:

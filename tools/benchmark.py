@@ -26,6 +26,7 @@ from vlm_jax.paths import local_path
 from vlm_jax.sharding import check_batch_size, make_mesh, process_rows, replicated, to_global
 from vlm_jax.train.flops import count_flops, model_flops
 from vlm_jax.train.optim import make_optimizer
+from vlm_jax.train.plan import Training
 from vlm_jax.train.step import TrainState, init_train_state, make_train_step, train_state_shardings
 from vlm_jax.trees import count_parameters
 
@@ -88,27 +89,28 @@ def main() -> None:
 
 def brief(experiment: Experiment) -> Experiment:
     """The experiment with few steps and the schedule that it has with all of them."""
-    optimizer = experiment.optimizer
-    decay_steps = optimizer.decay_steps or experiment.steps
-    return replace(experiment, steps=STEPS, optimizer=replace(optimizer, decay_steps=decay_steps))
+    training = experiment.training
+    optimizer = replace(training.optimizer, decay_steps=training.optimizer.decay_steps or training.steps)
+    return replace(experiment, training=replace(training, steps=STEPS, optimizer=optimizer))
 
 
 def benchmark(experiment: Experiment, *, pipeline: bool = True) -> Results:
-    """Times the input pipeline alone, and the train step alone on random data; `experiment.steps` batches of each.
+    """Times the input pipeline alone, and the train step alone on random data; as many batches of each as steps.
 
     Times are in seconds, memory in bytes a device, FLOPs over all devices; None is what the backend does not tell.
     """
-    mesh = make_mesh(experiment.mesh)
-    check_batch_size(experiment.batch_size, mesh, experiment.micro_steps)
+    training = experiment.training
+    mesh = make_mesh(training.mesh)
+    check_batch_size(training.batch_size, mesh, training.micro_steps)
     model = build(experiment.model)
     results: Results = {
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,
-        "batch_size": experiment.batch_size,
+        "batch_size": training.batch_size,
     }
     rate = pipeline_rate(model, experiment, mesh) if pipeline else None
     with jax.set_mesh(mesh):
-        step = time_step(model, experiment, mesh)
+        step = time_step(model, training, mesh)
     if rate is not None:
         results["pipeline/examples_per_second"] = rate
         results["pipeline/rate_over_step_rate"] = rate / step["step/examples_per_second"]
@@ -117,35 +119,35 @@ def benchmark(experiment: Experiment, *, pipeline: bool = True) -> Results:
 
 def pipeline_rate(model: Model, experiment: Experiment, mesh: Mesh) -> float:
     """Examples a second from the data set to checked host arrays, over all processes, while no device computes."""
-    data, data_dir = experiment.data, local_path(experiment.data_dir)
+    data, training, data_dir = experiment.data, experiment.training, local_path(experiment.data_dir)
     batches = train_batches(
         open_source(data.name, data.train, data_dir),
         data,
         make_tokenizer(data, data_dir),
-        batch_size=experiment.batch_size,
-        rows=process_rows(experiment.batch_size, mesh),
-        seed=experiment.seed,
+        batch_size=training.batch_size,
+        rows=process_rows(training.batch_size, mesh),
+        seed=training.seed,
         start=0,
-        stop=WARM_UP + experiment.steps,
+        stop=WARM_UP + training.steps,
     )
     for _ in range(WARM_UP):
         next(batches)
     since = time.perf_counter()
     for batch in batches:
         check_batch(model.inputs, batch)
-    return experiment.steps * experiment.batch_size / (time.perf_counter() - since)
+    return training.steps * training.batch_size / (time.perf_counter() - since)
 
 
-def time_step(model: Model, experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
+def time_step(model: Model, training: Training, mesh: Mesh) -> dict[str, Any]:
     """Compiles the train step as training does and runs it again and again on one random batch."""
-    optimizer, key = make_optimizer(experiment.optimizer, experiment.steps), jax.random.key(experiment.seed)
-    step = make_train_step(model, optimizer, micro_steps=experiment.micro_steps, ema_decay=experiment.ema_decay)
+    optimizer, key = make_optimizer(training.optimizer, training.steps), jax.random.key(training.seed)
+    step = make_train_step(model, optimizer, micro_steps=training.micro_steps, ema_decay=training.ema_decay)
 
     def init(key: jax.Array, batch: Any) -> TrainState:
-        return init_train_state(model, optimizer, key, batch, ema_decay=experiment.ema_decay)
+        return init_train_state(model, optimizer, key, batch, ema_decay=training.ema_decay)
 
-    rows = process_rows(experiment.batch_size, mesh)
-    batch = to_global(random_batch(model.inputs, len(rows), experiment.seed), experiment.batch_size, mesh)
+    rows = process_rows(training.batch_size, mesh)
+    batch = to_global(random_batch(model.inputs, len(rows), training.seed), training.batch_size, mesh)
     abstract = jax.eval_shape(init, key, batch)
     shardings = train_state_shardings(model, optimizer, abstract, mesh)
     state = jax.jit(init, out_shardings=shardings)(key, batch)
@@ -155,7 +157,7 @@ def time_step(model: Model, experiment: Experiment, mesh: Mesh) -> dict[str, Any
     compiled = jitted.lower(state, batch, key).compile()
     compile_seconds = time.perf_counter() - since
     times = []
-    for _ in range(WARM_UP + experiment.steps):
+    for _ in range(WARM_UP + training.steps):
         since = time.perf_counter()
         state, metrics = compiled(state, batch, key)
         jax.block_until_ready((state, metrics))
@@ -163,7 +165,7 @@ def time_step(model: Model, experiment: Experiment, mesh: Mesh) -> dict[str, Any
     times = times[WARM_UP:]
     seconds = float(np.median(times))
 
-    inputs = abstract_batch(model.inputs, experiment.batch_size)
+    inputs = abstract_batch(model.inputs, training.batch_size)
     flops = model_flops(model, {"params": abstract.params, **abstract.state}, inputs)
     device = mesh.local_devices[0]
     peak = PEAK_FLOPS.get(device.device_kind)
@@ -174,7 +176,7 @@ def time_step(model: Model, experiment: Experiment, mesh: Mesh) -> dict[str, Any
         "step/seconds": seconds,
         "step/seconds_min": min(times),
         "step/seconds_max": max(times),
-        "step/examples_per_second": experiment.batch_size / seconds,
+        "step/examples_per_second": training.batch_size / seconds,
         "step/model_flops": flops,
         "step/hardware_flops": count_flops(step, abstract, inputs, key),
         "step/model_flops_per_second": flops / seconds,

@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 
 from experiments.presets import from_command_line
 from vlm_jax.commandline import command
-from vlm_jax.contract import abstract_batch
+from vlm_jax.contract import Model, abstract_batch
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import build
 from vlm_jax.sharding import batch_sharding, check_batch_size, make_mesh, placed, replicated
 from vlm_jax.train.optim import make_optimizer
+from vlm_jax.train.plan import Training
 from vlm_jax.train.step import TrainState, init_train_state, make_train_step, train_state_shardings
 from vlm_jax.trees import count_parameters
 
@@ -67,8 +68,9 @@ def compile_report(experiment: Experiment, devices: list[jax.Device]) -> dict[st
     Raises:
       UserError: the mesh or the batch do not fit the chips, or the step does not fit their memory.
     """
-    mesh = make_mesh(experiment.mesh, devices)
-    state, lowered = lower_step(experiment, mesh)
+    training = experiment.training
+    mesh = make_mesh(training.mesh, devices)
+    state, lowered = lower_step(build(experiment.model), training, mesh)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -82,7 +84,7 @@ def compile_report(experiment: Experiment, devices: list[jax.Device]) -> dict[st
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     results: dict[str, int | str] = {
         "chips": f"{mesh.size} {devices[0].device_kind}, mesh {'x'.join(map(str, mesh.devices.shape))}",
-        "batch size": experiment.batch_size,
+        "batch size": training.batch_size,
         "parameters": count_parameters(state.params),
         "bytes/kept between steps, and batch": kept,
         "bytes/temporary": memory.temp_size_in_bytes,
@@ -94,16 +96,16 @@ def compile_report(experiment: Experiment, devices: list[jax.Device]) -> dict[st
     return results
 
 
-def lower_step(experiment: Experiment, mesh: Mesh) -> tuple[TrainState, jax.stages.Lowered]:
+def lower_step(model: Model, training: Training, mesh: Mesh) -> tuple[TrainState, jax.stages.Lowered]:
     """The train step as training compiles it, without a single array; and the shapes of the state."""
-    check_batch_size(experiment.batch_size, mesh, experiment.micro_steps)
-    model, optimizer = build(experiment.model), make_optimizer(experiment.optimizer, experiment.steps)
-    step = make_train_step(model, optimizer, micro_steps=experiment.micro_steps, ema_decay=experiment.ema_decay)
+    check_batch_size(training.batch_size, mesh, training.micro_steps)
+    optimizer = make_optimizer(training.optimizer, training.steps)
+    step = make_train_step(model, optimizer, micro_steps=training.micro_steps, ema_decay=training.ema_decay)
 
     def init(key: jax.Array, batch: Any) -> TrainState:
-        return init_train_state(model, optimizer, key, batch, ema_decay=experiment.ema_decay)
+        return init_train_state(model, optimizer, key, batch, ema_decay=training.ema_decay)
 
-    key, batch = jax.eval_shape(lambda: jax.random.key(0)), abstract_batch(model.inputs, experiment.batch_size)
+    key, batch = jax.eval_shape(lambda: jax.random.key(0)), abstract_batch(model.inputs, training.batch_size)
     # Abstract, for what is computed while tracing would have to run on the mesh's devices.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         state = jax.eval_shape(init, key, batch)

@@ -12,10 +12,10 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from vlm_jax.commandline import check_seed, command, require_one_process
+from vlm_jax.commandline import command, require_one_process
 from vlm_jax.contract import Batch, Input, check_batch
 from vlm_jax.data import Data, Source, class_names, evaluation_batches, open_source, read_class_names
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, check_seed
 from vlm_jax.evals import EVALUATIONS, Evaluation, Labelled, Subject
 from vlm_jax.experiment import ZeroShot
 from vlm_jax.files import check_writable, write_output

@@ -20,11 +20,11 @@ from scipy.stats import multivariate_normal
 from experiments.presets import presets, unknown_preset
 from experiments.run import run
 from tools.evaluate import evaluate, sentence, tell
-from vlm_jax.commandline import check_seed, command, require_one_process
+from vlm_jax.commandline import command, require_one_process
 from vlm_jax.contract import abstract_batch
 from vlm_jax.data import example, open_source
 from vlm_jax.data.find import find_data_set, full_name
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, check_seed
 from vlm_jax.evals.likelihood import mean_and_error
 from vlm_jax.experiment import Experiment, from_record
 from vlm_jax.files import check_writable, write_output
@@ -181,7 +181,7 @@ def complete(path: Path, experiment: Experiment) -> bool:
     if not has_checkpoints(path):
         return False
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-        return max(checkpoints.steps()) >= experiment.steps
+        return max(checkpoints.steps()) >= experiment.training.steps
 
 
 def on_data(experiment: Experiment, data: str) -> bool:
@@ -224,7 +224,7 @@ def measure(path: Path, loaded: Loaded, data_dir: Path, seed: int) -> tuple[Int[
 
 def training_flops(loaded: Loaded) -> float:
     """FLOPs of the steps that led to the checkpoint."""
-    batch = abstract_batch(loaded.model.inputs, loaded.experiment.batch_size)
+    batch = abstract_batch(loaded.model.inputs, loaded.experiment.training.batch_size)
     return float(loaded.step * model_flops(loaded.model, loaded.variables, batch))
 
 

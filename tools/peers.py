@@ -23,6 +23,7 @@ from vlm_jax.models import autoregressive, build, clip, diffusion, probability_f
 from vlm_jax.nn.dit import DiT
 from vlm_jax.nn.unet import UNet
 from vlm_jax.train.optim import Optimizer, make_optimizer
+from vlm_jax.train.plan import Training
 from vlm_jax.train.step import init_train_state, make_train_step
 from vlm_jax.trees import count_parameters
 
@@ -69,29 +70,29 @@ def check_peer(library: str, config: Any) -> None:
 def compare(
     experiment: Experiment, library: str, random_batch: Callable[[Mapping[str, Input], int, int], dict[str, np.ndarray]]
 ) -> dict[str, float | int | str]:
-    """The least wall and CPU seconds of each over `experiment.steps` rounds, and theirs over ours: above 1 ours leads.
+    """The least wall and CPU seconds of each over `training.steps` rounds, and theirs over ours: above 1 ours leads.
 
     Raises:
       UserError: of `check_peer`, or sizes that the peer cannot have.
     """
-    config = plain(experiment.model)
+    config, training = plain(experiment.model), experiment.training
     check_peer(library, config)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads of PyTorch must not spin while we compute
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.manual_seed(experiment.seed)
-    batch_size, model = experiment.batch_size, build(config)
-    batch = random_batch(model.inputs, batch_size, experiment.seed)
+    torch.manual_seed(training.seed)
+    batch_size, model = training.batch_size, build(config)
+    batch = random_batch(model.inputs, batch_size, training.seed)
     if isinstance(config, autoregressive.Config):
         what, ours, theirs = "decoding", our_decoding(model, batch), gpt2(config, batch_size)
     else:
-        what, ours = "train step", our_step(model, experiment, batch)
+        what, ours = "train step", our_step(model, training, batch)
         if isinstance(config, clip.Config):
-            theirs = (hugging_clip if library == "transformers" else open_clip)(config, experiment.optimizer, batch)
+            theirs = (hugging_clip if library == "transformers" else open_clip)(config, training.optimizer, batch)
         else:
-            theirs = diffuser(config, experiment.optimizer, batch)
-    ours_least, theirs_least = alternate(ours.run, theirs.run, experiment.steps)
+            theirs = diffuser(config, training.optimizer, batch)
+    ours_least, theirs_least = alternate(ours.run, theirs.run, training.steps)
     results: dict[str, float | int | str] = {
         "against": library,
         "timed": what,
@@ -120,9 +121,9 @@ def alternate(ours: Callable[[], None], theirs: Callable[[], None], rounds: int)
     return seconds[WARM_UP:].min(axis=0)
 
 
-def our_step(model: Model, experiment: Experiment, batch: dict[str, np.ndarray]) -> Contender:
+def our_step(model: Model, training: Training, batch: dict[str, np.ndarray]) -> Contender:
     """The train step as training compiles it, on one device, without an average of the parameters."""
-    optimizer, key = make_optimizer(experiment.optimizer, experiment.steps), jax.random.key(experiment.seed)
+    optimizer, key = make_optimizer(training.optimizer, training.steps), jax.random.key(training.seed)
     arrays = jax.tree.map(jnp.asarray, batch)
     state = jax.jit(lambda key: init_train_state(model, optimizer, key, arrays))(key)
     step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)

@@ -11,9 +11,9 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from vlm_jax.commandline import check_seed, command, require_one_process
+from vlm_jax.commandline import command, require_one_process
 from vlm_jax.data import Source, example, open_source
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, check_seed
 from vlm_jax.files import check_writable
 from vlm_jax.paths import local_path
 from vlm_jax.sheets import Cell, write_sheet

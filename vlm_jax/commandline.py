@@ -58,16 +58,6 @@ def check_text(argument: str) -> None:
         ) from error
 
 
-def check_seed(seed: int) -> None:
-    """Refuses what makes no key.
-
-    Raises:
-      UserError: the seed is out of range.
-    """
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed is {seed}: it must lie in [0, 2**32)")
-
-
 def require_one_process() -> None:
     """For commands that compute on the devices of one process.
 

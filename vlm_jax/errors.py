@@ -7,3 +7,13 @@ class UserError(Exception):
     The message is one sentence for the person at the terminal: it names the offender and the mend. Commands print it
     without a traceback.
     """
+
+
+def check_seed(seed: int) -> None:
+    """Refuses what makes no key: of a larger one JAX would take the lower 32 bits.
+
+    Raises:
+      UserError: the seed is out of range.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"the seed is {seed}: it must lie in [0, 2^32)")

@@ -3,16 +3,16 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+import tyro
 
 from vlm_jax.data import Data
 from vlm_jax.errors import UserError
 from vlm_jax.identity import identity
 from vlm_jax.models import family_of, read_config
-from vlm_jax.sharding import MeshShape
-from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
 from vlm_jax.trees import leaves_by_path
 
 
@@ -57,31 +57,15 @@ class Distributed:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A model, its data, its optimizer and how long to train."""
+    """A model, its data, and how it is trained on them."""
 
     model: Any
     """The `Config` of a family in `vlm_jax.models`."""
     data: Data
-    optimizer: Optimizer
-    steps: int
-    """Optimizer steps in all."""
-    batch_size: int
-    """Examples a step, over all devices."""
-    micro_steps: int = 1
-    """Compute each batch in this many parts, for its gradient to fit in memory."""
-    ema_decay: float | None = None
-    """Decay of an average of the parameters, which evaluations then use; None: no average."""
-    seed: int = 0
-    """Of the initialisation, the order of the data, augmentation, dropout and noise."""
+    training: Annotated[Training, tyro.conf.arg(name="")]
+    """Its fields have no prefix on the command line: `--steps`, `--optimizer.learning-rate`."""
     zero_shot: ZeroShot | None = None
     """What `tools.evaluate` classifies without training on it; None: nothing."""
-    mesh: MeshShape = MeshShape()
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints; with a validation split, each is scored and the best one kept."""
-    keep_last: int = 3
-    """Newest checkpoints to keep."""
     workdir: str | None = None
     """Where the run is kept; None: runs/PRESET."""
     data_dir: str = "~/.cache/vlm_jax/data"
@@ -89,13 +73,6 @@ class Experiment:
     distributed: Distributed = Distributed()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_steps", "log_every", "checkpoint_every", "keep_last"):
-            if not 1 <= getattr(self, name) < 2**31:  # on the devices they are int32
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1 and less than 2^31")
-        if not 0 <= self.seed < 2**32:  # of a larger one JAX would take the lower 32 bits
-            raise UserError(f"seed is {self.seed}: it must be at least 0 and less than 2^32")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay is {self.ema_decay}: it must lie in [0, 1)")
         # Of every part: JSON has no such numbers, and with one of them nothing is computed but more of its kind.
         for path, value in leaves_by_path(msgspec.to_builtins(self)).items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -108,9 +85,10 @@ def to_record(preset: str, experiment: Experiment, examples: Mapping[str, int]) 
     Args:
       examples: in each split of its data set, of which `experiment.data.name` should tell the version.
     """
-    optimizer = experiment.optimizer
-    if optimizer.schedule != "constant" and optimizer.decay_steps is None:
-        experiment = replace(experiment, optimizer=replace(optimizer, decay_steps=experiment.steps))
+    training = experiment.training
+    if training.optimizer.schedule != "constant" and training.optimizer.decay_steps is None:
+        optimizer = replace(training.optimizer, decay_steps=training.steps)
+        experiment = replace(experiment, training=replace(training, optimizer=optimizer))
     fields = msgspec.json.decode(msgspec.json.encode(experiment))
     return {"preset": preset, "family": family_of(experiment.model), "examples": dict(examples), **fields}
 

@@ -7,20 +7,21 @@ from typing import Any
 RUN_FIELDS = (
     "workdir",
     "data_dir",
-    "mesh",
     "distributed",
     "zero_shot",
-    "steps",
-    "log_every",
-    "checkpoint_every",
-    "keep_last",
+    "training.mesh",
+    "training.steps",
+    "training.log_every",
+    "training.checkpoint_every",
+    "training.keep_last",
 )
-"""What may change between one start of a run and the next: none of it changes the value of any step."""
+"""Dotted paths of what may change between one start of a run and the next: none of it changes the value of any step."""
 
 
 def identity(record: Mapping[str, Any]) -> dict[str, str]:
     """The facts of a run's record, as dotted paths to JSON texts."""
-    return flatten({name: value for name, value in record.items() if name not in RUN_FIELDS})
+    facts = flatten(record)
+    return {path: fact for path, fact in facts.items() if not any(f"{path}.".startswith(f"{f}.") for f in RUN_FIELDS)}
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

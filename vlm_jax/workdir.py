@@ -71,7 +71,7 @@ def restore_variables(
     checkpoints: Checkpoints, model: Model, experiment: Experiment, step: int | None, mesh: Mesh | None
 ) -> tuple[int, Variables]:
     """What `load` returns of a run's checkpoints, of which there is one at least."""
-    batch = abstract_batch(model.inputs, experiment.batch_size)
+    batch = abstract_batch(model.inputs, experiment.training.batch_size)
     collections = dict(jax.eval_shape(model.init, jax.random.key(0), batch))
     params = collections.pop("params")
     if mesh is None:
@@ -82,7 +82,7 @@ def restore_variables(
         collections = placed(collections, replicated(mesh))
     frozen, live = partition(params, model.frozen)
     items = {"params": params, "state": collections}
-    if experiment.ema_decay is not None:
+    if experiment.training.ema_decay is not None:
         # The average covers the live parameters; the frozen ones stand among the parameters only.
         items = {"ema": live, "state": collections} if not frozen else {**items, "ema": live}
     restored = checkpoints.restore(items, checkpoints.best_step() if step is None else step)
@@ -112,6 +112,11 @@ def read_record(workdir: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error.strerror}): mend that") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it from a copy, or train anew elsewhere") from error
+    if "optimizer" in record:
+        raise UserError(
+            f"{path} was written by an earlier version of vlm_jax, which kept the settings of training beside the "
+            f"model: use that version, or train anew elsewhere"
+        )
     return record
 
 

@@ -45,11 +45,12 @@ def test_what_is_missing_is_trained_and_what_is_complete_is_not_touched(
     """A complete run need not even find the devices that it was trained on."""
     shutil.copytree(vae_run, tmp_path / "vae-tiny")
     record = json.loads((vae_run / "config.json").read_text())
-    record["mesh"] = {"data": 1, "fsdp": 512, "tensor": 1}
+    record["training"]["mesh"] = {"data": 1, "fsdp": 512, "tensor": 1}
     (tmp_path / "vae-tiny" / "config.json").write_text(json.dumps(record))
     pixels = presets()["autoregressive-tiny"][1]
     transformer = replace(pixels.model.transformer, width=8, depth=1, heads=1, mlp=8)
-    small = replace(pixels, model=replace(pixels.model, classes=10, transformer=transformer), steps=2, batch_size=16)
+    training = replace(pixels.training, steps=2, batch_size=16)
+    small = replace(pixels, model=replace(pixels.model, classes=10, transformer=transformer), training=training)
     known = presets() | {"autoregressive-tiny": ("", small)}
     monkeypatch.setattr("tools.likelihood.presets", lambda: known)
     rows = likelihood(presets=("vae-tiny", "autoregressive-tiny"), workdir=tmp_path, data_dir=str(data_dir))

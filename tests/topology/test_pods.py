@@ -56,7 +56,7 @@ def quick_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["clip-vit-b16", "clip-vit-l14"])
 def test_the_published_batch_fits_a_pod_of_v5e(name: str):
     experiment = presets()[name][1]
-    mesh = MeshShape(fsdp=8)
-    results = compile_report(replace(experiment, mesh=mesh), chips("v5e:16x16"))
-    assert experiment.batch_size == 32768
+    training = replace(experiment.training, mesh=MeshShape(fsdp=8))
+    results = compile_report(replace(experiment, training=training), chips("v5e:16x16"))
+    assert experiment.training.batch_size == 32768
     assert results["bytes/in all"] < 0.6 * V5E_BYTES

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from vlm_jax.contract import Aux, Input, Model
-from vlm_jax.data import Data
-from vlm_jax.experiment import Experiment
 from vlm_jax.train.loop import Validation, fit
 from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
 
 
 def line() -> Model:
@@ -38,9 +37,7 @@ def test_validation_scores_the_averaged_parameters_where_an_average_is_kept(
         while True:
             yield ones
 
-    experiment = Experiment(
-        model=None,
-        data=Data(name="none", image_size=8),
+    training = Training(
         optimizer=Optimizer(learning_rate=0.1, schedule="constant"),
         steps=4,
         batch_size=8,
@@ -48,7 +45,7 @@ def test_validation_scores_the_averaged_parameters_where_an_average_is_kept(
         checkpoint_every=2,
     )
     validation = Validation(lambda rows: iter([(ones, 8)]), batch_size=8)
-    state = fit(line(), experiment, tmp_path, batches, validation)
+    state = fit(line(), training, tmp_path, batches, validation)
     lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     score = [each["validation_loss"] for each in lines if "validation_loss" in each][-1]
     now = float(state.params["height"])

@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 
 from vlm_jax.contract import Aux, Input, Model
-from vlm_jax.data import Data
 from vlm_jax.errors import UserError
-from vlm_jax.experiment import Experiment
 from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.loop import Validation, fit, validate, validation_loss
 from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
 from vlm_jax.train.terminal import StopSignal
 from vlm_jax.trees import leaves_by_path
 
@@ -48,10 +47,10 @@ def train_batches(rows: np.ndarray, start: int) -> Iterator[dict[str, np.ndarray
         step += 1
 
 
-def experiment(**fields: object) -> Experiment:
+def training(**fields: object) -> Training:
     settings = {"steps": 12, "batch_size": 16, "checkpoint_every": 4, "log_every": 1, "ema_decay": 0.9} | fields
     optimizer = Optimizer(learning_rate=0.01, decay_steps=12)
-    return Experiment(model=None, data=Data(name="none", image_size=8), optimizer=optimizer, **settings)
+    return Training(optimizer=optimizer, **settings)
 
 
 def leaves(state: object) -> dict[str, np.ndarray]:
@@ -80,17 +79,17 @@ def killed_at(step: int) -> object:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list]:
     """The final state and the metrics of a run that nothing interrupted."""
     workdir = tmp_path_factory.mktemp("whole")
-    state = fit(noisy_regression(), experiment(), workdir, train_batches)
+    state = fit(noisy_regression(), training(), workdir, train_batches)
     return leaves(state), logged(workdir)
 
 
 def test_interrupted_twice_is_bit_identical_and_logs_each_step_once(whole: tuple, tmp_path: Path) -> None:
     for step in (6, 11):
         with pytest.raises(Killed):
-            fit(noisy_regression(), experiment(), tmp_path, killed_at(step))
+            fit(noisy_regression(), training(), tmp_path, killed_at(step))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')  # a kill can cut a line short
-    actual = leaves(fit(noisy_regression(), experiment(), tmp_path, train_batches))
+    actual = leaves(fit(noisy_regression(), training(), tmp_path, train_batches))
     expected, metrics = whole
     for path, value in expected.items():
         np.testing.assert_array_equal(actual[path], value, err_msg=path)
@@ -104,16 +103,16 @@ def test_interrupted_twice_is_bit_identical_and_logs_each_step_once(whole: tuple
 
 def test_goes_on_with_another_mesh_and_longer(whole: tuple, tmp_path: Path) -> None:
     mesh = MeshShape(data=2, fsdp=2, tensor=2)
-    fit(noisy_regression(), experiment(steps=6, mesh=mesh), tmp_path, train_batches)
-    actual = leaves(fit(noisy_regression(), experiment(mesh=MeshShape(data=1, fsdp=8)), tmp_path, train_batches))
+    fit(noisy_regression(), training(steps=6, mesh=mesh), tmp_path, train_batches)
+    actual = leaves(fit(noisy_regression(), training(mesh=MeshShape(data=1, fsdp=8)), tmp_path, train_batches))
     for path, value in whole[0].items():
         np.testing.assert_allclose(actual[path], value, atol=1e-5, err_msg=path)
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    fit(noisy_regression(), experiment(steps=4), tmp_path, train_batches)
+    fit(noisy_regression(), training(steps=4), tmp_path, train_batches)
     before = logged(tmp_path)
-    fit(noisy_regression(), experiment(steps=4), tmp_path, killed_at(0))
+    fit(noisy_regression(), training(steps=4), tmp_path, killed_at(0))
     assert "already holds step 4 of 4" in capsys.readouterr().out
     assert logged(tmp_path) == before
 
@@ -129,11 +128,11 @@ def test_termination_saves_the_step_and_the_same_call_goes_on(
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
-        fit(noisy_regression(), experiment(), tmp_path, terminated)
+        fit(noisy_regression(), training(), tmp_path, terminated)
     assert stopped.value.code == 0
     assert signal.getsignal(signal.SIGTERM) is before
     assert "step 6 of 12 is saved" in capsys.readouterr().out
-    actual = leaves(fit(noisy_regression(), experiment(), tmp_path, killed_at(12)))
+    actual = leaves(fit(noisy_regression(), training(), tmp_path, killed_at(12)))
     for path, value in whole[0].items():
         np.testing.assert_array_equal(actual[path], value, err_msg=path)
 
@@ -159,7 +158,7 @@ def test_what_was_trained_is_saved_before_it_is_scored(
             yield {"x": np.ones((8, 8), np.float32)}, 8
 
     with pytest.raises(SystemExit) as stopped:
-        fit(noisy_regression(), experiment(), tmp_path, terminated, Validation(batches, 8))
+        fit(noisy_regression(), training(), tmp_path, terminated, Validation(batches, 8))
     assert stopped.value.code == 0
     assert "step 4 of 12 is saved" in capsys.readouterr().out
     assert read == ([] if when == "before" else [0, 1])
@@ -179,7 +178,7 @@ def test_a_signal_while_the_initialisation_compiles_ends_the_run(
         return model.init(key, batch)
 
     with pytest.raises(SystemExit) as stopped:
-        fit(replace(model, init=init), experiment(), tmp_path, train_batches)
+        fit(replace(model, init=init), training(), tmp_path, train_batches)
     assert stopped.value.code == 0
     assert "stopped by a signal: no step was taken" in capsys.readouterr().out
     assert logged(tmp_path) == [] and not list(tmp_path.glob("checkpoints/[0-9]*"))
@@ -207,7 +206,7 @@ def test_logs_that_cannot_be_written_stop_no_run(
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         monkeypatch.setattr(sys, "stderr", full)
-        actual = leaves(fit(noisy_regression(), experiment(), tmp_path, train_batches))
+        actual = leaves(fit(noisy_regression(), training(), tmp_path, train_batches))
         monkeypatch.undo()
         with contextlib.suppress(OSError):
             full.close()
@@ -227,8 +226,8 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path: Path, log_
             yield {"x": batch["x"] * (np.nan if index == 5 else 1)}
 
     with pytest.raises(UserError, match=r"became nan at step 6 .*the last good checkpoint is 4.*learning_rate"):
-        fit(noisy_regression(), experiment(log_every=log_every), tmp_path, poisoned)
-    state = fit(noisy_regression(), experiment(steps=5), tmp_path, train_batches)
+        fit(noisy_regression(), training(log_every=log_every), tmp_path, poisoned)
+    state = fit(noisy_regression(), training(steps=5), tmp_path, train_batches)
     assert all(np.isfinite(leaf).all() for leaf in leaves(state).values())
 
 
@@ -240,14 +239,14 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path: Path) -> None:
         return jnp.sqrt(jnp.sum(jnp.square(0 * variables["params"]["kernel"]))), Aux({}, jnp.float32(1))
 
     with pytest.raises(UserError, match=r"grad_norm became nan at step 1 .*no checkpoint was written yet"):
-        fit(replace(model, loss=loss), experiment(checkpoint_every=1), tmp_path, train_batches)
+        fit(replace(model, loss=loss), training(checkpoint_every=1), tmp_path, train_batches)
     assert not list(tmp_path.glob("checkpoints/1"))
 
 
 @pytest.mark.parametrize("spoiled", ["params", "state"])
 def test_an_update_that_is_not_finite_is_not_saved(tmp_path: Path, spoiled: str) -> None:
     """Though the loss and the gradient were finite before it."""
-    model, settings = noisy_regression(), experiment(checkpoint_every=1, ema_decay=None)
+    model, settings = noisy_regression(), training(checkpoint_every=1, ema_decay=None)
     if spoiled == "params":
         settings = replace(settings, optimizer=replace(settings.optimizer, learning_rate=3e38, weight_decay=3e38))
 
@@ -281,7 +280,7 @@ def test_validation_scores_each_checkpoint_and_keeps_the_best(tmp_path: Path) ->
         yield {"x": np.where(np.arange(8) < 5, score, 99).astype(np.float32)[rows, None] * np.ones((1, 8), "f")}, 5
 
     validation = Validation(batches, 8)
-    fit(replace(model, loss=loss), experiment(keep_last=1), tmp_path, train_batches, validation)
+    fit(replace(model, loss=loss), training(keep_last=1), tmp_path, train_batches, validation)
     logged_scores = {line["step"]: line["validation_loss"] for line in logged(tmp_path) if "validation_loss" in line}
     assert logged_scores == {4: 3.0, 8: 1.0, 12: 2.0}
     assert sorted(path.name for path in tmp_path.glob("checkpoints/[0-9]*")) == ["12", "8"]
@@ -344,11 +343,11 @@ def validated(model: Model, data: dict[str, np.ndarray], devices: int) -> float:
 )
 def test_refuses_what_the_mesh_cannot_split(tmp_path: Path, fields: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        fit(noisy_regression(), experiment(**fields), tmp_path, train_batches)
+        fit(noisy_regression(), training(**fields), tmp_path, train_batches)
     assert not list(tmp_path.iterdir())
 
 
 def test_refuses_values_outside_the_vocabulary(tmp_path: Path) -> None:
     model = replace(noisy_regression(), inputs={"x": Input((8,), "float32", 2)})
     with pytest.raises(UserError, match=r"the field 'x' holds the value .*, outside \[0, 2\)"):
-        fit(model, experiment(), tmp_path, train_batches)
+        fit(model, training(), tmp_path, train_batches)

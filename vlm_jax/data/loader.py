@@ -15,7 +15,7 @@ from vlm_jax.data.config import Data
 from vlm_jax.data.source import Source, open_source
 from vlm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from vlm_jax.data.transforms import Box, centre_box, random_box, random_flip
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, check_seed
 from vlm_jax.paths import local_path
 
 # A thread makes whole batches. Half the cores are left to the model; and of small images a second thread on two cores
@@ -101,8 +101,7 @@ def train_batches(
     Raises:
       UserError: a record is damaged, or the seed is out of range.
     """
-    if not 0 <= seed < 2**32:
-        raise UserError(f"the seed is {seed}: it must lie in [0, 2**32)")
+    check_seed(seed)
     examples = (
         grain.MapDataset.source(source)
         .seed(seed)

@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 
 from vlm_jax.contract import Batch, Model, Variables, abstract_batch, check_batch
 from vlm_jax.errors import UserError
-from vlm_jax.experiment import Experiment
 from vlm_jax.sharding import batch_sharding, check_batch_size, make_mesh, placed, process_rows, replicated, to_global
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.metrics import MetricsLog
 from vlm_jax.train.optim import learning_rate_schedule, make_optimizer
+from vlm_jax.train.plan import Training
 from vlm_jax.train.step import TrainState, eval_variables, init_train_state, make_train_step, train_state_shardings
 from vlm_jax.train.terminal import StopSignal, progress_bar, say
 
@@ -41,14 +41,14 @@ class Validation(NamedTuple):
 
 def fit(
     model: Model,
-    experiment: Experiment,
+    training: Training,
     workdir: Path,
     train_batches: TrainBatches,
     validation: Validation | None = None,
     *,
     identity: Mapping[str, str] | None = None,
 ) -> TrainState:
-    """Trains to `experiment.steps` from the newest good checkpoint in `workdir`, or from the beginning.
+    """Trains to `training.steps` from the newest good checkpoint in `workdir`, or from the beginning.
 
     Each step is the same whether or not the run was interrupted before it, and on any mesh and number of processes.
     SIGTERM or Ctrl-C saves, without a score, says so and ends the process with status 0; a second Ctrl-C kills it.
@@ -61,24 +61,24 @@ def fit(
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        mesh = make_mesh(experiment.mesh)
-        check_batch_size(experiment.batch_size, mesh, experiment.micro_steps)
-        optimizer = make_optimizer(experiment.optimizer, experiment.steps)
-        learning_rate = jax.jit(learning_rate_schedule(experiment.optimizer, experiment.steps))
-        rows = process_rows(experiment.batch_size, mesh)
-        init_key, step_key, validation_key = jax.random.split(jax.random.key(experiment.seed), 3)
+        mesh = make_mesh(training.mesh)
+        check_batch_size(training.batch_size, mesh, training.micro_steps)
+        optimizer = make_optimizer(training.optimizer, training.steps)
+        learning_rate = jax.jit(learning_rate_schedule(training.optimizer, training.steps))
+        rows = process_rows(training.batch_size, mesh)
+        init_key, step_key, validation_key = jax.random.split(jax.random.key(training.seed), 3)
 
         def init(key: jax.Array, batch: Any) -> TrainState:
-            return init_train_state(model, optimizer, key, batch, ema_decay=experiment.ema_decay)
+            return init_train_state(model, optimizer, key, batch, ema_decay=training.ema_decay)
 
         def to_device(batch: HostBatch) -> dict[str, jax.Array]:
-            return to_global(check_batch(model.inputs, batch), experiment.batch_size, mesh)
+            return to_global(check_batch(model.inputs, batch), training.batch_size, mesh)
 
         stack.enter_context(jax.set_mesh(mesh))
         directory = workdir / "checkpoints"
-        checkpoints = stack.enter_context(Checkpoints(directory, keep_last=experiment.keep_last, identity=identity))
+        checkpoints = stack.enter_context(Checkpoints(directory, keep_last=training.keep_last, identity=identity))
         # Traced for batches that lie as those to come, so that the initialisation itself need not be traced again.
-        batch = placed(abstract_batch(model.inputs, experiment.batch_size), batch_sharding(mesh))
+        batch = placed(abstract_batch(model.inputs, training.batch_size), batch_sharding(mesh))
         abstract = jax.jit(init).eval_shape(init_key, batch)
         shardings = train_state_shardings(model, optimizer, abstract, mesh)
         state = restore(checkpoints, abstract, shardings)
@@ -86,35 +86,35 @@ def fit(
             first = to_device(next(train_batches(rows, 0)))  # some families initialise from data
             state = jax.jit(init, out_shardings=shardings)(init_key, first)
         start = step = int(state.step)
-        if start >= experiment.steps:
-            say(f"{workdir} already holds step {start} of {experiment.steps}: nothing is left to do")
+        if start >= training.steps:
+            say(f"{workdir} already holds step {start} of {training.steps}: nothing is left to do")
             return state
 
         step_function = jax.jit(
-            make_train_step(model, optimizer, micro_steps=experiment.micro_steps, ema_decay=experiment.ema_decay),
+            make_train_step(model, optimizer, micro_steps=training.micro_steps, ema_decay=training.ema_decay),
             donate_argnums=0,
             out_shardings=(shardings, replicated(mesh)),
         )
         loss = validation_loss(model)
         log = stack.enter_context(MetricsLog(workdir, start, enabled=jax.process_index() == 0))
-        bar = stack.enter_context(progress_bar(start, experiment.steps))
+        bar = stack.enter_context(progress_bar(start, training.steps))
         batches = train_batches(rows, start)
         pending: list[tuple[int, dict[str, jax.Array]]] = []
         since = time.perf_counter()
         stop.poll()  # compiling and restoring may have taken minutes
-        while step < experiment.steps and not stop.noticed:
+        while step < training.steps and not stop.noticed:
             state, metrics = step_function(state, to_device(next(batches)), step_key)
             step += 1
             pending.append((step, metrics))
-            scoring = step % experiment.checkpoint_every == 0 or step == experiment.steps
+            scoring = step % training.checkpoint_every == 0 or step == training.steps
             saving = stop.poll() or scoring
-            logging = step % experiment.log_every == 0 or saving
+            logging = step % training.log_every == 0 or saving
             if logging or step == start + 1:  # the first step compiles: the rate of the following ones is without it
                 values = fetch_finite(pending, checkpoints)
                 elapsed = time.perf_counter() - since
             if logging:
                 values["learning_rate"] = float(learning_rate(step - 1))
-                values["examples_per_second"] = len(pending) * experiment.batch_size / elapsed
+                values["examples_per_second"] = len(pending) * training.batch_size / elapsed
                 if scoring and not stop.noticed and validation is not None:
                     variables = eval_variables(model, state)
                     values |= validate(model, loss, variables, validation, mesh, validation_key, stop)
@@ -129,7 +129,7 @@ def fit(
 
         checkpoints.wait()
     if stop.noticed:
-        saved = f"step {step} of {experiment.steps} is saved in {workdir}" if step else "no step was taken"
+        saved = f"step {step} of {training.steps} is saved in {workdir}" if step else "no step was taken"
         say(f"stopped by a signal: {saved}; the same command goes on")
         sys.exit(0)
     return state
