@@ -3,15 +3,24 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from vlm_jax.objectives.language import cross_entropy, token_log_probs
+from vlm_jax.objectives import language
+from vlm_jax.objectives.language import cross_entropy, sequence_scores, token_log_probs, token_scores
 
 RANDOM = np.random.default_rng(0)
 LOGITS = (4 * RANDOM.normal(size=(3, 5, 7))).astype(np.float32)
 TARGETS = RANDOM.integers(0, 7, (3, 5))
 MASK = np.array([[1, 1, 1, 0, 0], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
 
-loss_and_rest = jax.jit(cross_entropy)
+
+def loss_of(
+    logits: jax.Array, targets: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    return cross_entropy(*token_scores(logits, targets), mask)
+
+
+loss_and_rest = jax.jit(loss_of)
 log_probs_of = jax.jit(token_log_probs)
 
 
@@ -32,7 +41,7 @@ def test_no_target_at_all_costs_nothing_and_weighs_nothing():
 
 
 def test_only_masked_tokens_have_a_gradient():
-    gradient = jax.jit(jax.grad(lambda logits: cross_entropy(logits, TARGETS, MASK)[0]))(LOGITS)
+    gradient = jax.jit(jax.grad(lambda logits: loss_of(logits, TARGETS, MASK)[0]))(LOGITS)
     reached = np.asarray(gradient != 0).any(axis=-1)
     np.testing.assert_array_equal(reached, MASK)
 
@@ -52,3 +61,28 @@ def test_log_probs_of_bfloat16_logits_are_taken_in_float32():
 def test_probabilities_of_all_tokens_sum_to_one():
     log_probs = log_probs_of(np.broadcast_to(LOGITS, (7, *LOGITS.shape)), np.arange(7)[:, None, None] + 0 * TARGETS)
     np.testing.assert_allclose(np.exp(log_probs).sum(axis=0), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("held", [1, 3 * 11, 6 * 11 - 1])
+def test_a_part_of_the_places_at_a_time_is_all_of_them_and_so_is_the_gradient(
+    held: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Of six places and eleven tokens, one, three and three at a time."""
+    x, table = (RANDOM.normal(size=shape).astype(np.float32) for shape in ((2, 6, 4), (11, 4)))
+    tokens, weights = RANDOM.integers(0, 11, (2, 6)), RANDOM.normal(size=(2, 6))
+
+    def total(x: jax.Array, table: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        found = sequence_scores(lambda x: x @ table.T, x, tokens, 11)
+        return jnp.sum(weights * found[0]), found
+
+    def results() -> object:
+        return jax.jit(jax.value_and_grad(lambda *args: total(*args), argnums=(0, 1), has_aux=True))(x, table)
+
+    whole = results()
+    np.testing.assert_allclose(whole[0][1][0], log_probs_of(x @ table.T, tokens), rtol=1e-5)
+    np.testing.assert_array_equal(whole[0][1][1], (x @ table.T).argmax(axis=-1) == tokens)
+    largest = []
+    monkeypatch.setattr(language, "LOGITS", held)
+    monkeypatch.setattr(language, "token_scores", lambda *args: largest.append(args[0].shape[1]) or token_scores(*args))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results(), whole)
+    assert set(largest) == {1 if held == 1 else 3}

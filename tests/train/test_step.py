@@ -15,7 +15,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models import build, clip, vae
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.vision import VisionTransformer
-from vlm_jax.objectives.language import cross_entropy
+from vlm_jax.objectives.language import cross_entropy, token_scores
 from vlm_jax.sharding import MeshShape, make_mesh, to_global
 from vlm_jax.train.optim import Optimizer, clip_by_global_norm, make_optimizer
 from vlm_jax.train.step import eval_variables, init_train_state, make_train_step, train_state_shardings
@@ -75,7 +75,7 @@ def language_model(weight: bool = True) -> Model:
 
     def loss(variables: dict, batch: dict, key: jax.Array, step: jax.Array, *, train: bool) -> tuple[jax.Array, Aux]:
         logits = variables["params"]["table"][batch["tokens"]]
-        value, metrics, count = cross_entropy(logits, batch["targets"], batch["mask"])
+        value, metrics, count = cross_entropy(*token_scores(logits, batch["targets"]), batch["mask"])
         state = {"counts": {"calls": variables["counts"]["calls"] + 1}}
         return value, Aux(metrics, count if weight else None, state)
 

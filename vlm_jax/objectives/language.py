@@ -1,28 +1,63 @@
-"""The language-modelling loss."""
+"""The probabilities of tokens, and the language-modelling loss."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+LOGITS = 2**24
+"""Logits of one sequence that are held at once, at most: 64 MiB."""
+
 
 def token_log_probs(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Float[Array, "*B"]:
     """log p(token) in nats, in fp32."""
+    return token_scores(logits, tokens)[0]
+
+
+def token_scores(
+    logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]
+) -> tuple[Float[Array, "*B"], Bool[Array, "*B"]]:
+    """log p(token) in nats, in fp32, and whether no other token is likelier."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1), chosen >= jnp.max(logits, axis=-1)
+
+
+def sequence_scores(
+    logits_of: Callable[[Array], Array], x: Float[Array, "B T D"], tokens: Int[Array, "B T"], vocab_size: int
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """`token_scores` of `logits_of(x)`, without all of these at once.
+
+    The logits of a long sequence over a large vocabulary are larger than all else in a step. They are computed, and
+    in the backward pass computed again, for as many places at a time as `LOGITS` allows.
+
+    Args:
+      logits_of: [B, P, D] -> [B, P, V], each place for itself.
+    """
+
+    def scores(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        return token_scores(logits_of(part[0]), part[1])
+
+    batch, length, _ = x.shape
+    places = max((n for n in range(1, length + 1) if length % n == 0 and n * vocab_size <= LOGITS), default=1)
+    if places == length:
+        return scores((x, tokens))
+    parts = jax.tree.map(lambda a: a.reshape(batch, -1, places, *a.shape[2:]).swapaxes(0, 1), (x, tokens))
+    found = jax.lax.map(jax.checkpoint(scores), parts)
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(batch, length), found)
 
 
 def cross_entropy(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Bool[Array, "B T"]
+    log_probs: Float[Array, "B T"], likeliest: Bool[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, ""]]:
-    """The mean negative log-probability of the targets where `mask` is True.
+    """The mean negative log-probability of the tokens where `mask` is True, of what `token_scores` says of each.
 
     Returns:
       The loss in nats a token, metrics, and the number of tokens it is a mean over: the weight that makes
       accumulation over micro-batches exact.
     """
     weight = jnp.sum(mask, dtype=jnp.float32)
-    per_token = jnp.where(mask, -token_log_probs(logits, targets), 0)
-    correct = jnp.where(mask, jnp.argmax(logits, axis=-1) == targets, False)
     divisor = jnp.maximum(weight, 1)  # a batch may hold no target at all
-    return jnp.sum(per_token) / divisor, {"accuracy": jnp.sum(correct) / divisor}, weight
+    loss = -jnp.sum(jnp.where(mask, log_probs, 0)) / divisor
+    return loss, {"accuracy": jnp.sum(mask & likeliest) / divisor}, weight
