@@ -1,6 +1,8 @@
-"""AdamW beside its equations, schedules, what decays, and the settings that are refused."""
+"""AdamW and Adafactor beside their equations, schedules, what decays, rates by path, and settings that are refused."""
 
 import math
+import re
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import optax
 import pytest
 
 from vlm_jax.errors import UserError
-from vlm_jax.train.optim import Optimizer, learning_rate_schedule, make_optimizer
+from vlm_jax.train.optim import Adafactor, Optimizer, learning_rate_schedule, make_optimizer
 from vlm_jax.trees import leaves_by_path
 
 PARAMS = {"kernel": jnp.array([[0.5, -1.0], [2.0, 0.25]]), "bias": jnp.array([0.1, -0.3])}
@@ -85,7 +87,12 @@ def test_a_gradient_of_zero_is_not_clipped_to_nan() -> None:
         *(("eps", value, "choose a finite number above 0") for value in (-1e-8, 0.0, math.inf, math.nan)),
         *(("weight_decay", value, "choose a finite number, 0 or more") for value in (-0.1, math.inf, math.nan)),
         *(("clip_norm", value, "choose a finite number above 0 or None") for value in (-1, 0, math.inf, math.nan)),
-        ("decay_pattern", "(", "choose a regular expression, which this is not"),
+        ("decay_pattern", "(", "choose a regular expression, which '(' is not"),
+        ("multiples", (("head", 10.0), ("[", 1.0)), "choose a regular expression, which '[' is not"),
+        *(
+            ("multiples", (("head", value),), "choose finite numbers above 0; what must not train at all is --frozen")
+            for value in (0.0, -1.0, math.inf, math.nan)
+        ),
     ],
 )
 def test_settings_out_of_their_range_are_refused_by_name(name: str, value: Any, mend: str) -> None:
@@ -93,6 +100,23 @@ def test_settings_out_of_their_range_are_refused_by_name(name: str, value: Any, 
     with pytest.raises(UserError) as refused:
         Optimizer(**settings)
     assert str(refused.value).startswith(f"the optimizer's {name} is {value}: {mend}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "mend"),
+    [
+        ("learning_rate", -1.0, "choose a finite rate, 0 or more"),
+        ("b1", 1.0, "choose a number from 0 up to, but not, 1"),
+        ("b2", math.nan, "choose a number from 0 up to, but not, 1"),
+        ("eps", 0.0, "choose a finite number above 0"),
+        *(("clip_rms", value, "choose a finite number above 0 or None") for value in (0.0, math.inf)),
+        ("factored_from", 0, "choose 1 or more"),
+    ],
+)
+def test_settings_of_adafactor_out_of_their_range_are_refused_by_name(name: str, value: Any, mend: str) -> None:
+    settings: dict[str, Any] = {"learning_rate": 1e-3, name: value}
+    with pytest.raises(UserError, match=re.escape(f"the optimizer's {name} is {value}: {mend}")):
+        Adafactor(**settings)
 
 
 def test_schedules_warm_up_and_end_at_zero() -> None:
@@ -124,3 +148,82 @@ def test_weight_decay_spares_gains_biases_and_temperatures() -> None:
         "log_scale": 0,
         "norm/scale": 0,
     }
+
+
+def moved(config: Optimizer | Adafactor, params: Any, steps: int = 3) -> dict[str, Any]:
+    """How far each leaf moves in a few steps of unlike gradients."""
+    optimizer, start = make_optimizer(config, steps), params
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for scale in (2.0, 0.1, 0.7)[:steps]:
+        gradients = jax.tree.map(lambda leaf, scale=scale: scale * jnp.sin(3 * leaf), params)
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    return leaves_by_path(jax.tree.map(lambda end, begin: np.asarray(end - begin), params, start))
+
+
+TREE = {"head": PARAMS, "image": {"head": PARAMS, "body": PARAMS}, "text": PARAMS}
+
+
+@pytest.mark.parametrize("kind", [Optimizer, Adafactor])
+def test_a_leaf_moves_as_it_would_at_its_multiple_of_the_rate(kind: type[Optimizer] | type[Adafactor]) -> None:
+    """Weight decay and schedule too. Of several patterns the first counts, and a leaf without one has the rate."""
+    config = kind(learning_rate=0.01, warmup_steps=2, weight_decay=0.5, clip_norm=None)
+    multiples = (("^image/body/kernel", 3.0), ("^image/", 0.25), ("head", 10.0))
+    actual = moved(replace(config, multiples=multiples), TREE)
+    for path, value in actual.items():
+        multiple = next((factor for pattern, factor in multiples if re.search(pattern, path)), 1)
+        # Alone, so that its gradients are those of its own way.
+        alone = moved(replace(config, learning_rate=0.01 * multiple), {path: leaves_by_path(TREE)[path]})
+        np.testing.assert_allclose(value, alone[path], rtol=1e-5, atol=1e-7, err_msg=path)
+    assert len({float(np.ravel(value)[0]) for value in actual.values()}) > 4
+
+
+def test_clipping_is_by_the_norm_of_all_gradients_whatever_their_multiples() -> None:
+    config = Optimizer(learning_rate=1.0, schedule="constant", clip_norm=0.1, eps=1.0)
+    plain, multiplied = (moved(replace(config, multiples=each), TREE, 1) for each in ((), (("text", 2.0),)))
+    for path, value in multiplied.items():
+        np.testing.assert_allclose(value, plain[path] * (2 if "text" in path else 1), rtol=1e-4, err_msg=path)
+
+
+def test_a_pattern_of_no_leaf_is_refused_by_its_name() -> None:
+    """Also where all of its leaves are frozen: the optimizer sees those that train alone."""
+    optimizer = make_optimizer(Optimizer(learning_rate=0.1, multiples=(("bias", 2.0), ("^visoin/", 0.1))), 3)
+    with pytest.raises(UserError, match=r"multiples have '\^visoin/', which .* that trains: there are bias, kernel"):
+        optimizer.init(PARAMS)
+
+
+def test_adafactor_is_that_of_the_paper_with_a_cap_and_momentum() -> None:
+    """1804.04235, algorithm 4, for a matrix and a vector, with the absolute rate, cap and momentum of 2106.04560."""
+    settings: dict[str, Any] = {"b1": 0.5, "b2": 0.45, "eps": 0.01, "weight_decay": 0.2, "clip_norm": None}
+    config = Adafactor(learning_rate=0.1, schedule="constant", factored_from=3, clip_rms=0.8, **settings)
+    optimizer, random = make_optimizer(config, 4), np.random.default_rng(0)
+    expected = {"kernel": random.normal(size=(3, 5)), "bias": random.normal(size=4)}
+    params = jax.tree.map(jnp.float32, expected)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    rows, columns, whole = np.zeros(3), np.zeros(5), np.zeros(4)
+    momentum = {name: np.zeros_like(leaf) for name, leaf in expected.items()}
+    for t in range(1, 5):
+        gradients = {name: random.normal(size=leaf.shape) for name, leaf in expected.items()}
+        updates, state = update(jax.tree.map(jnp.float32, gradients), state, params)
+        params = optax.apply_updates(params, updates)
+        keep = min(0.45, 1 - t**-0.8)
+        square = gradients["kernel"] ** 2 + 0.01
+        rows, columns = (keep * old + (1 - keep) * square.mean(axis) for old, axis in ((rows, 1), (columns, 0)))
+        whole = keep * whole + (1 - keep) * (gradients["bias"] ** 2 + 0.01)
+        second = {"kernel": np.outer(rows, columns) / rows.mean(), "bias": whole}
+        for name in expected:
+            step = gradients[name] / np.sqrt(second[name])
+            step /= max(1, np.sqrt(np.mean(step**2)) / 0.8)
+            mean = 0.5 * momentum[name] + 0.5 * step
+            momentum[name] = np.asarray(mean.astype(jnp.bfloat16), np.float64)
+            expected[name] = expected[name] - 0.1 * (mean + (0.2 * expected[name] if name == "kernel" else 0))
+            # In float32 a mean may round to the other neighbour in bfloat16, which is 1/256 of it away.
+            np.testing.assert_allclose(params[name], expected[name], rtol=2e-3, atol=2e-4)
+
+
+def test_adafactor_keeps_half_the_bytes_of_its_parameters_and_little_more() -> None:
+    optimizer = make_optimizer(Adafactor(learning_rate=0.1), 3)
+    params = {"kernel": jax.ShapeDtypeStruct((12, 256, 512), jnp.float32)}
+    state = jax.eval_shape(optimizer.init, params)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert held / params["kernel"].size / 4 == pytest.approx(0.5, abs=0.01)

@@ -11,6 +11,7 @@ from vlm_jax.contract import Aux, Batch, Model
 from vlm_jax.errors import UserError
 from vlm_jax.sharding import parameter_shardings, replicated
 from vlm_jax.train.finite import all_finite
+from vlm_jax.train.optim import optimizer_shardings
 from vlm_jax.trees import merge, partition
 
 PyTree = Any
@@ -54,13 +55,8 @@ def train_state_shardings(
     params = parameter_shardings(abstract.params, model.rules, mesh)
     _, live = partition(params, model.frozen)
     everywhere = replicated(mesh)
-    opt_state = optax.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        abstract.opt_state,
-        live,
-        transform_non_params=lambda _: everywhere,
-    )
+    _, shapes = partition(abstract.params, model.frozen)
+    opt_state = optimizer_shardings(optimizer, abstract.opt_state, shapes, live, everywhere)
     shardings: dict[str, Any] = {
         "step": everywhere,
         "params": params,
