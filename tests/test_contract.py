@@ -3,14 +3,12 @@
 What has to be compiled is held for the smallest configurations (`smallest.py`), and for the presets as a slow test.
 """
 
-import json
 import re
 from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -19,7 +17,7 @@ from experiments.presets import presets
 from smallest import CONFIGS as SMALLEST
 from vlm_jax.contract import CAPABILITIES, Input, Model, abstract_batch, check_batch
 from vlm_jax.errors import UserError
-from vlm_jax.models import FAMILIES, build, family_of, read_config
+from vlm_jax.models import FAMILIES, build, family_of
 from vlm_jax.sharding import MeshShape, make_mesh, parameter_shardings
 from vlm_jax.train.optim import make_optimizer
 from vlm_jax.train.step import init_train_state, train_state_shardings
@@ -223,24 +221,6 @@ def test_moments_and_averages_lie_beside_their_parameters(preset: str):
     assert expected.items() <= found.items()
     rest = [layout for path, layout in found.items() if path not in expected]
     assert set(rest) == {NamedSharding(mesh, PartitionSpec())}
-
-
-@pytest.mark.parametrize("preset", CONFIGS)
-def test_a_config_comes_back_from_json(preset: str):
-    config = CONFIGS[preset]
-    fields = json.loads(json.dumps(msgspec.to_builtins(config)))
-    assert read_config(family_of(config), fields) == config
-
-
-def test_another_family_or_field_is_refused():
-    with pytest.raises(UserError, match=r"there is no model family 'gan': there are .*clip"):
-        read_config("gan", {})
-    config = CONFIGS["vae-tiny"]
-    fields = msgspec.to_builtins(config)
-    with pytest.raises(UserError, match=r"does not describe a model of the family 'vae': .*latent"):
-        read_config("vae", {name: value for name, value in fields.items() if name != "latent"})
-    with pytest.raises(UserError, match=r"family 'vae': Expected `int`, got `str` - at `\$.latent`"):
-        read_config("vae", {**fields, "latent": "16"})
 
 
 INPUTS = {

@@ -11,6 +11,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment, ZeroShot, from_record, to_record
 from vlm_jax.identity import changes, identity
 from vlm_jax.sharding import MeshShape
+from vlm_jax.train.optim import Adafactor
 
 PRESETS = {name: experiment for name, (_, experiment) in presets().items()}
 EXAMPLES = {"train": 100, "test": 10}
@@ -63,10 +64,18 @@ def test_other_steps_are_another_schedule_unless_its_end_is_stated() -> None:
 
 def test_a_record_of_another_version_is_refused_by_its_field() -> None:
     record = record_of("vae-tiny", PRESETS["vae-tiny"])
-    with pytest.raises(UserError, match=r"there is no model family 'vea': there are .*vae"):
-        from_record(record | {"family": "vea"})
-    with pytest.raises(UserError, match="latent"):
+    with pytest.raises(UserError, match=r"model\.is is 'models\.vea\.Config': this version of vlm_jax has no such"):
+        from_record(record | {"model": record["model"] | {"is": "models.vea.Config"}})
+    with pytest.raises(UserError, match=r"the record lacks the field model\.latent"):
         from_record(record | {"model": {key: value for key, value in record["model"].items() if key != "latent"}})
+
+
+def test_either_optimizer_is_read_back_as_itself() -> None:
+    training = replace(PRESETS["vae-tiny"].training, optimizer=Adafactor(learning_rate=0.1, schedule="constant"))
+    experiment = replace(PRESETS["vae-tiny"], training=training)
+    record = json.loads(json.dumps(record_of("vae-tiny", experiment)))
+    assert record["training"]["optimizer"]["is"] == "train.optim.Adafactor"
+    assert from_record(record) == experiment
 
 
 @pytest.mark.parametrize("path", [("rope",), ("model", "rope"), ("model", "image", "rope"), ("data", "rope")])

@@ -73,10 +73,13 @@ def compare(
     """The least wall and CPU seconds of each over `training.steps` rounds, and theirs over ours: above 1 ours leads.
 
     Raises:
-      UserError: of `check_peer`, or sizes that the peer cannot have.
+      UserError: of `check_peer`, or sizes that the peer cannot have, or another optimizer than AdamW at one rate.
     """
     config, training = plain(experiment.model), experiment.training
     check_peer(library, config)
+    optimizer = training.optimizer
+    if not isinstance(optimizer, Optimizer) or optimizer.multiples:
+        raise UserError("the peers train by AdamW, all parameters at one rate: leave the optimizer's multiples out")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads of PyTorch must not spin while we compute
     import torch
 
@@ -89,9 +92,9 @@ def compare(
     else:
         what, ours = "train step", our_step(model, training, batch)
         if isinstance(config, clip.Config):
-            theirs = (hugging_clip if library == "transformers" else open_clip)(config, training.optimizer, batch)
+            theirs = (hugging_clip if library == "transformers" else open_clip)(config, optimizer, batch)
         else:
-            theirs = diffuser(config, training.optimizer, batch)
+            theirs = diffuser(config, optimizer, batch)
     ours_least, theirs_least = alternate(ours.run, theirs.run, training.steps)
     results: dict[str, float | int | str] = {
         "against": library,

@@ -10,8 +10,7 @@ import tyro
 
 from vlm_jax.data import Data
 from vlm_jax.errors import UserError
-from vlm_jax.identity import identity
-from vlm_jax.models import family_of, read_config
+from vlm_jax.records import from_json, to_json
 from vlm_jax.train.plan import Training
 from vlm_jax.trees import leaves_by_path
 
@@ -89,8 +88,7 @@ def to_record(preset: str, experiment: Experiment, examples: Mapping[str, int]) 
     if training.optimizer.schedule != "constant" and training.optimizer.decay_steps is None:
         optimizer = replace(training.optimizer, decay_steps=training.steps)
         experiment = replace(experiment, training=replace(training, optimizer=optimizer))
-    fields = msgspec.json.decode(msgspec.json.encode(experiment))
-    return {"preset": preset, "family": family_of(experiment.model), "examples": dict(examples), **fields}
+    return {"preset": preset, "examples": dict(examples), **to_json(experiment)}
 
 
 def from_record(record: dict[str, Any]) -> Experiment:
@@ -99,13 +97,4 @@ def from_record(record: dict[str, Any]) -> Experiment:
     Raises:
       UserError: it does not describe an experiment of this version of the library.
     """
-    fields = {name: value for name, value in record.items() if name not in ("preset", "family", "examples")}
-    try:
-        experiment = msgspec.convert(fields, Experiment)
-        experiment = replace(experiment, model=read_config(record["family"], fields["model"]))
-    except (msgspec.ValidationError, KeyError) as error:
-        raise UserError(f"the record does not describe an experiment of this version: {error}") from error
-    # msgspec passes over what it does not know, which may be what the numbers depend on.
-    if unknown := sorted(identity(fields).keys() - identity(to_record("", experiment, {})).keys()):
-        raise UserError(f"the record has the field {unknown[0]}, which this version of vlm_jax does not know")
-    return experiment
+    return from_json(Experiment, {name: value for name, value in record.items() if name not in ("preset", "examples")})

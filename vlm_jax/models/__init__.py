@@ -1,12 +1,9 @@
 """The families. Each file exports `Config`, a frozen dataclass, and `build(config) -> Model`."""
 
 import dataclasses
-import importlib
 import pkgutil
 import sys
 from typing import Any
-
-import msgspec
 
 from vlm_jax.contract import Model
 from vlm_jax.errors import UserError
@@ -52,17 +49,3 @@ def check_ranges(config: Any, path: str) -> None:
             raise UserError(f"{name} is {value}: it must be at least 0 and less than 1")
         if field.name == "norm_eps" and not value > 0:
             raise UserError(f"{name} is {value}: it must be above 0")
-
-
-def read_config(family: str, fields: Any) -> Any:
-    """The inverse of serialising a `Config` to JSON.
-
-    Raises:
-      UserError: no such family, or fields that its `Config` does not have.
-    """
-    if family not in FAMILIES:
-        raise UserError(f"there is no model family {family!r}: there are {', '.join(FAMILIES)}")
-    try:
-        return msgspec.convert(fields, importlib.import_module(f"{__name__}.{family}").Config)
-    except msgspec.ValidationError as error:
-        raise UserError(f"the configuration does not describe a model of the family {family!r}: {error}") from error

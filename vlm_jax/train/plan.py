@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from vlm_jax.errors import UserError, check_seed
 from vlm_jax.sharding import MeshShape
-from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.optim import Adafactor, Optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """How a model is trained, whatever it is and whatever its data are."""
 
-    optimizer: Optimizer
+    optimizer: Optimizer | Adafactor
     steps: int
     """Optimizer steps in all."""
     batch_size: int
