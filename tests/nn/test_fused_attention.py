@@ -43,12 +43,13 @@ def lowered(
     query: tuple[int, ...],
     *mesh: int,
     context: int | None = None,
+    heads: int | None = None,
     dtype: str = "bfloat16",
     masked: bool = False,
     causal: bool = False,
 ) -> str:
-    """The program of attention's gradient."""
-    key = (query[0], context or query[1], *query[2:])
+    """The program of attention's gradient, with so many `heads` of keys and values."""
+    key = (query[0], context or query[1], heads or query[2], query[3])
     mask = jax.ShapeDtypeStruct((query[0], 1, query[1], key[1]), "bool") if masked else None
     with compiling_for(device, *mesh):
         traced = jax.jit(gradient, static_argnums=3).trace(
@@ -61,11 +62,13 @@ def kernels(program: str) -> set[str]:
     return {kernel for kernel in KERNELS if kernel in program}
 
 
-@pytest.mark.parametrize(("length", "context", "causal"), [(130, 130, True), (70, 130, False)])
-def test_the_tpu_kernel_and_its_gradient_are_those_of_the_formula(length: int, context: int, causal: bool):
+@pytest.mark.parametrize(
+    ("length", "context", "heads", "causal"), [(130, 130, 2, True), (70, 130, 4, False), (130, 130, 1, True)]
+)
+def test_the_tpu_kernel_and_its_gradient_are_those_of_the_formula(length: int, context: int, heads: int, causal: bool):
     random = np.random.default_rng(0)
-    query, probe = random.normal(size=(2, 1, length, 2, 8)).astype(np.float32)
-    key, value = random.normal(size=(2, 1, context, 2, 8)).astype(np.float32)
+    query, probe = random.normal(size=(2, 1, length, 4, 8)).astype(np.float32)
+    key, value = random.normal(size=(2, 1, context, heads, 8)).astype(np.float32)
 
     def outputs(attention, **settings):
         y, pullback = jax.vjp(lambda *x: attention(*x, causal=causal, **settings), query, key, value)
@@ -86,6 +89,15 @@ def test_the_program_holds_a_kernel_and_no_logits(device: AbstractDevice, kernel
         assert f"{shape[1]}x{shape[1]}xf32" not in program
 
 
+@pytest.mark.parametrize(("device", "kernel"), [(TPU, KERNELS[0]), (GPU, KERNELS[1])], ids=["tpu", "gpu"])
+def test_a_kernel_reads_shared_keys_where_they_lie(device: AbstractDevice, kernel: str):
+    program = lowered(device, (2, 256, 6, 64), heads=2, causal=True)
+    assert kernels(program) == {kernel}
+    calls = [line for line in program.splitlines() if kernel in line]
+    keys = "2x2x256x64xbf16" if device is TPU else "2x256x2x64xbf16"
+    assert calls and all(keys in call for call in calls)
+
+
 @pytest.mark.parametrize("length", [197, 256])
 def test_cudnn_takes_a_mask(length: int):
     program = lowered(GPU, (2, length, 2, 64), masked=True, causal=True)
@@ -98,6 +110,13 @@ def test_a_kernel_sees_its_own_devices_examples_and_heads():
     calls = [line for line in program.splitlines() if "tpu_custom_call" in line]
     assert len(calls) == 2  # forward and backward
     assert all("tensor<2x2x256x64xbf16>" in call and "tensor<8x" not in call for call in calls)
+
+
+def test_a_kernel_has_copies_of_the_keys_that_the_mesh_cannot_split_with_the_queries():
+    program = lowered(TPU, (8, 256, 6, 64), 2, 2, 3, heads=2)
+    calls = [line for line in program.splitlines() if "tpu_custom_call" in line]
+    assert len(calls) == 2  # forward and backward
+    assert all("tensor<2x2x256x64xbf16>" in call and "tensor<2x1x256" not in call for call in calls)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import pytest
 import reference
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import empty_cache
-from vlm_jax.nn.transformer import ACTIVATIONS, Transformer, TransformerStack, unrolled
+from vlm_jax.nn.stack import unrolled
+from vlm_jax.nn.transformer import ACTIVATIONS, Transformer, TransformerStack
 
 UNROLLED = Transformer(width=8, depth=2, heads=2, mlp=16, scan=False)
 SCANNED = replace(UNROLLED, scan=True)
@@ -61,7 +62,7 @@ def test_decoding_a_position_at_a_time_is_the_full_causal_pass(unrolled_params, 
 
     def step(cache: Any, x: jax.Array) -> tuple[Any, jax.Array]:
         position, token = x
-        y, cache = TransformerStack(config).apply({"params": params}, token[:, None], cache=cache, position=position)
+        y, cache = TransformerStack(config).apply({"params": params}, token[:, None], cache=cache, slot=position)
         return cache, y[:, 0]
 
     _, decoded = jax.jit(lambda x: jax.lax.scan(step, cache, (jnp.arange(LENGTH), x.swapaxes(0, 1))))(X)

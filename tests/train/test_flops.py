@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from vlm_jax.contract import Aux, Input, Model, abstract_batch
 from vlm_jax.models import autoregressive, vae
 from vlm_jax.models import build as build_model
-from vlm_jax.nn.remat import Remat
+from vlm_jax.nn.stack import Remat
 from vlm_jax.nn.transformer import Transformer, TransformerStack
 from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.train.flops import count_flops, model_flops

@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, empty_cache
+from vlm_jax.nn.stack import unrolled
 from vlm_jax.nn.subpixels import MixtureHead, PatchEmbedding, SoftmaxHead, known_prefix, subpixel_rules
-from vlm_jax.nn.transformer import TRANSFORMER_RULES, Transformer, TransformerStack, unrolled
+from vlm_jax.nn.transformer import TRANSFORMER_RULES, Transformer, TransformerStack
 from vlm_jax.nn.vision import check_patches, patchify, unpatchify
 from vlm_jax.objectives.language import token_log_probs
 from vlm_jax.objectives.likelihood import (
@@ -133,7 +134,7 @@ class Autoregressive(nn.Module):
         self, cache: tuple[Cache, ...], patches: Int[Array, "B T N"], count: int, label: Int[Array, " B"] | None
     ) -> tuple[Cache, ...]:
         """The cache of the first `count` positions."""
-        _, filled = self.transformer(self.inputs(patches, label)[:, :count], cache=cache)
+        _, filled = self.transformer(self.inputs(patches, label)[:, :count], causal=True, cache=cache)
         assert filled is not None
         return filled
 
@@ -149,7 +150,7 @@ class Autoregressive(nn.Module):
         """Draws the patch at `position` given those before it, and the cache of the positions before it."""
         c = self.config
         x = self.input_at(patches, position, label)
-        x, filled = self.transformer(x[:, None], cache=cache, position=position)
+        x, filled = self.transformer(x[:, None], cache=cache, slot=position)
         assert filled is not None
         if c.mixtures is None:
             return filled, self.head.draw(x[:, 0], key, temperature)

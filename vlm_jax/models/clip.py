@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
-from vlm_jax.nn.remat import Remat
+from vlm_jax.nn.stack import Remat
 from vlm_jax.nn.transformer import Transformer, TransformerStack
 from vlm_jax.nn.vision import VisionTower, VisionTransformer, vision_rules
 from vlm_jax.objectives.contrastive import info_nce, sigmoid

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, empty_cache
-from vlm_jax.nn.transformer import TRANSFORMER_RULES, Transformer, TransformerStack, unrolled
+from vlm_jax.nn.stack import unrolled
+from vlm_jax.nn.transformer import TRANSFORMER_RULES, Transformer, TransformerStack
 from vlm_jax.nn.vision import check_patches, patchify, unpatchify
 from vlm_jax.objectives.dequantisation import from_symmetric, standard_normal_log_density, to_symmetric
 from vlm_jax.objectives.likelihood import from_unit_range, nats_to_bits_per_dim, to_unit_range
@@ -93,7 +94,7 @@ class Block(nn.Module):
         x = self.embed(before) + place
         if label is not None:
             x = x + self.label[label][:, None]
-        x, cache = self.transformer(x, causal=True, cache=cache, position=position, train=train)
+        x, cache = self.transformer(x, causal=True, cache=cache, slot=position, train=train)
         mu, alpha = jnp.split(self.affine(x.astype(jnp.float32)), 2, axis=-1)
         return mu, alpha, cache
 

@@ -6,10 +6,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import ATTENTION_RULES, Attention
 from vlm_jax.nn.conditioning import Conditioning, conditioning_rules
-from vlm_jax.nn.remat import rematerialised
+from vlm_jax.nn.stack import stack
 from vlm_jax.nn.transformer import MLP, Transformer
 from vlm_jax.nn.vision import patchify, unpatchify
 from vlm_jax.sharding import constrain
@@ -91,19 +92,7 @@ class DiTTower(nn.Module):
         condition = Conditioning(c.width, TIME_FEATURES, False, self.classes, c.dtype, name="conditioning")(time, label)
         x = nn.Dense(c.width, dtype=c.dtype, name="patch")(patchify(x, p))
         x = x + position_features(side, c.width).astype(c.dtype)
-        block = rematerialised(DiTBlock, c.remat, scan=c.scan, static_argnums=(3,))
-        if c.scan:
-            scanned = nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, nn.broadcast),
-                length=c.depth,
-            )
-            x, _ = scanned(c, name="blocks")(x, condition, train)
-        else:
-            for i in range(c.depth):
-                x, _ = block(c, name=f"block_{i}")(x, condition, train)
+        x, _ = stack(DiTBlock, c, x, condition, train)
         shift, scale = modulation(condition, 2, c.dtype, "last_modulation")
         norm = nn.LayerNorm(c.norm_eps, use_bias=False, use_scale=False, dtype=c.dtype)
         x = (norm(constrain(x, "batch", None, None)) * (1 + scale) + shift).astype(jnp.float32)
@@ -111,7 +100,7 @@ class DiTTower(nn.Module):
         return unpatchify(x, p, self.channels)
 
 
-def dit_rules(classes: int | None) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+def dit_rules(classes: int | None) -> tuple[Rule, ...]:
     """Sharding rules of a `DiTTower`."""
     return (
         *conditioning_rules(classes),

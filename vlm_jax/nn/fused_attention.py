@@ -18,15 +18,15 @@ a v5e's program moves a third more bytes with the kernel than without, at 256 a 
 
 def fused_attention(
     query: Float[Array, "B T H d"],
-    key: Float[Array, "B S H d"],
-    value: Float[Array, "B S H d"],
+    key: Float[Array, "B S K d"],
+    value: Float[Array, "B S K d"],
     mask: Bool[Array, "#B #H T S"] | None,
     *,
     causal: bool,
 ) -> Float[Array, "B T H d"] | None:
     """`dot_product_attention` by a kernel of the platform that is compiled for; None: it has none for this case.
 
-    The kernels have a derivative in reverse mode only.
+    The kernels read a shared head of keys and values where it lies, and have a derivative in reverse mode only.
     """
     length, heads, width = query.shape[1:]
     context = key.shape[1]
@@ -49,8 +49,8 @@ def fused_attention(
 
 def cudnn_attention(
     query: Float[Array, "B T H d"],
-    key: Float[Array, "B S H d"],
-    value: Float[Array, "B S H d"],
+    key: Float[Array, "B S K d"],
+    value: Float[Array, "B S K d"],
     mask: Bool[Array, "#B #H T S"] | None,
     *,
     causal: bool,
@@ -70,8 +70,8 @@ def cudnn_attention(
 
 def pallas_attention(
     query: Float[Array, "B T H d"],
-    key: Float[Array, "B S H d"],
-    value: Float[Array, "B S H d"],
+    key: Float[Array, "B S K d"],
+    value: Float[Array, "B S K d"],
     *,
     causal: bool,
     interpret: bool = False,

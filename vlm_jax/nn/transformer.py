@@ -1,18 +1,16 @@
 """The transformer stack that every transformer family uses."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import flax.linen as nn
-import jax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from vlm_jax.errors import UserError
-from vlm_jax.nn.attention import ATTENTION_RULES, Attention, Cache
-from vlm_jax.nn.remat import Remat, rematerialised
+from vlm_jax.nn.attention import ATTENTION_RULES, Attention, Cache, Slot
+from vlm_jax.nn.stack import Remat, stack
 from vlm_jax.sharding import constrain
-from vlm_jax.trees import unstack
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -74,11 +72,11 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        cache: Cache | None,
-        mask: Bool[Array, "#B #H T S"] | None,
-        position: Int[Array, ""] | int,
+        mask: Bool[Array, "#B #H T _"] | None,
+        slot: Slot,
         causal: bool,
         train: bool,
+        cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config
         # Each of the 2 * depth branches adds its share of variance, so that the sum's does not grow with depth.
@@ -87,7 +85,7 @@ class Block(nn.Module):
         x = constrain(x, "batch", None, None)
         y = nn.LayerNorm(c.norm_eps, dtype=c.dtype, name="attention_norm")(x)
         attention = Attention(c.width, c.heads, scale, c.dtype, name="attention")
-        y, cache = attention(y, mask=mask, causal=causal, cache=cache, position=position)
+        y, cache = attention(y, mask=mask, causal=causal, cache=cache, slot=slot)
         x = x + dropout(y)
         y = nn.LayerNorm(c.norm_eps, dtype=c.dtype, name="mlp_norm")(x)
         x = x + dropout(MLP(c.width, c.mlp, c.activation, scale, c.dtype, name="mlp")(y))
@@ -104,43 +102,16 @@ class TransformerStack(nn.Module):
         self,
         x: Float[Array, "B T D"],
         *,
-        mask: Bool[Array, "#B #H T S"] | None = None,
+        mask: Bool[Array, "#B #H T _"] | None = None,
         causal: bool = False,
         cache: tuple[Cache, ...] | None = None,
-        position: Int[Array, ""] | int = 0,
+        slot: Slot = 0,
         train: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...] | None]:
-        """With a `cache` of `depth` layers, `x` are the tokens from `position` on; the layers are `unrolled` then."""
+        """With a `cache` of `depth` layers, `x` are the tokens from `slot` on; the layers are then `unrolled`."""
         c = self.config
-        assert cache is None or not c.scan
-        x = x.astype(c.dtype)
-        block = rematerialised(Block, c.remat, scan=c.scan, static_argnums=(5, 6))
-        if c.scan:
-            scanned = nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=nn.broadcast,
-                length=c.depth,
-            )
-            x, _ = scanned(c, name="blocks")(x, None, mask, position, causal, train)
-        else:
-            layers: list[Any] = [None] * c.depth if cache is None else list(cache)
-            for i in range(c.depth):
-                x, layers[i] = block(c, name=f"block_{i}")(x, layers[i], mask, position, causal, train)
-                if cache is not None:
-                    # As between scanned layers, so that the inverse of a bfloat16 flow rounds what the flow rounded.
-                    x = jax.lax.optimization_barrier(x)
-            cache = None if cache is None else tuple(layers)
+        x, cache = stack(Block, c, x.astype(c.dtype), mask, slot, causal, train, cache=cache)
         return nn.LayerNorm(c.norm_eps, dtype=c.dtype, name="final_norm")(constrain(x, "batch", None, None)), cache
-
-
-def unrolled(config: Transformer, params: Mapping[str, Any]) -> tuple[Transformer, dict[str, Any]]:
-    """The same stack for decoding: its layers one after the other, each with parameters and a cache of its own.
-
-    Called before a loop over tokens: a scan over layers within it would copy every layer's parameters for each token.
-    """
-    return replace(config, scan=False), unstack(params, "blocks", "block")
 
 
 TRANSFORMER_RULES = (

@@ -1,0 +1,92 @@
+"""A stack of equal layers: compiled once and looped over or one after the other, their activations kept or not."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from vlm_jax.trees import unstack
+
+Remat = Literal["none", "products", "all"]
+"""What the backward pass computes a second time (1604.06174).
+
+none: keep every activation. products: keep the products with parameters alone, and compute norms, activation
+functions and attention again. all: keep the input of each layer alone, and compute the layer again."""
+
+POLICIES: dict[Remat, Callable[..., bool]] = {
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "all": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class StackConfig(Protocol):
+    """What a configuration says of its layers as a stack."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def scan(self) -> bool:
+        """Compile one layer and loop over all; False unrolls them."""
+
+    @property
+    def remat(self) -> Remat: ...
+
+
+Config = TypeVar("Config", bound=StackConfig)
+
+
+def stack(
+    block: type[nn.Module],
+    config: StackConfig,
+    x: Float[Array, "B T D"],
+    *settings: Any,
+    cache: tuple[Any, ...] | None = None,
+) -> tuple[Float[Array, "B T D"], tuple[Any, ...] | None]:
+    """`depth` layers within the module that calls it, and what they leave in the cache.
+
+    Args:
+      block: `block(config)(x, *settings) -> (x, None)` is a layer; with a cache, its own part of that comes last, and
+        it returns what the layer has made of it.
+      settings: the same for all layers: arrays, or bools that the layer branches on.
+      cache: one part for each layer; the layers are `unrolled` then.
+    """
+    assert cache is None or not config.scan
+    if config.remat != "none":
+        static = tuple(i for i, setting in enumerate(settings, start=2) if isinstance(setting, bool))
+        # prevent_cse guards rematerialisation against being undone outside a loop; inside one it only costs.
+        block = nn.remat(block, policy=POLICIES[config.remat], prevent_cse=not config.scan, static_argnums=static)
+    if config.scan:
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=config.depth,
+        )
+        x, _ = scanned(config, name="blocks")(x, *settings)
+        return x, None
+    if cache is None:
+        for i in range(config.depth):
+            x, _ = block(config, name=f"block_{i}")(x, *settings)
+        return x, None
+    filled = []
+    for i, part in enumerate(cache):
+        x, part = block(config, name=f"block_{i}")(x, *settings, part)
+        # As between scanned layers, so that the inverse of a bfloat16 flow rounds what the flow rounded.
+        x = jax.lax.optimization_barrier(x)
+        filled.append(part)
+    return x, tuple(filled)
+
+
+def unrolled(config: Config, params: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The same stack for decoding: its layers one after the other, each with parameters and a cache of its own.
+
+    Called before a loop over tokens: a scan over layers within it would copy every layer's parameters for each token.
+    """
+    return replace(config, scan=False), unstack(params, "blocks", "block")
