@@ -57,6 +57,10 @@ def layer_norm(params: Any, x: np.ndarray, eps: float) -> np.ndarray:
     return y * params.get("scale", 1.0) + params.get("bias", 0.0)
 
 
+def rms_norm(params: Any, x: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + eps) * params["scale"]
+
+
 def group_norm(params: Any, x: np.ndarray, groups: int, eps: float = 1e-6) -> np.ndarray:
     split = np.asarray(x, np.float64).reshape(*x.shape[:3], groups, -1)
     centred = split - split.mean(axis=(1, 2, 4), keepdims=True)
@@ -92,6 +96,49 @@ def transformer(params: Any, x: np.ndarray, config: Any, *, causal: bool = False
         x = x + attention(block["attention"], y, y, config.heads, mask)
         x = x + mlp(block["mlp"], layer_norm(block["mlp_norm"], x, config.norm_eps), config.activation)
     return layer_norm(params["final_norm"], x, config.norm_eps)
+
+
+def rotate(x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    """2104.09864, equation 12: features i and i + d / 2 of [B, T, d] as a complex number, which is turned."""
+    real, imaginary = np.split(x, 2, axis=-1)
+    turned = (real + 1j * imaginary) * np.exp(1j * positions[..., None] * frequencies)
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def rotary_attention(
+    params: Any, x: np.ndarray, positions: np.ndarray, mask: np.ndarray, config: Any, frequencies: np.ndarray
+) -> np.ndarray:
+    """Head by head, of which neighbouring ones share a key and a value (2305.13245); `mask` is [B, T, S]."""
+
+    def head(name: str, h: int, count: int) -> np.ndarray:
+        y, norm = np.split(dense(params[name], x), count, axis=-1)[h], params.get(f"{name}_norm", {})
+        if config.qk_norm == "rms":
+            y = rms_norm(norm, y, config.norm_eps)
+        if config.qk_norm == "layer":
+            y = layer_norm({name: value[h] for name, value in norm.items()}, y, config.norm_eps)
+        return rotate(y, positions, frequencies)
+
+    outputs = []
+    for h in range(config.heads):
+        shared = h // (config.heads // config.kv_heads)
+        query, key = head("query", h, config.heads), head("key", shared, config.kv_heads)
+        value = np.split(dense(params["value"], x), config.kv_heads, axis=-1)[shared]
+        logits = np.where(mask, query @ key.swapaxes(1, 2) / np.sqrt(config.head_width), -np.inf)
+        outputs.append(scipy.special.softmax(logits, axis=-1) @ value)
+    return dense(params["out"], np.concatenate(outputs, axis=-1))
+
+
+def decoder(
+    params: Any, x: np.ndarray, positions: np.ndarray, mask: np.ndarray, config: Any, frequencies: np.ndarray
+) -> np.ndarray:
+    """Llama's blocks (2302.13971), unrolled, and the final norm."""
+    for i in range(config.depth):
+        block = params[f"block_{i}"]
+        y = rms_norm(block["attention_norm"], x, config.norm_eps)
+        x = x + rotary_attention(block["attention"], y, positions, mask, config, frequencies)
+        y, mlp = rms_norm(block["mlp_norm"], x, config.norm_eps), block["mlp"]
+        x = x + dense(mlp["down"], silu(dense(mlp["gate"], y)) * dense(mlp["up"], y))
+    return rms_norm(params["final_norm"], x, config.norm_eps)
 
 
 def attention_pool(params: Any, x: np.ndarray, config: Any) -> np.ndarray:

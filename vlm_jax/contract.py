@@ -21,7 +21,9 @@ Batch = Mapping[str, jax.Array]
 Variables = Mapping[str, Any]
 """`{"params": tree, **mutable collections}`, as linen's `init` returns it."""
 
-Rule = tuple[str, tuple[str | None, ...]]
+Axis = str | tuple[str, int] | None
+"""A logical axis; with a number, that of the heads whose features the dimension holds, which stay together."""
+Rule = tuple[str, tuple[Axis, ...]]
 """A regular expression searched in a parameter's path, and logical axes of the trailing dimensions it names."""
 
 

@@ -1,5 +1,6 @@
 """Where arrays lie on a mesh of devices: one mesh, one table of logical axes, one set of path rules a model."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Int
 
-from vlm_jax.contract import Rule
+from vlm_jax.contract import Axis, Rule
 from vlm_jax.errors import UserError
 from vlm_jax.trees import leaves_by_path, map_with_path
 
@@ -24,11 +25,14 @@ AXES: dict[str, str | tuple[str, ...]] = {
     "embed": "fsdp",  # the model's width, in parameters: gathered before use, as in ZeRO-3
     "mlp": "tensor",
     "heads": "tensor",
+    "kv_heads": "tensor",
     "vocab": "tensor",
     "filters": "fsdp",  # output channels of a convolution
     "components": "fsdp",  # of a mixture
 }
-"""Logical axis -> mesh axes. An axis named None is replicated."""
+"""Logical axis -> mesh axes. An axis named None is replicated, as are kv_heads that the mesh does not divide."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +107,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation's layout to logical axes, one a dimension; without a mesh, as in a notebook, a no-op."""
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} logical axes {axes} for an array of shape {x.shape}")
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    split = [None if undivided_kv_heads(axis, size, mesh) else axis for axis, size in zip(axes, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, partition_spec(split))
+
+
+def undivided_kv_heads(axis: str | None, count: int, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether these are heads of keys and values that every device has to have all of."""
+    return axis == "kv_heads" and count % mesh.shape["tensor"] != 0
 
 
 def platform() -> str:
@@ -121,14 +132,14 @@ def parameter_shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> Py
     """A `NamedSharding` for each leaf: the first rule whose expression is found in its path.
 
     A rule's axes describe the trailing dimensions; leading ones, such as the layers of a scanned stack, are
-    replicated.
+    replicated. It is logged where each device has all heads of keys and values.
 
     Args:
       params: arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
       ValueError: a leaf that no rule matches, or a rule that no leaf matches: either is how a layout rots unseen.
-      UserError: a dimension that its mesh axes do not divide.
+      UserError: a dimension, or the number of heads in it, that its mesh axes do not divide.
     """
     used: set[str] = set()
 
@@ -140,9 +151,7 @@ def parameter_shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> Py
         used.add(pattern)
         if len(axes) > leaf.ndim:
             raise ValueError(f"the rule {pattern!r} names {len(axes)} dimensions and {path} has shape {leaf.shape}")
-        spec = partition_spec((None,) * (leaf.ndim - len(axes)) + tuple(axes))
-        check_divisible(path, leaf.shape, spec, mesh)
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, divided(path, leaf.shape, axes, mesh))
 
     shardings = map_with_path(sharding, params)
     unused = [pattern for pattern, _ in rules if pattern not in used]
@@ -150,17 +159,28 @@ def parameter_shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> Py
         raise ValueError(
             f"no parameter matches the sharding rules {unused}; there are {sorted(leaves_by_path(params))}"
         )
+    heads = {axis for _, axes in rules for axis in axes if isinstance(axis, tuple)}
+    for name, count in sorted(heads):
+        if undivided_kv_heads(name, count, mesh):
+            tensor = mesh.shape["tensor"]
+            logger.warning(f"every device has all {count} heads of keys and values: --mesh.tensor {tensor} splits none")
     return shardings
 
 
-def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
-    """Refuses a parameter that the mesh cannot split evenly."""
-    for dimension, axis in zip(shape, spec, strict=True):
-        if axis is not None and dimension % mesh.shape[axis]:
+def divided(path: str, shape: tuple[int, ...], axes: Sequence[Axis], mesh: Mesh) -> PartitionSpec:
+    """The mesh axes of a parameter's trailing dimensions; refuses what they do not divide evenly."""
+    spec: list[Any] = [None] * (len(shape) - len(axes))
+    for axis, size in zip(axes, shape[len(spec) :], strict=True):
+        name, count = axis if isinstance(axis, tuple) else (axis, size)
+        (split,) = partition_spec([None if undivided_kv_heads(name, count, mesh) else name])
+        if split is not None and count % mesh.shape[split]:
+            what = f"of shape {list(shape)}" if count == size else f"of {count} {name}"
             raise UserError(
-                f"the parameter {path} of shape {list(shape)} cannot be split over --mesh.{axis} {mesh.shape[axis]}: "
-                f"choose one that divides {dimension}"
+                f"the parameter {path} {what} cannot be split over --mesh.{split} {mesh.shape[split]}: "
+                f"choose one that divides {count}"
             )
+        spec.append(split)
+    return PartitionSpec(*spec)
 
 
 def placed(tree: PyTree, shardings: PyTree) -> PyTree:

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vlm_jax.contract import Rule
 from vlm_jax.sharding import constrain
 
 
@@ -43,7 +44,7 @@ class Conditioning(nn.Module):
         return constrain(x, "batch", None)
 
 
-def conditioning_rules(classes: int | None) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+def conditioning_rules(classes: int | None) -> tuple[Rule, ...]:
     """Sharding rules of a `Conditioning`."""
     return (
         (r"time_in/kernel$", (None, "embed")),

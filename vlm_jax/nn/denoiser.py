@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.contract import Input
+from vlm_jax.contract import Input, Rule
 from vlm_jax.errors import UserError
 from vlm_jax.nn.dit import DiT, DiTTower, dit_rules
 from vlm_jax.nn.unet import UNet, UNetTower, check_unet, unet_rules
@@ -106,6 +106,6 @@ def sampling_labels(config: Network, key: Array, label: Int[Array, " N"] | None,
     return jax.random.randint(key, (num,), 0, config.classes)
 
 
-def network_rules(config: Network) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+def network_rules(config: Network) -> tuple[Rule, ...]:
     """Sharding rules of a `Denoiser`."""
     return unet_rules(config.classes) if config.unet is not None else dit_rules(config.classes)

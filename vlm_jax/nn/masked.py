@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
 from vlm_jax.sharding import constrain, platform
 
@@ -217,7 +218,7 @@ class GatedStack(nn.Module):
         return tuple(filled), x[:, 0, 0]
 
 
-def masked_rules(*, classes: bool) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+def masked_rules(*, classes: bool) -> tuple[Rule, ...]:
     """Sharding rules of a `GatedStack`."""
     return (
         (r"layers/(vertical_conv|horizontal_conv|link|out)/kernel$", (None, "filters")),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
 from vlm_jax.nn.vision import patchify
 from vlm_jax.sharding import constrain
@@ -140,7 +141,7 @@ def known_prefix(known: Any, patch_size: int) -> int:
     return count
 
 
-def subpixel_rules(*, mixture: bool) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+def subpixel_rules(*, mixture: bool) -> tuple[Rule, ...]:
     """Sharding rules of a module with the fields `table` and `head`."""
     outputs = "mixture" if mixture else "logits"
     return (

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import dot_product_attention
 from vlm_jax.nn.conditioning import Conditioning, conditioning_rules
@@ -139,7 +140,7 @@ class UNetTower(nn.Module):
         return nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros, name="last")(x)
 
 
-def unet_rules(classes: int | None) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+def unet_rules(classes: int | None) -> tuple[Rule, ...]:
     """Sharding rules of a `UNetTower`."""
     return (
         *conditioning_rules(classes),

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Attention
 from vlm_jax.nn.transformer import MLP, TRANSFORMER_RULES, Transformer, TransformerStack
@@ -91,7 +92,7 @@ class AttentionPool(nn.Module):
         return x[:, 0]
 
 
-def vision_rules(config: VisionTransformer) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+def vision_rules(config: VisionTransformer) -> tuple[Rule, ...]:
     """Sharding rules of a `VisionTower`."""
     return (
         (r"patch/kernel$", (None, "embed")),
