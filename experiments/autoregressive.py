@@ -1,6 +1,8 @@
 """Autoregressive image transformers."""
 
-from vlm_jax.data import Data
+from dataclasses import replace
+
+from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, FLIPPED, OPENMOJI, TINY_OPTIMIZER
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import autoregressive
 from vlm_jax.nn.transformer import Transformer
@@ -17,9 +19,9 @@ def autoregressive_tiny() -> Experiment:
             levels=17,
             transformer=Transformer(width=96, depth=3, heads=4, mlp=384, dropout=0.1, scan=False),
         ),
-        data=Data(name="digits", validation="validation", image_size=8, channels=1),
+        data=DIGITS,
         training=Training(
-            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
+            optimizer=replace(TINY_OPTIMIZER, weight_decay=0.05),
             ema_decay=0.995,
             steps=600,
             batch_size=64,
@@ -36,7 +38,7 @@ def autoregressive_tiny_openmoji() -> Experiment:
             patch_size=2,
             transformer=Transformer(width=128, depth=4, heads=4, mlp=512, scan=False),
         ),
-        data=Data(name="openmoji", train="train[:95%]", validation="train[95%:]", image_size=32),
+        data=OPENMOJI,
         training=Training(
             optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, eps=1e-6),
             ema_decay=0.995,
@@ -56,7 +58,7 @@ def autoregressive_fashion_mnist() -> Experiment:
             patch_size=2,
             transformer=Transformer(width=128, depth=4, heads=4, mlp=512, dropout=0.1, scan=False),
         ),
-        data=Data(name="fashion_mnist", train="train[:95%]", validation="train[95%:]", image_size=28, channels=1),
+        data=FASHION_MNIST,
         training=Training(
             optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, eps=1e-6),
             ema_decay=0.998,
@@ -80,7 +82,7 @@ def autoregressive_igpt_s() -> Experiment:
             mixtures=10,
             transformer=Transformer(width=512, depth=24, heads=8, mlp=2048, dtype="bfloat16", remat="all"),
         ),
-        data=Data(name="cifar10", train="train[:95%]", validation="train[95%:]", image_size=32, flip=True),
+        data=replace(CIFAR10, train="train[:95%]", validation="train[95%:]", fields=FLIPPED),
         training=Training(
             optimizer=Optimizer(learning_rate=3e-3, b2=0.95, warmup_steps=10_000, weight_decay=0.0),
             steps=1_000_000,

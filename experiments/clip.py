@@ -1,6 +1,6 @@
 """CLIP and SigLIP."""
 
-from vlm_jax.data import Data, Text
+from vlm_jax.data import Caption, Data, Image, Text
 from vlm_jax.data.class_names import imagenet_prompts
 from vlm_jax.experiment import Experiment, ZeroShot
 from vlm_jax.models import clip
@@ -25,7 +25,7 @@ def clip_tiny() -> Experiment:
             ),
             embedding=128,
         ),
-        data=Data(name="openmoji", image_size=32, crop_min_area=0.8, text=Text(context_length=16, vocab_size=2048)),
+        data=Data(name="openmoji", fields=(Image(crop_min_area=0.8), Caption()), text=Text(vocab_size=2048)),
         training=Training(
             optimizer=Optimizer(learning_rate=2e-3, warmup_steps=40, weight_decay=0.1, b2=0.98, eps=1e-6),
             steps=400,
@@ -45,10 +45,7 @@ def published(
         data=Data(
             name="coco_captions",
             test="val",
-            image_size=model.image.image_size,
-            text=Text(
-                context_length=model.text.context_length, vocab_size=model.text.vocab_size, tokenizer="tokenizer.json"
-            ),
+            text=Text(vocab_size=model.text.vocab_size, tokenizer="tokenizer.json"),
         ),
         training=Training(
             optimizer=Optimizer(

@@ -1,5 +1,8 @@
 """Diffusion models: variational diffusion, DDPM, rectified flow."""
 
+from dataclasses import replace
+
+from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, FLIPPED, TINY_OPTIMIZER
 from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import diffusion, probability_flow, vdm
@@ -10,9 +13,7 @@ from vlm_jax.nn.unet import UNet
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
 
-DIGITS = Data(name="digits", validation="validation", image_size=8, channels=1)
 TINY_UNET = UNet(widths=(32, 64), blocks=1, groups=8, dropout=0.1)
-TINY_OPTIMIZER = Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.01, eps=1e-6)
 
 
 def diffusion_tiny() -> Experiment:
@@ -99,9 +100,7 @@ def diffusion_fashion_mnist() -> Experiment:
             schedule="monotone",
             sampling_steps=250,
         ),
-        data=Data(
-            name="fashion_mnist", train="train[:95%]", validation="train[95%:]", image_size=28, channels=1, flip=True
-        ),
+        data=replace(FASHION_MNIST, fields=FLIPPED),
         training=Training(
             optimizer=Optimizer(learning_rate=1e-3, warmup_steps=500, weight_decay=0.01, eps=1e-6),
             ema_decay=0.999,
@@ -123,7 +122,7 @@ def diffusion_ddpm_cifar10() -> Experiment:
             network=Network(unet=UNet(widths=(128, 256, 256, 256), blocks=2, attention=(16,), dropout=0.1)),
             variance="forward",
         ),
-        data=Data(name="cifar10", image_size=32, flip=True),
+        data=replace(CIFAR10, fields=FLIPPED),
         training=Training(
             optimizer=Optimizer(learning_rate=2e-4, schedule="constant", warmup_steps=5000),
             ema_decay=0.9999,
@@ -147,7 +146,7 @@ def diffusion_vdm_cifar10() -> Experiment:
             schedule="monotone",
             sampling_steps=1000,
         ),
-        data=Data(name="cifar10", image_size=32),
+        data=CIFAR10,
         training=Training(
             optimizer=Optimizer(
                 learning_rate=2e-4, schedule="constant", warmup_steps=100, b2=0.99, weight_decay=0.01, clip_norm=None
@@ -173,7 +172,7 @@ def dit(width: int, depth: int, heads: int, *, steps: int = 400_000, guidance: f
             sampling_steps=250,
             guidance=guidance,
         ),
-        data=Data(name="imagenet2012", test="validation", image_size=32),
+        data=Data(name="imagenet2012", test="validation"),
         training=Training(
             optimizer=Optimizer(learning_rate=1e-4, schedule="constant", clip_norm=None),
             ema_decay=0.9999,

@@ -1,5 +1,8 @@
 """Coupling flows, and masked-convolution flows."""
 
+from dataclasses import replace
+
+from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, TINY_OPTIMIZER
 from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import flow
@@ -23,9 +26,9 @@ def flow_tiny() -> Experiment:
             logit_margin=0.05,
             dropout=0.3,
         ),
-        data=Data(name="digits", validation="validation", image_size=8, channels=1),
+        data=DIGITS,
         training=Training(
-            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
+            optimizer=replace(TINY_OPTIMIZER, weight_decay=0.05),
             ema_decay=0.995,
             steps=600,
             batch_size=128,
@@ -48,9 +51,9 @@ def flow_tiny_macow() -> Experiment:
             logit_margin=0.05,
             dropout=0.3,
         ),
-        data=Data(name="digits", validation="validation", image_size=8, channels=1),
+        data=DIGITS,
         training=Training(
-            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
+            optimizer=replace(TINY_OPTIMIZER, weight_decay=0.05),
             ema_decay=0.995,
             steps=600,
             batch_size=128,
@@ -73,7 +76,7 @@ def flow_fashion_mnist() -> Experiment:
             logit_margin=0.05,
             dropout=0.1,
         ),
-        data=Data(name="fashion_mnist", train="train[:58000]", validation="train[58000:]", image_size=28, channels=1),
+        data=replace(FASHION_MNIST, train="train[:58000]", validation="train[58000:]"),
         training=Training(
             optimizer=Optimizer(learning_rate=1e-3, warmup_steps=500, weight_decay=0.01, eps=1e-6),
             ema_decay=0.999,
@@ -93,7 +96,7 @@ def flow_glow_cifar10() -> Experiment:
     """
     return Experiment(
         model=flow.Config(image_size=32, scales=3, steps=32, width=512),
-        data=Data(name="cifar10", image_size=32),
+        data=CIFAR10,
         training=Training(
             optimizer=Optimizer(learning_rate=1e-3, schedule="constant", warmup_steps=1000),
             steps=175_000,
@@ -111,7 +114,7 @@ def flow_glow_imagenet64() -> Experiment:
     """
     return Experiment(
         model=flow.Config(image_size=64, scales=4, steps=48, width=512),
-        data=Data(name="downsampled_imagenet/64x64", test="validation", image_size=64),
+        data=Data(name="downsampled_imagenet/64x64", test="validation"),
         training=Training(
             optimizer=Optimizer(learning_rate=1e-3, schedule="constant", warmup_steps=1000),
             steps=1_000_000,

@@ -1,6 +1,8 @@
 """Gaussian processes over the pixel grid."""
 
-from vlm_jax.data import Data
+from dataclasses import replace
+
+from experiments.data import DIGITS, FASHION_MNIST
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import gaussian_process
 from vlm_jax.train.optim import Optimizer
@@ -11,7 +13,7 @@ def gaussian_process_tiny() -> Experiment:
     """Handwritten digits, 8x8, 17 levels; half a minute on a CPU."""
     return Experiment(
         model=gaussian_process.Config(image_size=8, channels=1, levels=17, kernel="matern32"),
-        data=Data(name="digits", validation="validation", image_size=8, channels=1),
+        data=DIGITS,
         training=Training(
             optimizer=Optimizer(learning_rate=0.05, eps=1e-6),
             steps=120,
@@ -25,7 +27,7 @@ def gaussian_process_fashion_mnist() -> Experiment:
     """Fashion-MNIST, 28x28, 256 levels."""
     return Experiment(
         model=gaussian_process.Config(image_size=28, channels=1, kernel="matern12"),
-        data=Data(name="fashion_mnist", train="train[:55000]", validation="train[55000:]", image_size=28, channels=1),
+        data=replace(FASHION_MNIST, train="train[:55000]", validation="train[55000:]"),
         training=Training(
             optimizer=Optimizer(learning_rate=0.03, eps=1e-6),
             steps=300,

@@ -1,5 +1,6 @@
 """Kernel density estimators. The first batch is the estimator: the batch size is that of the training split."""
 
+from experiments.data import DIGITS
 from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import kde
@@ -11,7 +12,7 @@ def kde_tiny() -> Experiment:
     """Handwritten digits, 8x8, 17 levels, an exact probability; one minute on a CPU."""
     return Experiment(
         model=kde.Config(image_size=8, channels=1, levels=17, kernel="discretised"),
-        data=Data(name="digits", validation="validation", image_size=8, channels=1),
+        data=DIGITS,
         training=Training(
             optimizer=Optimizer(learning_rate=0.1, eps=1e-6),
             steps=40,
@@ -25,7 +26,7 @@ def kde_tiny_gaussian() -> Experiment:
     """Handwritten digits, 8x8, 17 levels, a density of dequantised pixels; one minute on a CPU."""
     return Experiment(
         model=kde.Config(image_size=8, channels=1, levels=17, kernel="gaussian"),
-        data=Data(name="digits", validation="validation", image_size=8, channels=1),
+        data=DIGITS,
         training=Training(
             optimizer=Optimizer(learning_rate=0.1, eps=1e-6),
             steps=40,
@@ -42,7 +43,7 @@ def kde_fashion_mnist() -> Experiment:
     """
     return Experiment(
         model=kde.Config(image_size=28, channels=1, kernel="discretised", queries=256),
-        data=Data(name="fashion_mnist", image_size=28, channels=1),
+        data=Data(name="fashion_mnist"),
         training=Training(
             optimizer=Optimizer(learning_rate=0.3, eps=1e-6),
             steps=15,

@@ -1,8 +1,9 @@
 """Hierarchical variational autoencoders."""
 
 import math
+from dataclasses import replace
 
-from vlm_jax.data import Data
+from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, TINY_OPTIMIZER
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import ladder_vae
 from vlm_jax.train.optim import Optimizer
@@ -25,9 +26,9 @@ def ladder_vae_tiny() -> Experiment:
             kl_warmup_steps=200,
             dropout=0.1,
         ),
-        data=Data(name="digits", validation="validation", image_size=8, channels=1),
+        data=DIGITS,
         training=Training(
-            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.01, eps=1e-6),
+            optimizer=TINY_OPTIMIZER,
             ema_decay=0.995,
             steps=1000,
             batch_size=128,
@@ -51,7 +52,7 @@ def ladder_vae_fashion_mnist() -> Experiment:
             kl_warmup_steps=1000,
             dropout=0.1,
         ),
-        data=Data(name="fashion_mnist", train="train[:95%]", validation="train[95%:]", image_size=28, channels=1),
+        data=FASHION_MNIST,
         training=Training(
             optimizer=Optimizer(learning_rate=1e-3, warmup_steps=200, weight_decay=0.01, eps=1e-6),
             ema_decay=0.999,
@@ -78,7 +79,7 @@ def ladder_vae_cifar10() -> Experiment:
             decoder_blocks=(22, 11, 6, 3, 1),
             mixtures=10,
         ),
-        data=Data(name="cifar10", train="train[:90%]", validation="train[90%:]", image_size=32),
+        data=replace(CIFAR10, train="train[:90%]", validation="train[90%:]"),
         training=Training(
             optimizer=Optimizer(
                 learning_rate=2e-4,

@@ -1,6 +1,8 @@
 """Gated PixelCNNs."""
 
-from vlm_jax.data import Data
+from dataclasses import replace
+
+from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, FLIPPED
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import pixelcnn
 from vlm_jax.train.optim import Optimizer
@@ -11,7 +13,7 @@ def pixelcnn_tiny() -> Experiment:
     """Handwritten digits, 8x8, 17 levels; two minutes on a CPU."""
     return Experiment(
         model=pixelcnn.Config(image_size=8, channels=1, levels=17, width=48, depth=6, dropout=0.2),
-        data=Data(name="digits", validation="validation", image_size=8, channels=1),
+        data=DIGITS,
         training=Training(
             optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
             ema_decay=0.995,
@@ -31,9 +33,7 @@ def pixelcnn_fashion_mnist() -> Experiment:
         model=pixelcnn.Config(
             image_size=28, channels=1, mixtures=10, width=128, depth=12, kernel=5, dropout=0.2, dtype="bfloat16"
         ),
-        data=Data(
-            name="fashion_mnist", train="train[:95%]", validation="train[95%:]", image_size=28, channels=1, flip=True
-        ),
+        data=replace(FASHION_MNIST, fields=FLIPPED),
         training=Training(
             optimizer=Optimizer(learning_rate=1e-3, warmup_steps=500, weight_decay=0.01, eps=1e-6),
             ema_decay=0.999,
@@ -53,7 +53,7 @@ def pixelcnn_cifar10() -> Experiment:
     """
     return Experiment(
         model=pixelcnn.Config(image_size=32, mixtures=10, width=384, depth=20, kernel=5, dropout=0.5, dtype="bfloat16"),
-        data=Data(name="cifar10", train="train[:95%]", validation="train[95%:]", image_size=32, flip=True),
+        data=replace(CIFAR10, train="train[:95%]", validation="train[95%:]", fields=FLIPPED),
         training=Training(
             optimizer=Optimizer(learning_rate=1e-3, warmup_steps=1000, b1=0.95, b2=0.9995),
             ema_decay=0.9995,

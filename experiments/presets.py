@@ -25,7 +25,7 @@ def functions(first: str = "") -> Iterator[tuple[str, Callable[[], Experiment]]]
       first: a preset's name; the files whose names it starts with come before the others.
     """
     names = [module.name for module in pkgutil.iter_modules(experiments.__path__)]
-    families = [name for name in names if name not in ("run", "presets")]
+    families = [name for name in names if name not in ("run", "presets", "data")]
     for family in sorted(families, key=lambda family: not first.replace("-", "_").startswith(family)):
         for function in importlib.import_module(f"experiments.{family}").PRESETS:
             yield function.__name__.replace("_", "-"), function

@@ -9,7 +9,18 @@ import numpy as np
 
 from experiments.presets import from_command_line
 from vlm_jax.commandline import command
-from vlm_jax.data import Tokenizer, check_tokenizer, evaluation_batches, make_tokenizer, open_source, train_batches
+from vlm_jax.data import (
+    Tokenizer,
+    check_tokenizer,
+    evaluation_batches,
+    examples,
+    make_tokenizer,
+    open_data,
+    open_training_data,
+    rows_of,
+    train_batches,
+    versions,
+)
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Distributed, Experiment, to_record
 from vlm_jax.models import build
@@ -51,29 +62,32 @@ def run(preset: str, experiment: Experiment) -> None:
     check_batch_size(training.batch_size, mesh, training.micro_steps)
     workdir, data_dir = (local_path(path) for path in (experiment.workdir or f"runs/{preset}", experiment.data_dir))
     model, data = build(experiment.model), experiment.data
-    source = open_source(data.name, data.train, data_dir)
-    held_out = None if data.validation is None else open_source(data.name, data.validation, data_dir)
+    sources = open_training_data(data, model.inputs, data_dir)
+    held_out = None if data.validation is None else open_data(data, data.validation, model.inputs, data_dir)
     # The first process alone claims the directory; where it is refused, it ends and the others with it.
     first = jax.process_index() == 0
     # A run belongs to one version of its data, whatever is prepared beside it later.
-    found = replace(experiment, data=replace(data, name=source.full_name))
-    record = to_record(preset, found, source.examples)
+    found = replace(experiment, data=versions(data, sources))
+    record = to_record(preset, found, examples(sources))
     with claimed_workdir(workdir, record) if first else contextlib.nullcontext():
         tokenizer: Tokenizer | None = None
         if data.text is not None:
             # A run keeps the tokenizer that it began with, whatever another version would make of the captions.
             begun = has_checkpoints(workdir)
-            tokenizer = read_tokenizer(workdir) if begun else make_tokenizer(data, data_dir)
+            tokenizer = read_tokenizer(workdir) if begun else make_tokenizer(data, sources)
             if tokenizer is not None and "tokens" in model.inputs:
                 tokens = model.inputs["tokens"]
                 check_tokenizer(tokenizer, vocab_size=tokens.limit, eos_id=tokens.contains)
             if first and not begun and tokenizer is not None:
                 write_tokenizer(workdir, tokenizer)
 
+        sets = [rows_of(source, data, model.inputs, tokenizer, seed=training.seed) for source in sources]
+
         def batches(rows: Rows, start: int) -> Iterator[dict[str, np.ndarray]]:
             return train_batches(
-                source,
+                sets,
                 data,
+                model.inputs,
                 tokenizer,
                 batch_size=training.batch_size,
                 rows=rows,
@@ -85,11 +99,11 @@ def run(preset: str, experiment: Experiment) -> None:
         validation = None
         if held_out is not None:
             # A step's part at most; of a smaller split all of it at once, filled up to what the mesh can split.
-            shards = batch_shards(mesh)
-            size = min(training.batch_size // training.micro_steps, -(-len(held_out) // shards) * shards)
+            shards, scored = batch_shards(mesh), rows_of(held_out, data, model.inputs, tokenizer)
+            size = min(training.batch_size // training.micro_steps, -(-len(scored) // shards) * shards)
 
             def held_out_batches(rows: Rows) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-                return evaluation_batches(held_out, data, tokenizer, batch_size=size, rows=rows)
+                return evaluation_batches(scored, data, model.inputs, tokenizer, batch_size=size, rows=rows)
 
             validation = Validation(held_out_batches, size)
 

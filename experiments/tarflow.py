@@ -1,5 +1,8 @@
 """Transformer autoregressive flows."""
 
+from dataclasses import replace
+
+from experiments.data import DIGITS, FLIPPED, TINY_OPTIMIZER
 from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import tarflow
@@ -19,9 +22,9 @@ def tarflow_tiny() -> Experiment:
             blocks=4,
             transformer=Transformer(width=64, depth=2, heads=4, mlp=256, dropout=0.1),
         ),
-        data=Data(name="digits", validation="validation", image_size=8, channels=1),
+        data=DIGITS,
         training=Training(
-            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
+            optimizer=replace(TINY_OPTIMIZER, weight_decay=0.05),
             ema_decay=0.995,
             steps=1500,
             batch_size=128,
@@ -43,7 +46,7 @@ def tarflow_imagenet64() -> Experiment:
             blocks=8,
             transformer=Transformer(width=768, depth=8, heads=12, mlp=3072, remat="all"),
         ),
-        data=Data(name="downsampled_imagenet/64x64", test="validation", image_size=64, flip=True),
+        data=Data(name="downsampled_imagenet/64x64", test="validation", fields=FLIPPED),
         training=Training(
             optimizer=Optimizer(learning_rate=1e-4, b2=0.95, warmup_steps=5004, weight_decay=1e-4, clip_norm=None),
             steps=500_400,

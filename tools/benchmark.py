@@ -19,7 +19,7 @@ from experiments.run import join
 from tools.peers import compare
 from vlm_jax.commandline import command
 from vlm_jax.contract import Input, Model, abstract_batch, check_batch
-from vlm_jax.data import make_tokenizer, open_source, train_batches
+from vlm_jax.data import make_tokenizer, open_training_data, rows_of, train_batches
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import build
 from vlm_jax.paths import local_path
@@ -120,10 +120,13 @@ def benchmark(experiment: Experiment, *, pipeline: bool = True) -> Results:
 def pipeline_rate(model: Model, experiment: Experiment, mesh: Mesh) -> float:
     """Examples a second from the data set to checked host arrays, over all processes, while no device computes."""
     data, training, data_dir = experiment.data, experiment.training, local_path(experiment.data_dir)
+    sources = open_training_data(data, model.inputs, data_dir)
+    tokenizer = make_tokenizer(data, sources)
     batches = train_batches(
-        open_source(data.name, data.train, data_dir),
+        [rows_of(source, data, model.inputs, tokenizer) for source in sources],
         data,
-        make_tokenizer(data, data_dir),
+        model.inputs,
+        tokenizer,
         batch_size=training.batch_size,
         rows=process_rows(training.batch_size, mesh),
         seed=training.seed,

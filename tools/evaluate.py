@@ -4,19 +4,32 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import tyro
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from vlm_jax.commandline import command, require_one_process
 from vlm_jax.contract import Batch, Input, check_batch
-from vlm_jax.data import Data, Source, class_names, evaluation_batches, open_source, read_class_names
+from vlm_jax.data import (
+    Data,
+    Label,
+    Packed,
+    Source,
+    class_names,
+    evaluation_batches,
+    open_data,
+    open_source,
+    read_class_names,
+    rows_of,
+)
+from vlm_jax.data.fields import Inputs
 from vlm_jax.errors import UserError, check_seed
-from vlm_jax.evals import EVALUATIONS, Evaluation, Labelled, Subject
+from vlm_jax.evals import EVALUATIONS, Evaluation, Judge, Labelled, Subject
 from vlm_jax.experiment import ZeroShot
 from vlm_jax.files import check_writable, write_output
 from vlm_jax.paths import local_path
@@ -27,11 +40,21 @@ Results = dict[str, float | int | str | None]
 """By name: facts of the evaluation, and EVALUATION/METRIC; None: not defined, or not finite."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OtherData:
+    """Another data set than the run's."""
+
+    name: str | None = None
+    """As the run's; None: the run's own."""
+
+
 def evaluate(
     workdir: Annotated[Path, tyro.conf.Positional],
+    data: OtherData = OtherData(),
     split: str | None = None,
     checkpoint_step: int | None = None,
     data_dir: str | None = None,
+    judge: Path | None = None,
     zero_shot: str | None = None,
     zero_shot_split: str | None = None,
     zero_shot_label: str | None = None,
@@ -49,9 +72,10 @@ def evaluate(
 
     Args:
       workdir: The directory of a run.
-      split: Part of the run's data set to evaluate on; None: the run's test split.
+      split: Part of the data set to evaluate on; None: the run's test split.
       checkpoint_step: Step of a checkpoint; None: the best by validation loss, else the newest.
       data_dir: Where prepared data sets are; None: where the run had them.
+      judge: The directory of a run that can embed images, by which those that the model draws are measured.
       zero_shot: A labelled data set to classify; None: the one that the run names, if any.
       zero_shot_split: The part of it to classify; None: test, or the run's.
       zero_shot_label: Its field to classify by, where it has several labels.
@@ -60,7 +84,7 @@ def evaluate(
       batch_size: Examples at a time, rounded up to a multiple of the devices.
       seed: Of the noise that bounds are averaged over.
       only: Names of evaluations; none: all that the model's capabilities allow.
-      out: The file to write; None: WORKDIR/eval.json.
+      out: The file to write; None: WORKDIR/eval.json, of another data set WORKDIR/eval-NAME-SPLIT.json.
 
     Raises:
       UserError: the directory is no run, what is asked for does not exist or is beyond the model, there are several
@@ -78,22 +102,26 @@ def evaluate(
     failures: dict[str, Exception] = {}
     with jax.set_mesh(mesh):
         loaded = load(workdir, step=checkpoint_step, mesh=mesh)
-        data = loaded.experiment.data
-        split = split or data.test
+        read = choose_data(workdir, loaded, data.name)
+        split = split or read.test
         directory = local_path(data_dir or loaded.experiment.data_dir)
-        source = open_source(data.name, split, directory)
+        inputs = loaded.model.inputs
+        source = open_data(read, split, inputs, directory)
+        rows = rows_of(source, read, inputs, loaded.tokenizer)
+        out = out or workdir / results_name(data.name, split)
         task = choose_task(workdir, loaded, zero_shot, changes)
 
-        def batches(source: Source, data: Data, inputs: dict[str, Input]) -> Callable[[], Iterator[tuple[Batch, int]]]:
-            return lambda: on_device(source, data, loaded, batch_size, inputs, batch_sharding(mesh))
+        def batches(rows: Source | Packed, data: Data, inputs: Inputs) -> Callable[[], Iterator[tuple[Batch, int]]]:
+            return lambda: on_device(rows, data, loaded, batch_size, inputs, batch_sharding(mesh))
 
         labelled = None
         if task is not None and (not only or "zero_shot" in only):
             try:
                 classes = open_source(task.name, task.split, directory, label=task.label)
                 names = name_classes(classes, task)
-                inputs = {"image": loaded.model.inputs["image"], "label": Input((), "int32", len(names))}
-                labelled = Labelled(batches(classes, replace(data, text=None), inputs), names, task.prompts)
+                seen = {"image": inputs["image"], "label": Input((), "int32", len(names))}
+                images = replace(read, fields=(*read.fields, Label()), pack=False)
+                labelled = Labelled(batches(classes, images, seen), names, task.prompts)
             except UserError as error:
                 if only or zero_shot or any(changes.values()):
                     raise
@@ -102,13 +130,18 @@ def evaluate(
         subject = Subject(
             model=loaded.model,
             variables=loaded.variables,
-            batches=batches(source, data, dict(loaded.model.inputs)),
-            tokenizer=loaded.tokenizer,
-            labelled=labelled,
+            batches=batches(rows, read, inputs),
+            examples=len(rows),
             key=jax.random.key(seed),
+            tokenizer=loaded.tokenizer,
+            records=source.strings,
+            labelled=labelled,
+            judge=None if judge is None else load_judge(judge, mesh),
         )
         chosen = choose(subject, only)
-        facts: Results = {"step": loaded.step, "split": split, "examples": len(source), "seed": seed}
+        facts: Results = {"step": loaded.step, "split": split, "examples": len(rows), "seed": seed}
+        if data.name is not None:
+            facts = {"data": source.full_name, **facts}
         if loaded.model.bound is not None:
             facts["bound"] = loaded.model.bound
             if "label" in loaded.model.inputs:
@@ -123,18 +156,51 @@ def evaluate(
                 tell(evaluation.name, error)
                 continue
             found: Results = {f"{evaluation.name}/{metric}": value for metric, value in measured.items()}
-            if evaluation.labelled and task is not None:
+            if "labelled" in evaluation.given and task is not None:
                 found |= describe(task)
+            if "judge" in evaluation.given:
+                found[f"{evaluation.name}_judge"] = str(judge)
             print_table(found)
             results |= {name: finite(value) for name, value in found.items()}
             try:
-                keep(out or workdir / "eval.json", facts, results)
+                keep(out, facts, results)
             except UserError as error:
                 failures["the file of results"] = error
     if failures:
         told = "; ".join(f"{name}: {sentence(error)}" for name, error in failures.items())
         raise UserError(f"{told} (what is printed above holds)" if len(results) > len(facts) else told)
     return results
+
+
+def choose_data(workdir: Path, loaded: Loaded, name: str | None) -> Data:
+    """The run's data, or another data set read as the run's is.
+
+    Raises:
+      UserError: there is neither.
+    """
+    data = loaded.experiment.data
+    if name is not None:
+        return Data(name=name) if data is None else replace(data, name=name, mixture=(), test=Data(name=name).test)
+    if data is None:
+        raise UserError(f"{workdir} holds a model that was not trained here and names no data: give --data.name")
+    return data
+
+
+def results_name(name: str | None, split: str) -> str:
+    """The file of results; the run's own data need no name."""
+    return "eval.json" if name is None else f"eval-{name}-{split}.json".replace("/", "-")
+
+
+def load_judge(workdir: Path, mesh: Mesh) -> Judge:
+    """A run that can embed images.
+
+    Raises:
+      UserError: it is no run, or cannot.
+    """
+    loaded = load(workdir, mesh=mesh)
+    if loaded.model.embed_image is None:
+        raise UserError(f"{workdir} holds a model that does not embed images: give another --judge, such as a clip's")
+    return Judge(loaded.model, loaded.variables)
 
 
 def choose_task(workdir: Path, loaded: Loaded, name: str | None, changes: dict[str, Any]) -> ZeroShot | None:
@@ -228,16 +294,16 @@ def choose(subject: Subject, names: tuple[str, ...]) -> list[Evaluation]:
 
 
 def on_device(
-    source: Source,
+    rows: Source | Packed,
     data: Data,
     loaded: Loaded,
     batch_size: int,
-    inputs: dict[str, Input],
+    inputs: Inputs,
     sharding: jax.sharding.Sharding,
 ) -> Iterator[tuple[Batch, int]]:
-    """The source's examples in order, on the devices, with a progress bar."""
-    batches = evaluation_batches(source, data, loaded.tokenizer, batch_size=batch_size)
-    for batch, valid in tqdm(batches, total=-(-len(source) // batch_size), desc=source.name, leave=False):
+    """Examples in order, on the devices, with a progress bar."""
+    batches = evaluation_batches(rows, data, inputs, loaded.tokenizer, batch_size=batch_size)
+    for batch, valid in tqdm(batches, total=-(-len(rows) // batch_size), desc=data.name, leave=False):
         fields = check_batch(inputs, batch)
         yield {name: jax.device_put(values, sharding) for name, values in fields.items()}, valid
 

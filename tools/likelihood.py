@@ -198,7 +198,7 @@ def measure(path: Path, loaded: Loaded, data_dir: Path, seed: int) -> tuple[Int[
         raise UserError(f"the likelihood of {path} is not finite: train it anew, or leave it out of --presets")
     assert model.log_likelihood is not None and model.bound is not None
     source = open_source(experiment.data.name, experiment.data.test, data_dir)
-    records = [example(source[i], experiment.data, None, None) for i in range(min(TIMED, len(source)))]
+    records = [example(source[i], experiment.data, model.inputs, None, None) for i in range(min(TIMED, len(source)))]
     batch = {field: jnp.stack([record[field] for record in records]) for field in model.inputs}
     key = jax.random.key(seed)
     log_likelihood = jax.jit(model.log_likelihood)
@@ -238,12 +238,15 @@ def timed(call: Callable[[], jax.Array]) -> tuple[np.ndarray, float]:
 
 def baselines(experiment: Experiment, data_dir: Path) -> list[Row]:
     """What needs no training but a look at this run's: a model that does not beat them has learned little."""
-    data, levels = experiment.data, build(experiment.model).inputs["image"].limit
+    data, image = experiment.data, build(experiment.model).inputs["image"]
+    levels = image.limit
     assert levels is not None
 
     def images(split: str) -> Int[np.ndarray, "N D"]:
         source = open_source(data.name, split, data_dir)
-        return np.stack([example(source[i], data, None, None)["image"].ravel() for i in range(len(source))])
+        return np.stack(
+            [example(source[i], data, {"image": image}, None, None)["image"].ravel() for i in range(len(source))]
+        )
 
     train, test = images(data.train), images(data.test)
     measured = {

@@ -102,7 +102,8 @@ def samples(loaded: Loaded, num: int, seed: int, temperature: float) -> list[tup
 def first_images(loaded: Loaded, source: Source, num: int) -> np.ndarray:
     """At most `num`, as many as there are."""
     records = [source[i] for i in range(min(num, len(source)))]
-    return np.stack([example(record, loaded.experiment.data, None, None)["image"] for record in records])
+    inputs = {"image": loaded.model.inputs["image"]}
+    return np.stack([example(record, loaded.experiment.data, inputs, None, None)["image"] for record in records])
 
 
 def completions(
@@ -139,7 +140,8 @@ def nearest_images(loaded: Loaded, source: Source, prompts: tuple[str, ...], num
     records = [source[i] for i in range(len(source))]
     captions = [record["text"][0] for record in records]
     texts = list(prompts or captions[:num])
-    images = np.stack([example(record, data, None, None)["image"] for record in records])
+    inputs = {"image": model.inputs["image"]}
+    images = np.stack([example(record, data, inputs, None, None)["image"] for record in records])
     embed_image, embed_text = jax.jit(model.embed_image), jax.jit(model.embed_text)
     parts = np.array_split(images, min(8, len(images)))
     vectors = jnp.concatenate([embed_image(loaded.variables, part) for part in parts])

@@ -78,11 +78,11 @@ class Experiment:
                 raise UserError(f"{path.replace('/', '.')} is {value}: it must be a finite number")
 
 
-def to_record(preset: str, experiment: Experiment, examples: Mapping[str, int]) -> dict[str, Any]:
+def to_record(preset: str, experiment: Experiment, examples: Mapping[str, Any]) -> dict[str, Any]:
     """The experiment as JSON values, with what its defaults stand for written out.
 
     Args:
-      examples: in each split of its data set, of which `experiment.data.name` should tell the version.
+      examples: in each split of its data sets, of which `experiment.data` should name the versions.
     """
     training = experiment.training
     if training.optimizer.schedule != "constant" and training.optimizer.decay_steps is None:

@@ -1,24 +1,30 @@
+"""What data cannot be."""
+
 import pytest
 
-from vlm_jax.data import Data, Text
+from vlm_jax.data import Data, Dialogue, Image
 from vlm_jax.errors import UserError
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"image_size": 0}, "image_size is 0: it must be at least 1"),
-        ({"channels": 4}, r"channels is 4: it must be 1 \(grey\) or 3 \(RGB\)"),
-        ({"crop_min_area": 0.0}, r"crop_min_area is 0.0: it must lie in \(0, 1\]"),
-        ({"crop_min_area": 1.5}, r"crop_min_area is 1.5"),
-        ({"crop_min_area": float("nan")}, r"crop_min_area is nan"),
-    ],
-)
-def test_invalid_data(fields, message):
-    with pytest.raises(UserError, match=message):
-        Data(**{"name": "digits", "image_size": 8, **fields})
+@pytest.mark.parametrize("area", [0.0, 1.5, float("nan")])
+def test_a_crop_is_a_share_of_the_image(area):
+    with pytest.raises(UserError, match=rf"crop_min_area is {area}: it must lie in \(0, 1\]"):
+        Image(crop_min_area=area)
 
 
-def test_invalid_text():
-    with pytest.raises(UserError, match="context_length is 2: at least 3"):
-        Text(context_length=2, vocab_size=300)
+@pytest.mark.parametrize("template", ["{answer}", "{question}", "{answer} {question}", "{question}{question}{answer}"])
+def test_a_template_holds_the_question_once_and_ends_with_the_answer(template):
+    with pytest.raises(UserError, match=r"must hold \{question\} once and end with \{answer\}"):
+        Dialogue(template=template)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_weight_is_a_number_above_0(weight):
+    with pytest.raises(UserError, match=f"the weight of easy_vqa in the mixture is {weight}"):
+        Data(name="openmoji", mixture=(("easy_vqa", weight),))
+
+
+@pytest.mark.parametrize("mixture", [(("openmoji", 1.0),), (("digits", 1.0), ("digits", 2.0))])
+def test_a_data_set_stands_once_in_a_mixture(mixture):
+    with pytest.raises(UserError, match=f"{mixture[0][0]} is twice in the mixture"):
+        Data(name="openmoji", mixture=mixture)

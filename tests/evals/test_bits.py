@@ -24,7 +24,12 @@ def subject(log_likelihood: object) -> Subject:
         bound="lower",
     )
     batch = {"image": jnp.zeros((IMAGES, 2, 2, 3), jnp.uint8)}
-    return Subject(model, {}, lambda: iter([(batch, IMAGES)] * BATCHES))
+    return Subject(
+        model=model,
+        variables={},
+        batches=lambda: iter([(batch, IMAGES)] * BATCHES),
+        examples=IMAGES * BATCHES,
+    )
 
 
 @pytest.mark.parametrize("run", [likelihood.run, likelihood.run_importance_weighted])

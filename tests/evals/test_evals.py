@@ -12,7 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from vlm_jax.contract import Input, Model
 from vlm_jax.data import train_tokenizer
-from vlm_jax.evals import EVALUATIONS, Labelled, Subject, likelihood, reconstruction, retrieval, zero_shot
+from vlm_jax.evals import EVALUATIONS, Judge, Labelled, Subject, likelihood, reconstruction, retrieval, zero_shot
 from vlm_jax.evals.retrieval import belonging, recall_at
 
 IMAGE = Input((8, 8, 1), "uint8", 17)
@@ -62,21 +62,32 @@ def test_what_is_equal_in_the_data_is_no_mistake_and_what_only_ties_is_one() -> 
     assert recall_at(similarity, np.eye(5, dtype=bool), 1) == 0.4
 
 
-def test_retrieval_goes_both_ways_and_ignores_the_padding_of_the_last_batch() -> None:
-    """Image i is e_i and text i is e_i, but texts 0 and 1 are both e_0: image 1 finds no text of its own."""
-    texts = jnp.eye(3)[jnp.array([0, 0, 2])]
-    subject = Subject(
+WORDS = train_tokenizer([], 300)
+LETTER = int(WORDS.encode(["a"], 4)[0, 2])
+"""The id of the letter a; those of the next letters follow."""
+
+
+def retrieving(vectors: np.ndarray, images: Any, captions: list[tuple[str, ...]]) -> Subject:
+    """Image i is e_i; a caption is a letter, the n-th of which has the n-th of the vectors. Two images at a time."""
+    count = len(vectors[0])
+    parts = [images[start : start + 2] for start in range(0, len(images), 2)]
+    return Subject(
         model=model(
-            {field: Input((), "int32", 3) for field in ("image", "tokens")},
-            embed_image=lambda _, image: jnp.eye(3)[image],
-            embed_text=lambda _, tokens: texts[tokens],
+            {"image": Input((), "int32", count), "tokens": Input((5,), "int32", 300)},
+            embed_image=lambda _, image: jnp.eye(count)[image],
+            embed_text=lambda _, tokens: jnp.asarray(vectors)[tokens[:, 2] - LETTER],
         ),
         variables={},
-        batches=batches(
-            ({"image": jnp.array([0, 1]), "tokens": jnp.array([0, 1])}, 2),
-            ({"image": jnp.array([2, 2]), "tokens": jnp.array([2, 2])}, 1),
-        ),
+        batches=batches(*(({"image": jnp.array([*part, 0][:2])}, len(part)) for part in parts)),
+        examples=len(images),
+        tokenizer=WORDS,
+        records=lambda: ({"captions": each} for each in captions),
     )
+
+
+def test_retrieval_goes_both_ways_and_ignores_the_padding_of_the_last_batch() -> None:
+    """Image i is e_i and text i is e_i, but texts 0 and 1 are both e_0: image 1 finds no text of its own."""
+    subject = retrieving(np.eye(3)[[0, 0, 2]], [0, 1, 2], [("a",), ("b",), ("c",)])
     metrics = retrieval.run(subject)
     # Image 0 ties between texts 0 and 1; image 1 ties with all but text 2; image 2 is clear.
     assert metrics["image_to_text_recall@1"] == pytest.approx(1 / 3)
@@ -85,22 +96,20 @@ def test_retrieval_goes_both_ways_and_ignores_the_padding_of_the_last_batch() ->
 
 
 def test_retrieval_forgives_equal_captions_and_equal_images_of_the_split() -> None:
-    subject = Subject(
-        model=model(
-            {"image": Input((1,), "int32", 4), "tokens": Input((2,), "int32", 4)},
-            embed_image=lambda _, image: jnp.eye(4)[image[:, 0]],
-            embed_text=lambda _, tokens: jnp.eye(4)[tokens[:, 0]],
-        ),
-        variables={},
-        batches=batches(
-            ({"image": jnp.array([[0], [0]]), "tokens": jnp.array([[0, 1], [0, 1]])}, 2),
-            ({"image": jnp.array([[1], [2]]), "tokens": jnp.array([[1, 1], [1, 1]])}, 2),
-        ),
-    )
-    metrics = retrieval.run(subject)
-    # The third image ties with the fourth, whose caption is equal, and is not it.
-    assert metrics["text_to_image_recall@1"] == 1
+    """The first two images are one, and so are the last three captions."""
+    metrics = retrieval.run(retrieving(np.eye(4)[[0, 1]], [0, 0, 1, 2], [("a",), ("b",), ("b",), ("b",)]))
+    # The third image is nearest to its caption, which is that of the others too; the fourth is like nothing.
     assert metrics["image_to_text_recall@1"] == 0.75
+    assert metrics["text_to_image_recall@1"] == 1
+
+
+def test_retrieval_reads_every_caption_of_an_image() -> None:
+    """The first of image 0's three captions is nearest to image 1, the last to its own."""
+    metrics = retrieval.run(retrieving(np.eye(2)[[1, 1, 0, 1]], [0, 1], [("a", "b", "c"), ("d",)]))
+    assert metrics["text_to_image_recall@1"] == 0.5  # the third and the fourth
+    assert metrics["image_to_text_recall@1"] == 0.5  # image 1 ties with the captions of the other
+    first = retrieval.run(retrieving(np.eye(2)[[1, 1, 0, 1]], [0, 1], [("a",), ("d",)]))
+    assert first["image_to_text_recall@1"] == 0
 
 
 def zero_shot_subject(vector_of: Callable[[str], list[float]], names: tuple[str, ...], prompts: tuple[str, ...]) -> Any:
@@ -123,6 +132,7 @@ def zero_shot_subject(vector_of: Callable[[str], list[float]], names: tuple[str,
         ),
         variables={},
         batches=batches(),
+        examples=0,
         tokenizer=tokenizer,
         labelled=Labelled(batches(shown), names, prompts),
     )
@@ -153,6 +163,7 @@ def test_bits_per_dim_of_a_uniform_model_is_the_logarithm_of_its_levels() -> Non
         batches=batches(
             ({"image": jnp.zeros((4, 8, 8, 1), jnp.uint8)}, 4), ({"image": jnp.zeros((4, 8, 8, 1), jnp.uint8)}, 1)
         ),
+        examples=5,
     )
     metrics = likelihood.run(subject)
     assert metrics["bits_per_dim"] == pytest.approx(math.log2(17), rel=1e-6)
@@ -182,6 +193,7 @@ def test_importance_weights_are_averaged_inside_the_logarithm() -> None:
         model=model(log_weight=log_weight, log_likelihood=log_weight, bound="lower"),
         variables={},
         batches=batches(({"image": jnp.zeros((2000, 8, 8, 1), jnp.uint8)}, 2000)),
+        examples=2000,
     )
     to_nats = -64 * math.log(2)
     tight = likelihood.run_importance_weighted(subject)["bits_per_dim"] * to_nats
@@ -197,6 +209,7 @@ def test_noise_is_averaged_over_thousands_of_draws_however_few_the_images_are(im
         model=model(log_likelihood=lambda _, batch, key: jax.random.normal(key, (len(batch["image"]),)), bound="lower"),
         variables={},
         batches=batches(({"image": jnp.zeros((images, 8, 8, 1), jnp.uint8)}, images)),
+        examples=images,
     )
     nats = likelihood.run(subject)["bits_per_dim"] * 64 * math.log(2)
     assert 0 < abs(nats) < 4 / math.sqrt(max(images, likelihood.NOISE_DRAWS))
@@ -209,6 +222,7 @@ def test_reconstruction_measures_in_the_data_s_own_range() -> None:
         model=model(reconstruct=lambda _, image: image + jnp.uint8(1)),
         variables={},
         batches=batches(({"image": image}, 2)),
+        examples=2,
     )
     metrics = reconstruction.run(subject)
     assert metrics["psnr"] == pytest.approx(10 * math.log10(16**2), rel=1e-6)
@@ -222,6 +236,7 @@ def test_images_smaller_than_the_window_of_ssim_have_none_and_equal_ones_an_infi
         model=model({"image": Input((4, 4, 1), "uint8", 17)}, reconstruct=lambda _, image: image),
         variables={},
         batches=batches(({"image": image}, 2)),
+        examples=2,
     )
     assert reconstruction.run(subject) == {"psnr": math.inf}
 
@@ -233,11 +248,18 @@ def test_evaluations_run_where_their_capabilities_are_and_nowhere_else() -> None
     def known(*_: object) -> None:
         return None
 
-    assert applicable(Subject(model(), {}, batches())) == set()
-    assert applicable(Subject(model(log_likelihood=known), {}, batches())) == {"likelihood"}
+    def subject(model: Model, **given: Any) -> Subject:
+        return Subject(model=model, variables={}, batches=batches(), examples=0, **given)
+
+    assert applicable(subject(model())) == set()
+    assert applicable(subject(model(log_likelihood=known))) == {"likelihood"}
     both = model(embed_image=known, embed_text=known)
-    assert applicable(Subject(model(embed_image=known), {}, batches())) == set()
-    assert applicable(Subject(both, {}, batches())) == {"retrieval"}
+    text: dict[str, Any] = {"tokenizer": WORDS, "records": lambda: iter(())}
+    assert applicable(subject(model(embed_image=known), **text)) == set()
+    assert applicable(subject(both)) == applicable(subject(both, tokenizer=WORDS)) == set()
+    assert applicable(subject(both, **text)) == {"retrieval"}
     labelled = Labelled(batches(), ("a",), ("{}",))
-    tokenizer = train_tokenizer(["a"], 300)
-    assert applicable(Subject(both, {}, batches(), tokenizer, labelled)) == {"retrieval", "zero_shot"}
+    assert applicable(subject(both, **text, labelled=labelled)) == {"retrieval", "zero_shot"}
+    judge = Judge(both, {})
+    assert applicable(subject(model(sample=known))) == applicable(subject(model(), judge=judge)) == set()
+    assert applicable(subject(model(sample=known), judge=judge)) == {"frechet"}

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import vlm_jax
-from tools.evaluate import evaluate, print_table
+from tools.evaluate import OtherData, evaluate, print_table, results_name
 from tools.sample import sample
 from vlm_jax.data import open_source
 from vlm_jax.errors import UserError
@@ -194,6 +194,34 @@ def test_results_are_printed_though_they_cannot_be_written(
     assert "one/x  1.0000\n" in capsys.readouterr().out
 
 
+def test_another_data_set_s_results_have_a_file_of_their_own(vae_run: Path, tmp_path: Path) -> None:
+    workdir = shutil.copytree(vae_run, tmp_path / "run")
+    (workdir / "eval.json").write_text("the run's own")
+    data = OtherData(name="digits:1.0.0")
+    results = evaluate(workdir, data, split="train[:40]", only=("reconstruction",))
+    assert (results["data"], results["examples"]) == ("digits:1.0.0", 40)
+    assert json.loads((workdir / "eval-digits:1.0.0-train[:40].json").read_text()) == results
+    assert (workdir / "eval.json").read_text() == "the run's own"
+    assert results_name("easy_vqa/color", "test") == "eval-easy_vqa-color-test.json"
+
+
+def test_another_data_set_needs_what_the_model_reads(clip_run: Path) -> None:
+    with pytest.raises(UserError, match="the model reads 'tokens', which is made of text, and digits has image, label"):
+        evaluate(clip_run, OtherData(name="digits"))
+
+
+def test_samples_are_measured_by_a_judge(vae_run: Path, clip_run: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"split": "test[:40]", "batch_size": 16, "out": tmp_path / "eval.json"}
+    results = evaluate(vae_run, **options, judge=clip_run, only=("frechet",))
+    assert results["frechet/samples"] == 40 and 0 < results["frechet/distance_of_embeddings"] < 4
+    assert results["frechet_judge"] == str(clip_run)
+    assert not any("frechet" in name for name in evaluate(vae_run, **options, only=("reconstruction",)))
+    with pytest.raises(UserError, match="holds a model that does not embed images: give another --judge"):
+        evaluate(vae_run, **options, judge=vae_run)
+    with pytest.raises(UserError, match="nothing for the evaluation frechet to measure"):
+        evaluate(vae_run, **options, only=("frechet",))
+
+
 def test_damage_in_the_newest_checkpoint_is_told_and_the_one_before_is_used(
     clip_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -274,7 +302,7 @@ def test_sheets_of_fewer_images_than_asked_for(vae_run: Path, clip_run: Path, tm
         ({"temperature": float("nan")}, "--temperature is nan: it must be a number, at least 0"),
         ({"temperature": float("inf")}, "--temperature is inf"),
         ({"temperature": -1.0}, "--temperature is -1.0"),
-        ({"seed": 2**70}, r"--seed is 1180591620717411303424: it must lie in \[0, 2\*\*32\)"),
+        ({"seed": 2**70}, r"seed is 1180591620717411303424: it must lie in \[0, 2\^32\)"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

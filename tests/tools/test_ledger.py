@@ -83,9 +83,7 @@ def test_a_preset_that_fails_does_not_take_the_others_with_it(
 def test_a_run_of_other_images_is_refused(vae_run: Path, tmp_path: Path, change: dict) -> None:
     workdir = shutil.copytree(vae_run, tmp_path / "vae-tiny")
     record = json.loads((workdir / "config.json").read_text())
-    record["data"] |= change
-    if "image_size" in change:
-        record["model"] |= change
+    record["model" if "image_size" in change else "data"] |= change
     (workdir / "config.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"vae-tiny is measured on .* and kde-tiny on digits:1.0.0, split test, shape"):
         likelihood(presets=("kde-tiny", "vae-tiny"), workdir=tmp_path)

@@ -2,12 +2,22 @@
 
 from vlm_jax.data.class_names import class_names, read_class_names
 from vlm_jax.data.config import Data, Text
-from vlm_jax.data.loader import evaluation_batches, example, make_tokenizer, train_batches
+from vlm_jax.data.fields import Caption, Dialogue, Document, Image, Label, Latent
+from vlm_jax.data.loader import evaluation_batches, example, train_batches
+from vlm_jax.data.mixture import examples, make_tokenizer, open_data, open_training_data, rows_of, versions
+from vlm_jax.data.packing import Packed
 from vlm_jax.data.source import Source, open_source
 from vlm_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
+    "Caption",
     "Data",
+    "Dialogue",
+    "Document",
+    "Image",
+    "Label",
+    "Latent",
+    "Packed",
     "Source",
     "Text",
     "Tokenizer",
@@ -15,10 +25,15 @@ __all__ = [
     "class_names",
     "evaluation_batches",
     "example",
+    "examples",
     "load_tokenizer",
     "make_tokenizer",
+    "open_data",
     "open_source",
+    "open_training_data",
     "read_class_names",
+    "rows_of",
     "train_batches",
     "train_tokenizer",
+    "versions",
 ]

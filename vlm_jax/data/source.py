@@ -15,13 +15,17 @@ from vlm_jax.errors import UserError
 
 TEXT_KEYS = ("captions", "caption", "text")
 """What data sets call the captions of an image; coco_captions nests the last in the first."""
+LATENT_KEYS = ("latent_mean", "latent_log_variance")
+"""Under which what an autoencoder made of the images is kept, float32 [h, w, c]."""
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """The records of one split. `source[i]` is a dictionary of those of these that the data set has:
 
+    - `record`: what errors call it;
     - `image`: a `Picture`;
+    - `latent_mean` and `latent_log_variance`: float32 [h, w, c], what an autoencoder made of the image;
     - `text`: tuple of str, all captions of the image; where there are questions, the one line "question answer";
     - `question` and `answer`: str;
     - `label`: int, an index into `label_names`.
@@ -37,17 +41,23 @@ class Source:
     """With configuration and version, as `find_data_set` takes it: "coco_captions/2014:1.1.0"."""
     examples: dict[str, int]
     """In each split of the data set."""
+    amiss: dict[str, str]
+    """Of those of the keys that its records only seem to have: why they have not."""
     _records: Any = field(repr=False)
     _features: tfds.features.FeaturesDict = field(repr=False)
     _keys: dict[str, str] = field(repr=False)
     """Our names of the fields -> the data set's."""
-    _not_captions: str | None = field(repr=False)
-    """What the data set calls text without being that."""
     _mend: str = field(repr=False)
     """What to do about damage."""
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """What its records have."""
+        question = {"text"} if {"question", "answer"} <= self._keys.keys() else set()
+        return frozenset(self._keys) | question
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Reads one record; its image is decoded when it is looked at.
@@ -59,8 +69,26 @@ class Source:
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        record = self._read(index)
-        return record | {"image": Picture(record["image"], self._called(index))}
+        record, called = self._read(index), self._called(index)
+        if "image" in record:
+            record["image"] = Picture(record["image"], called)
+        record["record"] = called
+        return record
+
+    def strings(self) -> Iterator[dict[str, Any]]:
+        """Of every record in order: `captions` (a tuple), `question`, `answer` and `label` (its name), those it has.
+
+        Raises:
+          UserError: as reading a record.
+        """
+        for index in range(len(self)):
+            record = self._read(index)
+            strings: dict[str, Any] = {key: record[key] for key in ("question", "answer") if key in record}
+            if "text" in record:
+                strings["captions"] = record["text"]
+            if "label" in record and self.label_names is not None:
+                strings["label"] = self.label_names[record["label"]]
+            yield strings
 
     def texts(self) -> Iterator[str]:
         """Every caption of every record in order.
@@ -68,9 +96,9 @@ class Source:
         Raises:
           UserError: as reading a record, or what the data set calls text is not captions.
         """
-        if self._not_captions is not None:
+        if "text" in self.amiss:
             raise UserError(
-                f"{self.name} has no captions: {self._not_captions}; set text to None or choose a data set whose "
+                f"{self.name} has no captions: {self.amiss['text']}; set text to None or choose a data set whose "
                 f"captions are strings"
             )
         for index in range(len(self)):
@@ -78,7 +106,7 @@ class Source:
 
     def _read(self, index: int) -> dict[str, Any]:
         """A record with our keys and the image still encoded."""
-        decoders = {self._keys["image"]: tfds.decode.SkipDecoding()}
+        decoders = {self._keys["image"]: tfds.decode.SkipDecoding()} if "image" in self._keys else None
         try:
             values = self._features.deserialize_example_np(self._records[index], decoders=decoders)
         except Exception as error:  # of many kinds, from array_record, protocol buffers and TFDS
@@ -116,8 +144,7 @@ def open_source(name: str, split: str, data_dir: Path, *, label: str | None = No
       label: the data set's field that is the label; None: the one called so, or the only one that is.
 
     Raises:
-      UserError: there is no such data set, split or label, or it is not prepared as array_record, or it has no 8-bit
-        images.
+      UserError: there is no such data set, split or label, or it is not prepared as array_record.
     """
     directory = find_data_set(name, data_dir)
     try:
@@ -141,13 +168,6 @@ def open_source(name: str, split: str, data_dir: Path, *, label: str | None = No
         if label not in labels:
             raise UserError(f"{name} has no label {label!r}: choose among {', '.join(labels) or 'none'}")
         keys["label"] = label
-    if "image" not in keys:
-        if several := _images(features):
-            raise UserError(f"{name} has several images, {', '.join(several)}, none called 'image': choose another")
-        raise UserError(f"{name} has no images but {sorted(features)}: choose a data set that has")
-    dtype = features[keys["image"]].np_dtype
-    if dtype != np.uint8:
-        raise UserError(f"{name} has images of {np.dtype(dtype)}: choose a data set with images of 8 bits a channel")
     return Source(
         name=name,
         split=split,
@@ -156,10 +176,10 @@ def open_source(name: str, split: str, data_dir: Path, *, label: str | None = No
         label_fields=labels,
         full_name=full_name(directory, data_dir),
         examples=_examples(builder),
+        amiss=_amiss(features, keys),
         _records=_open_split(builder, name, split),
         _features=tfds.features.FeaturesDict({key: features[key] for key in keys.values()}),
         _keys=keys,
-        _not_captions=_not_captions(features, keys),
         _mend=mend(name, data_dir),
     )
 
@@ -184,17 +204,35 @@ def _examples(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
 
 def _keys(features: tfds.features.FeaturesDict) -> dict[str, str]:
     """Our names of the fields -> the data set's, for the fields it has."""
-    images, labels = _images(features), _labels(features)
-    strings = [key for key in features if _is_text(features[key]) and features[key].shape == ()]
-    candidates = {
-        # Which of several is meant, nobody said.
-        "image": list(images) if "image" in images or len(images) == 1 else [],
-        "label": list(labels) if "label" in labels or len(labels) == 1 else [],
+    image, label = _meant("image", _images(features)), _meant("label", _labels(features))
+    found = {
+        "image": [image] if image is not None and features[image].np_dtype == np.uint8 else [],
+        "label": [] if label is None else [label],
         "text": [key for key in TEXT_KEYS if key in features and _unlike_text(features[key]) is None],
-        "question": [key for key in strings if key == "question"],
-        "answer": [key for key in strings if key == "answer"],
     }
-    return {ours: ours if ours in found else found[0] for ours, found in candidates.items() if found}
+    found |= {key: [key] for key in ("question", "answer") if key in features and _is_string(features[key])}
+    found |= {key: [key] for key in LATENT_KEYS if key in features and _is_latent(features[key])}
+    return {ours: ours if ours in theirs else theirs[0] for ours, theirs in found.items() if theirs}
+
+
+def _amiss(features: tfds.features.FeaturesDict, keys: dict[str, str]) -> dict[str, str]:
+    """Of our names of the fields, those that the data set seems to have: why it has not."""
+    why = {}
+    for key, fields in (("image", _images(features)), ("label", _labels(features))):
+        if fields and _meant(key, fields) is None:
+            why[key] = f"it has several {key}s, {', '.join(fields)}, none called {key!r}"
+    image = _meant("image", _images(features))
+    if image is not None and "image" not in keys:
+        why["image"] = f"its images are of {np.dtype(features[image].np_dtype)}, not of 8 bits a channel"
+    unlike = next((key for key in TEXT_KEYS if key in features and "text" not in keys), None)
+    if unlike is not None and not {"question", "answer"} <= keys.keys():
+        why["text"] = f"its {unlike!r} holds {_unlike_text(features[unlike])}"
+    return why
+
+
+def _meant(name: str, fields: tuple[str, ...]) -> str | None:
+    """The field of this name, or the only one; which of several is meant, nobody said."""
+    return name if name in fields else fields[0] if len(fields) == 1 else None
 
 
 def _images(features: tfds.features.FeaturesDict) -> tuple[str, ...]:
@@ -207,12 +245,6 @@ def _labels(features: tfds.features.FeaturesDict) -> tuple[str, ...]:
     """The fields that are labels. TFDS allows one of which not even the number of classes is known."""
     labels = {key: value for key, value in features.items() if isinstance(value, tfds.features.ClassLabel)}
     return tuple(sorted(key for key, value in labels.items() if value.num_classes))  # stored in no order
-
-
-def _not_captions(features: tfds.features.FeaturesDict, keys: dict[str, str]) -> str | None:
-    if "text" in keys or {"question", "answer"} <= keys.keys():
-        return None
-    return next((f"its {key!r} holds {_unlike_text(features[key])}" for key in TEXT_KEYS if key in features), None)
 
 
 def _unlike_text(feature: Any) -> str | None:
@@ -228,6 +260,14 @@ def _unlike_text(feature: Any) -> str | None:
 def _is_text(feature: Any) -> bool:
     """Whether a field is a string or an array of strings."""
     return isinstance(feature, tfds.features.Tensor) and feature.np_dtype == np.object_
+
+
+def _is_string(feature: Any) -> bool:
+    return _is_text(feature) and feature.shape == ()
+
+
+def _is_latent(feature: Any) -> bool:
+    return isinstance(feature, tfds.features.Tensor) and feature.np_dtype == np.float32 and len(feature.shape) == 3
 
 
 def _texts(value: Any) -> Iterator[str]:

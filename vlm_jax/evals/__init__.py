@@ -1,6 +1,7 @@
 """Measurements of whatever a model can do: each names the capabilities that it needs."""
 
-from vlm_jax.evals import likelihood, reconstruction, retrieval, zero_shot
+from vlm_jax.evals import frechet, likelihood, reconstruction, retrieval, zero_shot
+from vlm_jax.evals.judge import Judge
 from vlm_jax.evals.subject import Evaluation, Labelled, Subject
 
 EVALUATIONS: tuple[Evaluation, ...] = (
@@ -9,6 +10,7 @@ EVALUATIONS: tuple[Evaluation, ...] = (
     likelihood.EVALUATION,
     likelihood.IMPORTANCE_WEIGHTED,
     reconstruction.EVALUATION,
+    frechet.EVALUATION,
 )
 
-__all__ = ["EVALUATIONS", "Evaluation", "Labelled", "Subject"]
+__all__ = ["EVALUATIONS", "Evaluation", "Judge", "Labelled", "Subject"]

@@ -45,8 +45,7 @@ def summary(nats: Float[np.ndarray, " N"], image_shape: tuple[int, ...]) -> dict
 def run(subject: Subject) -> dict[str, float | None]:
     model = subject.model
     assert model.log_likelihood is not None
-    examples = sum(valid for _, valid in subject.batches())
-    values = draws(subject, model.log_likelihood, 1 if model.bound == "exact" else -(-NOISE_DRAWS // examples))
+    values = draws(subject, model.log_likelihood, 1 if model.bound == "exact" else -(-NOISE_DRAWS // subject.examples))
     return summary(values.mean(axis=0), model.inputs["image"].shape)
 
 

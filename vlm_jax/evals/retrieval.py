@@ -3,6 +3,7 @@
 The protocol of Karpathy & Fei-Fei (1412.2306): an image may have several captions, and any of them finds it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,21 +24,29 @@ class Items(NamedTuple):
     """The same for items that the model reads alike."""
 
 
-def items(subject: Subject) -> tuple[Items, Items]:
-    """Every image and every text of the split, row i of one paired with row i of the other."""
-    model = subject.model
-    assert model.embed_image is not None and model.embed_text is not None
-    encoders = {"image": jax.jit(model.embed_image), "tokens": jax.jit(model.embed_text)}
-    vectors: dict[str, list[np.ndarray]] = {field: [] for field in encoders}
-    numbers: dict[str, dict[bytes, int]] = {field: {} for field in encoders}
-    ids: dict[str, list[int]] = {field: [] for field in encoders}
+def images_of(subject: Subject) -> tuple[Items, int]:
+    """Every image of the split, and how many of them were read at a time."""
+    assert subject.model.embed_image is not None
+    embed, size = jax.jit(subject.model.embed_image), 1
+    vectors: list[np.ndarray] = []
+    numbers: dict[bytes, int] = {}
+    ids: list[int] = []
     for batch, valid in subject.batches():
-        for field, encode in encoders.items():
-            vectors[field].append(np.asarray(encode(subject.variables, batch[field]))[:valid])
-            seen = numbers[field]
-            ids[field] += [seen.setdefault(row.tobytes(), len(seen)) for row in np.asarray(batch[field])[:valid]]
-    image, text = (Items(np.concatenate(vectors[field]), np.array(ids[field])) for field in encoders)
-    return image, text
+        images, size = np.asarray(batch["image"])[:valid], len(batch["image"])
+        vectors.append(np.asarray(embed(subject.variables, batch["image"]))[:valid])
+        ids += [numbers.setdefault(image.tobytes(), len(numbers)) for image in images]
+    return Items(np.concatenate(vectors), np.array(ids)), size
+
+
+def texts_of(subject: Subject, captions: Sequence[str], size: int) -> Items:
+    """Every caption, `size` of them at a time."""
+    assert subject.model.embed_text is not None and subject.tokenizer is not None
+    embed = jax.jit(subject.model.embed_text)
+    tokens = subject.tokenizer.encode(captions, subject.model.inputs["tokens"].shape[0])
+    filled = np.pad(tokens, ((0, -len(tokens) % size), (0, 0)), mode="edge")  # so that all parts have one shape
+    parts = np.split(filled, len(filled) // size)
+    vectors = np.concatenate([np.asarray(embed(subject.variables, part)) for part in parts])
+    return Items(vectors[: len(tokens)], np.unique(tokens, axis=0, return_inverse=True)[1].reshape(-1))
 
 
 def belonging(
@@ -65,8 +74,13 @@ def recall_at(similarity: Float[np.ndarray, "N M"], belongs: Bool[np.ndarray, "N
 
 
 def run(subject: Subject) -> dict[str, float]:
-    images, texts = items(subject)
-    belongs = belonging(np.arange(len(texts.ids)), images.ids, texts.ids)
+    """Of all images and all of their captions."""
+    assert subject.records is not None
+    captions = [record["captions"] for record in subject.records()]
+    images, size = images_of(subject)
+    texts = texts_of(subject, [text for each in captions for text in each], size)
+    image_of = np.repeat(np.arange(len(captions)), [len(each) for each in captions])
+    belongs = belonging(image_of, images.ids, texts.ids)
     similarity = images.vectors @ texts.vectors.T
     metrics = {}
     for k in RANKS:
@@ -75,4 +89,4 @@ def run(subject: Subject) -> dict[str, float]:
     return metrics
 
 
-EVALUATION = Evaluation("retrieval", ("embed_image", "embed_text"), run)
+EVALUATION = Evaluation("retrieval", ("embed_image", "embed_text"), run, given=("tokenizer", "records"))

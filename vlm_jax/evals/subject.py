@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from vlm_jax.contract import Batch, Model, Variables
 from vlm_jax.data import Tokenizer
+from vlm_jax.evals.judge import Judge
 
 
 @dataclass(frozen=True)
@@ -20,33 +21,38 @@ class Labelled:
     """Templates in which {} stands for a label's name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model and the held-out data that it is evaluated on."""
+    """A model and the held-out data that it is evaluated on, and what else an evaluation may be given."""
 
     model: Model
     variables: Variables
     batches: Callable[[], Iterator[tuple[Batch, int]]]
     """The split in order: batches of one size on the model's devices, each with its number of valid rows."""
-    tokenizer: Tokenizer | None = None
-    labelled: Labelled | None = None
-    """For zero-shot classification."""
+    examples: int
+    """In the split."""
     key: jax.Array | None = None
     """For evaluations that draw noise; None: key 0."""
+    tokenizer: Tokenizer | None = None
+    records: Callable[[], Iterator[Mapping[str, Any]]] | None = None
+    """The strings of each record in order, those it has: `captions`, all of them, `question`, `answer` and `label`."""
+    labelled: Labelled | None = None
+    """For zero-shot classification."""
+    judge: Judge | None = None
+    """For evaluations of images by what another model sees in them."""
 
 
 class Evaluation(NamedTuple):
-    """A measurement of whatever has the capabilities that it needs."""
+    """A measurement of whatever has the capabilities that it needs, where it is given what else it needs."""
 
     name: str
-    needs: tuple[str, ...]
-    """Capabilities: names of functions of `Model`."""
+    capabilities: tuple[str, ...]
+    """Names of functions of `Model`."""
     run: Callable[[Subject], Mapping[str, float | None]]
     """Its metrics by name, without the evaluation's; None: not defined on these data."""
-    labelled: bool = False
-    """It needs a labelled data set and a tokenizer as well."""
+    given: tuple[str, ...] = ()
+    """Names of fields of `Subject`."""
 
     def applies_to(self, subject: Subject) -> bool:
-        if self.labelled and (subject.labelled is None or subject.tokenizer is None):
-            return False
-        return all(getattr(subject.model, need) is not None for need in self.needs)
+        able = all(getattr(subject.model, name) is not None for name in self.capabilities)
+        return able and all(getattr(subject, name) is not None for name in self.given)

@@ -32,4 +32,4 @@ def run(subject: Subject) -> dict[str, float]:
     return {"accuracy": float(hits.mean()), "chance": 1 / len(classes), "examples": float(len(hits))}
 
 
-EVALUATION = Evaluation("zero_shot", ("embed_image", "embed_text"), run, labelled=True)
+EVALUATION = Evaluation("zero_shot", ("embed_image", "embed_text"), run, given=("labelled", "tokenizer"))

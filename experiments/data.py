@@ -1,0 +1,12 @@
+"""What presets share: the data sets, and the optimizer of the tiny ones."""
+
+from vlm_jax.data import Caption, Data, Image, Label
+from vlm_jax.train.optim import Optimizer
+
+DIGITS = Data(name="digits", validation="validation")
+OPENMOJI = Data(name="openmoji", train="train[:95%]", validation="train[95%:]")
+FASHION_MNIST = Data(name="fashion_mnist", train="train[:95%]", validation="train[95%:]")
+CIFAR10 = Data(name="cifar10")
+FLIPPED = (Image(flip=True), Caption(), Label())
+
+TINY_OPTIMIZER = Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.01, eps=1e-6)

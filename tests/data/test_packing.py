@@ -1,0 +1,186 @@
+"""Packed rows: every document once, whole, in little room; and mixtures of data sets that any host reads alike."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from made import build
+from vlm_jax.contract import Input
+from vlm_jax.data import (
+    Data,
+    Dialogue,
+    Document,
+    Text,
+    evaluation_batches,
+    examples,
+    make_tokenizer,
+    open_data,
+    open_training_data,
+    rows_of,
+    train_batches,
+    versions,
+)
+from vlm_jax.data.packing import plan
+from vlm_jax.errors import UserError
+
+LENGTH = 48
+INPUTS = {
+    "tokens": Input((LENGTH,), "int32", 400),
+    "target": Input((LENGTH,), "bool"),
+    "segment": Input((LENGTH,), "int32", LENGTH + 1),
+}
+WEIGHT = 0.5
+DATA = Data(
+    name="openmoji",
+    mixture=(("easy_vqa", WEIGHT),),
+    train="train[:600]",
+    fields=(Dialogue(), Document()),
+    pack=True,
+    text=Text(vocab_size=400),
+)
+LENGTHS = np.random.default_rng(0).geometric(0.1, 5000).clip(2, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def sources(data_dir):
+    return open_training_data(DATA, INPUTS, data_dir)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(sources):
+    return make_tokenizer(DATA, sources)
+
+
+@pytest.fixture(scope="module")
+def sets(sources, tokenizer):
+    return [rows_of(source, DATA, INPUTS, tokenizer, seed=3) for source in sources]
+
+
+def train(sets, data=DATA, *, start=0, stop, rows=None, batch_size=16) -> list[dict]:
+    span = {"rows": np.arange(batch_size) if rows is None else rows, "start": start, "stop": stop}
+    return list(train_batches(sets, data, INPUTS, None, batch_size=batch_size, seed=5, **span))
+
+
+def documents(batches) -> list[bytes]:
+    """The tokens of each document of each row."""
+    return [
+        tokens[segment == number].tobytes()
+        for batch in batches
+        for tokens, segment in zip(batch["tokens"], batch["segment"], strict=True)
+        for number in range(1, segment.max() + 1)
+    ]
+
+
+@pytest.mark.parametrize("window", [1, 7, 4096, 10_000])
+def test_a_plan_holds_every_document_once_and_no_row_more_than_fits(window: int) -> None:
+    rows = plan(LENGTHS, LENGTH, seed=0, window=window)
+    assert sorted(document for row in rows for document in row) == list(range(len(LENGTHS)))
+    assert max(LENGTHS[row].sum() for row in rows) <= LENGTH
+
+
+def test_a_plan_wastes_hardly_anything() -> None:
+    rows = plan(LENGTHS, LENGTH, seed=0)
+    assert 1 <= len(rows) * LENGTH / LENGTHS.sum() < 1.01
+
+
+def test_the_fullest_row_with_room_is_taken() -> None:
+    """Best fit: 6 and 5 open two rows of 10; 4 fills the first, not the second, where 5 then fits."""
+    assert {frozenset(row) for row in plan(np.array([6, 5, 4, 5]), 10, seed=0)} == {
+        frozenset(pair) for pair in ((0, 2), (1, 3))
+    }
+
+
+def test_a_plan_follows_from_its_seed() -> None:
+    assert plan(LENGTHS, LENGTH, seed=1) == plan(LENGTHS, LENGTH, seed=1) != plan(LENGTHS, LENGTH, seed=2)
+
+
+def test_rows_hold_the_documents_of_the_records_one_after_the_other(sources, sets, tokenizer) -> None:
+    captions, questions = sets
+    expected = Counter(
+        bytes(tokenizer.encode([text], LENGTH)[0][: len(tokenizer.tokenizer.encode(text).ids) + 2].tobytes())
+        for text in sources[0].texts()
+    )
+    rows = [captions[index] for index in range(len(captions))]
+    stacked = {name: np.stack([row[name] for row in rows]) for name in INPUTS}
+    assert Counter(documents([stacked])) == expected
+    assert (stacked["tokens"][stacked["segment"] == 0] == tokenizer.pad_id).all()
+    assert not stacked["target"][stacked["segment"] == 0].any()
+    assert captions.waste == pytest.approx((stacked["segment"] == 0).mean()) and captions.waste < 0.05
+    # Of a question nothing is predicted; the answer and the end are.
+    row = questions[0]
+    answers = {tokenizer.decode(row["tokens"][(row["segment"] == n) & row["target"]]) for n in row["segment"] if n}
+    assert answers <= {strings["answer"] for strings in sources[1].strings()}
+
+
+def test_an_epoch_has_each_document_once(sets) -> None:
+    """The first data set alone, whose rows fill no whole number of batches."""
+    rows, alone = len(sets[0]), Data(name="openmoji", pack=True)
+    batches = train(sets[:1], alone, stop=2 * -(-rows // 16))
+    flat = {name: np.concatenate([batch[name] for batch in batches]) for name in INPUTS}
+    stored = Counter(documents([{name: np.stack([sets[0][i][name] for i in range(rows)]) for name in INPUTS}]))
+    first, second = ({name: array[rows * i : rows * (i + 1)] for name, array in flat.items()} for i in (0, 1))
+    assert Counter(documents([first])) == Counter(documents([second])) == stored
+    assert (first["tokens"] != second["tokens"]).any()
+
+
+def test_any_number_of_hosts_and_any_start_see_the_same_mixture(sets) -> None:
+    whole = train(sets, stop=6)
+    for hosts in (np.arange(16).reshape(2, 8), np.arange(16).reshape(4, 4).T):
+        for rows in hosts:
+            for mine, batch in zip(train(sets, start=2, stop=6, rows=rows), whole[2:], strict=True):
+                for name in INPUTS:
+                    np.testing.assert_array_equal(mine[name], batch[name][rows])
+
+
+def test_a_mixture_has_the_proportions_of_its_weights_all_along(sets) -> None:
+    """Of easy_vqa half as many rows as of openmoji, however many each has."""
+    dialogues = {sets[1][index]["tokens"].tobytes() for index in range(len(sets[1]))}
+    batches = train(sets, stop=60)
+    shares = [np.mean([tokens.tobytes() in dialogues for tokens in batch["tokens"]]) for batch in batches]
+    expected = WEIGHT / (1 + WEIGHT)
+    assert np.mean(shares) == pytest.approx(expected, abs=0.01)
+    assert np.ptp(shares) <= 2 / 16
+
+
+def test_the_tokenizer_is_trained_on_all(tokenizer) -> None:
+    for word in ("woman", "rectangle"):  # of openmoji and of easy_vqa alone
+        assert len(tokenizer.tokenizer.encode(word).ids) < len(word) / 2
+
+
+def test_a_record_names_the_version_and_counts_the_examples_of_each(sources) -> None:
+    named = versions(DATA, sources)
+    assert (named.name, named.mixture) == ("openmoji:1.0.0", (("easy_vqa/questions:1.0.0", WEIGHT),))
+    counts = {"train": 3331, "test": 400, "easy_vqa/questions:1.0.0": {"train": 38575, "test": 9673}}
+    assert examples(sources) == counts
+
+
+def test_evaluation_has_each_row_once_in_order(data_dir, tokenizer) -> None:
+    source = open_data(DATA, "test", INPUTS, data_dir)
+    rows = rows_of(source, DATA, INPUTS, tokenizer)
+    batches = list(evaluation_batches(rows, DATA, INPUTS, None, batch_size=32))
+    flat = np.concatenate([batch["tokens"][:valid] for batch, valid in batches])
+    np.testing.assert_array_equal(flat, np.stack([rows[index]["tokens"] for index in range(len(rows))]))
+
+
+def test_a_document_longer_than_a_row_becomes_several_whose_firsts_are_not_predicted(tmp_path) -> None:
+    text = " ".join(str(number) for number in range(60))
+    build(tmp_path, {"text": tfds.features.Text()}, {"text": text})
+    data = Data(name="made", fields=(Document(),), pack=True, text=Text(vocab_size=300))
+    source = open_data(data, "train", INPUTS, tmp_path)
+    tokenizer = make_tokenizer(data, [source])
+    rows = rows_of(source, data, INPUTS, tokenizer)
+    ids = [tokenizer.bos_id, *tokenizer.tokenizer.encode(text).ids, tokenizer.eos_id]
+    found = sorted((rows[index] for index in range(len(rows))), key=lambda row: ids.index(row["tokens"][5]))
+    assert len(rows) == -(-len(ids) // LENGTH) > 1
+    held = [token for row in rows for token in row["tokens"][row["segment"] > 0].tolist()]
+    assert sorted(held) == sorted(ids) and found
+    for row in (rows[index] for index in range(len(rows))):
+        assert row["target"].sum() == (row["segment"] > 0).sum() - 1 and not row["target"][0]
+
+
+def test_what_is_no_text_is_not_packed(data_dir) -> None:
+    inputs = {"image": Input((8, 8, 1), "uint8", 17)}
+    with pytest.raises(UserError, match=r"data\.pack lays text alone in rows, and the model reads image"):
+        open_data(Data(name="digits", pack=True), "test", inputs, data_dir)

@@ -1,0 +1,238 @@
+"""What a model reads of a record: each kind of field beside the function that makes it."""
+
+import abc
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from vlm_jax.contract import Input
+from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.data.transforms import Box, centre_box, random_box, random_flip
+from vlm_jax.errors import UserError
+
+Record = Mapping[str, Any]
+"""As a `Source` gives it."""
+Inputs = Mapping[str, Input]
+"""What the model reads, which says of what size and length."""
+Example = dict[str, np.ndarray]
+Rng = np.random.Generator | None
+"""For the augmentation of a training example and what is chosen in it; None: an evaluation example, always the same."""
+
+
+class Reader(abc.ABC):
+    """A kind of field."""
+
+    takes: ClassVar[tuple[str, ...]]
+    """What it needs of a record."""
+    gives: ClassVar[tuple[str, ...]]
+    """What it makes of that."""
+
+    def check(self, inputs: Inputs) -> None:
+        """Raises a `UserError` where the model reads another kind of what it gives."""
+        del inputs
+
+    @abc.abstractmethod
+    def read(self, record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
+        """Makes it of one record, or raises a `UserError` that names the record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image(Reader):
+    """`image` uint8 [S, S, C]: scaled by the shorter side and cropped at the centre, in grey or RGB."""
+
+    takes = ("image",)
+    gives = ("image",)
+
+    crop_min_area: float = 1.0
+    """Random crops of training images keep at least this share of the area; 1.0: none."""
+    flip: bool = False
+    """Mirror half of the training images."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.crop_min_area <= 1.0:
+            raise UserError(f"crop_min_area is {self.crop_min_area}: it must lie in (0, 1], and 1 means no crops")
+
+    def check(self, inputs: Inputs) -> None:
+        spec = inputs["image"]
+        if spec.dtype != "uint8" or spec.shape[:1] != spec.shape[1:2] or spec.shape[2:] not in ((1,), (3,)):
+            raise UserError(
+                f"the model reads images of {spec.dtype}{list(spec.shape)}, and data give squares of uint8 with 1 "
+                f"channel (grey) or 3 (RGB): choose such a model"
+            )
+
+    def read(self, record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
+        size, _, channels = inputs["image"].shape
+        choose: Callable[[int, int], Box] = centre_box
+        if rng is not None and self.crop_min_area < 1.0:
+            choose = partial(random_box, min_area=self.crop_min_area, rng=rng)
+        image = record["image"].view(size, channels, choose)
+        return {"image": image if rng is None or not self.flip else random_flip(image, rng)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption(Reader):
+    """`tokens` int32 [T]: one of the record's texts, in training any of them, else the first."""
+
+    takes = ("text",)
+    gives = ("tokens",)
+
+    def check(self, inputs: Inputs) -> None:
+        (length,) = inputs["tokens"].shape
+        if length < 3:
+            raise UserError(f"the model's context_length is {length}: at least 3 leaves room for a token")
+
+    def read(self, record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
+        text = one_of(record["text"], record, rng)
+        return {"tokens": known(tokenizer).encode([text], inputs["tokens"].shape[0])[0]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label(Reader):
+    """`label` int32 []: the class of the record."""
+
+    takes = ("label",)
+    gives = ("label",)
+
+    name: str | None = None
+    """The data set's field, where it has several labels; None: the one called label, or the only one."""
+
+    def read(self, record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
+        return {"label": np.asarray(record["label"], np.int32)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent(Reader):
+    """`latent` float32 [h, w, c]: what an autoencoder made of the image, kept as a mean and a log-variance.
+
+    In training a draw, anew at each visit as if the image were encoded then; else the mean.
+    """
+
+    takes = ("latent_mean", "latent_log_variance")
+    gives = ("latent",)
+
+    def read(self, record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
+        mean = record["latent_mean"]
+        if rng is None:
+            return {"latent": mean}
+        noise = rng.standard_normal(mean.shape, np.float32)
+        return {"latent": mean + np.exp(0.5 * record["latent_log_variance"]) * noise}
+
+
+class Tokens(NamedTuple):
+    """A text as a language model reads it: the tokenizer's beginning if it has one, the text, the end."""
+
+    tokens: Int[np.ndarray, " T"]
+    target: Bool[np.ndarray, " T"]
+    """Tokens to predict from those before them; never the first, which has none before it."""
+
+
+class TextReader(Reader):
+    """`tokens` int32, `target` bool and `segment` int32 [T] of text: documents in a row.
+
+    In rows of their own, one of a record's documents, in training any of them, else the first, which loses its end
+    where it is too long; in packed rows (`Data.pack`) all of them, whole.
+    """
+
+    gives = ("tokens", "target", "segment")
+
+    @abc.abstractmethod
+    def documents(self, record: Record, tokenizer: Tokenizer) -> list[Tokens]:
+        """All that there are in a record."""
+
+    def read(self, record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
+        length = inputs["tokens"].shape[0]
+        whole = one_of(self.documents(record, known(tokenizer)), record, rng)
+        tokens = Tokens(*(part[:length] for part in whole))
+        if not tokens.target.any():
+            raise UserError(
+                f"{record['record']} has nothing to predict within the {length} tokens that the model reads: leave it "
+                f"out, or choose a longer context_length"
+            )
+        return row([tokens], length, known(tokenizer).pad_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document(TextReader):
+    """Each of the record's texts as a document of which every token is predicted: `tokens`, `target`, `segment` [T]."""
+
+    takes = ("text",)
+
+    def documents(self, record: Record, tokenizer: Tokenizer) -> list[Tokens]:
+        return [tokens_of(text, 0, tokenizer) for text in record["text"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialogue(TextReader):
+    """A question and its answer, of which the answer and the end are predicted: `tokens`, `target`, `segment` [T]."""
+
+    takes = ("question", "answer")
+
+    template: str = "{question} {answer}"
+    """What stands around the question; the answer comes last."""
+
+    def __post_init__(self) -> None:
+        if self.template.count("{question}") != 1 or self.template.partition("{answer}")[1:] != ("{answer}", ""):
+            raise UserError(f"the template {self.template!r} must hold {{question}} once and end with {{answer}}")
+
+    def documents(self, record: Record, tokenizer: Tokenizer) -> list[Tokens]:
+        # Whatever else stands in a question or an answer is text: braces, too.
+        prompt = self.template.removesuffix("{answer}").replace("{question}", record["question"])
+        return [tokens_of(prompt + record["answer"], len(prompt), tokenizer)]
+
+
+Field = Image | Caption | Label | Latent | Document | Dialogue
+
+
+def tokens_of(text: str, start: int, tokenizer: Tokenizer) -> Tokens:
+    """A text of which what reaches beyond the character `start` is to be predicted, and the end.
+
+    It is encoded as a whole: the tokens of a word depend on what stands before it.
+    """
+    encoding = tokenizer.tokenizer.encode(text, add_special_tokens=False)
+    first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    tokens = np.array([*first, *encoding.ids, tokenizer.eos_id], np.int32)
+    # A text without a prompt is predicted whole, and so is what the tokenizer sets before it.
+    predicted = [start == 0 or end > start for _, end in encoding.offsets]
+    target = np.array([*[False] * len(first), *predicted, True])
+    target[0] = False
+    return Tokens(tokens, target)
+
+
+def row(documents: Sequence[Tokens], length: int, pad_id: int) -> Example:
+    """Documents one after the other, numbered in `segment` from 1; then padding, whose segment is 0."""
+    tokens, target = np.full(length, pad_id, np.int32), np.zeros(length, bool)
+    segment = np.zeros(length, np.int32)
+    start = 0
+    for number, each in enumerate(documents, 1):
+        end = start + len(each.tokens)
+        tokens[start:end], target[start:end], segment[start:end] = *each, number
+        start = end
+    return {"tokens": tokens, "target": target, "segment": segment}
+
+
+def one_of(texts: Sequence[Any], record: Record, rng: Rng) -> Any:
+    if not texts:
+        raise UserError(f"{record['record']} has no text: leave it out, or choose a model that reads none")
+    return texts[0 if rng is None else int(rng.integers(len(texts)))]
+
+
+def known(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise UserError("the model reads texts, and the data's `text` is None: say there how they become tokens")
+    return tokenizer
+
+
+def chosen(fields: Sequence[Field], has: Collection[str], inputs: Inputs) -> list[Field]:
+    """The fields by which a model reads a data set: of those that give the same, the first that it has."""
+    found: list[Field] = []
+    given: set[str] = set()
+    for field in fields:
+        gives = set(field.gives)
+        if gives & inputs.keys() and not gives & given and set(field.takes) <= set(has):
+            found.append(field)
+            given |= gives
+    return found

@@ -1,0 +1,43 @@
+"""A second model that looks at images, for evaluations of those that the first one makes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from vlm_jax.contract import Model, Variables
+from vlm_jax.data.transforms import resample
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A model that has `embed_image`, and its variables."""
+
+    model: Model
+    variables: Variables
+
+    def embeddings(self, batches: Iterable[UInt8[np.ndarray, "B H W C"]], levels: int) -> Float[np.ndarray, "N D"]:
+        """What it sees in images of any size, in grey or RGB, of values in `[0, levels)`.
+
+        They are scaled as training's are, to the judge's size and range.
+        """
+        assert self.model.embed_image is not None
+        embed = jax.jit(self.model.embed_image)
+        spec = self.model.inputs["image"]
+        size, _, channels = spec.shape
+        # Each level by that of its share of the whole range.
+        scaled = np.round(np.arange(levels) * (((spec.limit or 256) - 1) / (levels - 1))).astype(np.uint8)
+        vectors = []
+        for batch in batches:
+            shown = np.stack([_shown(scaled[image], size, channels) for image in batch])
+            vectors.append(np.asarray(embed(self.variables, shown)))
+        return np.concatenate(vectors)
+
+
+def _shown(image: UInt8[np.ndarray, "H W C"], size: int, channels: int) -> UInt8[np.ndarray, "S S K"]:
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    return resample(picture, (0, 0, picture.width, picture.height), size)
