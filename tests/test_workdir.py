@@ -141,8 +141,6 @@ def test_a_checkpoint_of_another_run_is_not_loaded(vae_run: Path, clip_run: Path
     workdir = shutil.copytree(vae_run, tmp_path / "run")
     shutil.copytree(clip_run / "checkpoints" / "3", workdir / "checkpoints" / "3")
     with pytest.raises(UserError, match=r"/3 was not written with .*data\.name: .openmoji:1\.0\.0. -> .digits"):
-        UserError, match=r"/3 was not written with .*data\.name: .openmoji:1\.0\.0. -> .digits:1\.0\.0.;"
-    ):
         vlm_jax.load(workdir, step=2)
 
 
