@@ -10,6 +10,7 @@ import numpy as np
 from experiments.presets import from_command_line
 from vlm_jax.commandline import command
 from vlm_jax.data import (
+    Packed,
     Tokenizer,
     check_tokenizer,
     evaluation_batches,
@@ -27,6 +28,7 @@ from vlm_jax.models import build
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import batch_shards, check_batch_size, make_mesh
 from vlm_jax.train.loop import Rows, Validation, fit
+from vlm_jax.train.terminal import say
 from vlm_jax.workdir import claimed_workdir, has_checkpoints, read_identity, read_tokenizer, write_tokenizer
 
 
@@ -82,6 +84,9 @@ def run(preset: str, experiment: Experiment) -> None:
                 write_tokenizer(workdir, tokenizer)
 
         sets = [rows_of(source, data, model.inputs, tokenizer, seed=training.seed) for source in sources]
+        for each in sets:
+            if first and isinstance(each, Packed):
+                say(str(each))
 
         def batches(rows: Rows, start: int) -> Iterator[dict[str, np.ndarray]]:
             return train_batches(

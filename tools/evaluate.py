@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ import tyro
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from tools.data import OtherData, choose_data
 from vlm_jax.commandline import command, require_one_process
 from vlm_jax.contract import Batch, Input, check_batch
 from vlm_jax.data import (
@@ -38,14 +39,6 @@ from vlm_jax.workdir import Loaded, load
 
 Results = dict[str, float | int | str | None]
 """By name: facts of the evaluation, and EVALUATION/METRIC; None: not defined, or not finite."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OtherData:
-    """Another data set than the run's."""
-
-    name: str | None = None
-    """As the run's; None: the run's own."""
 
 
 def evaluate(
@@ -102,7 +95,7 @@ def evaluate(
     failures: dict[str, Exception] = {}
     with jax.set_mesh(mesh):
         loaded = load(workdir, step=checkpoint_step, mesh=mesh)
-        read = choose_data(workdir, loaded, data.name)
+        read = choose_data(workdir, loaded, data)
         split = split or read.test
         directory = local_path(data_dir or loaded.experiment.data_dir)
         inputs = loaded.model.inputs
@@ -170,20 +163,6 @@ def evaluate(
         told = "; ".join(f"{name}: {sentence(error)}" for name, error in failures.items())
         raise UserError(f"{told} (what is printed above holds)" if len(results) > len(facts) else told)
     return results
-
-
-def choose_data(workdir: Path, loaded: Loaded, name: str | None) -> Data:
-    """The run's data, or another data set read as the run's is.
-
-    Raises:
-      UserError: there is neither.
-    """
-    data = loaded.experiment.data
-    if name is not None:
-        return Data(name=name) if data is None else replace(data, name=name, mixture=(), test=Data(name=name).test)
-    if data is None:
-        raise UserError(f"{workdir} holds a model that was not trained here and names no data: give --data.name")
-    return data
 
 
 def results_name(name: str | None, split: str) -> str:

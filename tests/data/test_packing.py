@@ -108,6 +108,8 @@ def test_rows_hold_the_documents_of_the_records_one_after_the_other(sources, set
     assert (stacked["tokens"][stacked["segment"] == 0] == tokenizer.pad_id).all()
     assert not stacked["target"][stacked["segment"] == 0].any()
     assert captions.waste == pytest.approx((stacked["segment"] == 0).mean()) and captions.waste < 0.05
+    summary = f"{sum(expected.values()):,} documents of openmoji, train[:600]: {len(captions)} rows of 48 tokens, "
+    assert str(captions).startswith(summary) and str(captions).endswith("% of them padding")
     # Of a question nothing is predicted; the answer and the end are.
     row = questions[0]
     answers = {tokenizer.decode(row["tokens"][(row["segment"] == n) & row["target"]]) for n in row["segment"] if n}

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 import vlm_jax
-from tools.evaluate import OtherData, evaluate, print_table, results_name
+from tools.data import OtherData
+from tools.evaluate import evaluate, print_table, results_name
 from tools.sample import sample
 from vlm_jax.data import open_source
 from vlm_jax.errors import UserError

@@ -79,6 +79,10 @@ class Packed:
         """The share of all rows that is padding."""
         return 1 - int(self._bounds[-1]) / (len(self) * self.length)
 
+    def __str__(self) -> str:
+        documents = f"{len(self._bounds) - 1:,} documents of {self.source.name}, {self.source.split}"
+        return f"{documents}: {len(self):,} rows of {self.length} tokens, {self.waste:.1%} of them padding"
+
 
 def packed(source: Source, reader: TextReader, tokenizer: Tokenizer, length: int, seed: int = 0) -> Packed:
     """Reads all documents of a split and plans their rows.
