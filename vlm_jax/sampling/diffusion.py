@@ -6,6 +6,7 @@ be 0. With n + 1 times there are n steps.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -31,6 +32,20 @@ OnStep = Callable[[Array, Array], None]
 """`(steps done, x)`, called on the host after each step: for a progress bar, or for frames of the process."""
 
 
+class Moved(NamedTuple):
+    """The distribution of the next state."""
+
+    mean: Float[Array, "B ..."]
+    data: Float[Array, "B ..."]
+    """What the next step is told of this one: its prediction of x, where it made one."""
+    deviation: Float[Array, ""] | None = None
+    """None: the next state is the mean."""
+
+
+Step = Callable[[Array, Array, Array], Moved]
+"""`(x, data of the step before, i) -> Moved`, from the state at `times[i]` to that at `times[i + 1]`."""
+
+
 class Solver(Protocol):
     """One of `SOLVERS`."""
 
@@ -47,16 +62,33 @@ class Solver(Protocol):
     ) -> Float[Array, "B ..."]: ...
 
 
-def run(step: Callable[[Any, Array], Any], carry: tuple[Array, Any], count: int, on_step: OnStep | None) -> Array:
-    """`carry = step(carry, i)` for i below `count`, where the carry is x and what else the solver remembers."""
+def solver(steps: Callable[[Denoise, Schedule, Array], Step]) -> Solver:
+    """The loop over the steps that `steps(denoise, schedule, times)` describes."""
 
-    def body(carry: Any, i: Array) -> tuple[Any, None]:
-        carry = step(carry, i)
-        if on_step is not None:
-            jax.debug.callback(on_step, i + 1, carry[0])
-        return carry, None
+    @wraps(steps)
+    def solve(
+        denoise: Denoise,
+        schedule: Schedule,
+        times: Float[Array, " N"],
+        x: Float[Array, "B ..."],
+        key: Array,
+        *,
+        temperature: float = 1.0,
+        on_step: OnStep | None = None,
+    ) -> Float[Array, "B ..."]:
+        step = steps(denoise, schedule, times)
 
-    return jax.lax.scan(body, carry, jnp.arange(count))[0][0]
+        def body(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], None]:
+            x, data, deviation = step(*carry, i)
+            if deviation is not None:
+                x = x + temperature * deviation * jax.random.normal(jax.random.fold_in(key, i), x.shape)
+            if on_step is not None:
+                jax.debug.callback(on_step, i + 1, x)
+            return (x, data), None
+
+        return jax.lax.scan(body, (x, jnp.zeros_like(x)), jnp.arange(len(times) - 1))[0][0]
+
+    return solve
 
 
 def transfer(x: Array, data: Array, level: tuple[Array, Array], next_level: tuple[Array, Array]) -> Array:
@@ -66,134 +98,85 @@ def transfer(x: Array, data: Array, level: tuple[Array, Array], next_level: tupl
     return ratio * x + (alpha_s - alpha_t * ratio) * data
 
 
-def ancestral(
-    denoise: Denoise,
-    schedule: Schedule,
-    times: Float[Array, " N"],
-    x: Float[Array, "B ..."],
-    key: Array,
-    *,
-    temperature: float = 1.0,
-    on_step: OnStep | None = None,
-) -> Float[Array, "B ..."]:
+@solver
+def ancestral(denoise: Denoise, schedule: Schedule, times: Float[Array, " N"]) -> Step:
     """Draws each state from the posterior q(x_s | x_t, x) at the prediction of x (DDPM, 2006.11239)."""
 
-    def step(carry: Any, i: Array) -> Any:
-        x, _ = carry
+    def step(x: Array, previous: Array, i: Array) -> Moved:
+        del previous
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(times[i]), schedule(times[i + 1])
         data, mix = denoise(x, times[i])
         ratio = (alpha_t / alpha_s) * (sigma_s / sigma_t)
         change = (1 - ratio) * (1 + ratio)
         mean = ratio * (sigma_s / sigma_t) * x + alpha_s * change * data
         deviation = jnp.where(sigma_s > 0, jnp.sqrt(change) * sigma_t**mix * sigma_s ** (1 - mix), 0)
-        return mean + temperature * deviation * jax.random.normal(jax.random.fold_in(key, i), x.shape), ()
+        return Moved(mean, data, deviation)
 
-    return run(step, (x, ()), len(times) - 1, on_step)
+    return step
 
 
-def ddim(
-    denoise: Denoise,
-    schedule: Schedule,
-    times: Float[Array, " N"],
-    x: Float[Array, "B ..."],
-    key: Array,
-    *,
-    temperature: float = 1.0,
-    on_step: OnStep | None = None,
-) -> Float[Array, "B ..."]:
+@solver
+def ddim(denoise: Denoise, schedule: Schedule, times: Float[Array, " N"]) -> Step:
     """Keeps the predicted noise and changes its level: deterministic, of first order (2010.02502, eta = 0)."""
-    del key, temperature
 
-    def step(carry: Any, i: Array) -> Any:
-        x, _ = carry
-        return transfer(x, denoise(x, times[i]).data, schedule(times[i]), schedule(times[i + 1])), ()
+    def step(x: Array, previous: Array, i: Array) -> Moved:
+        del previous
+        data = denoise(x, times[i]).data
+        return Moved(transfer(x, data, schedule(times[i]), schedule(times[i + 1])), data)
 
-    return run(step, (x, ()), len(times) - 1, on_step)
+    return step
 
 
-def dpm_solver(
-    denoise: Denoise,
-    schedule: Schedule,
-    times: Float[Array, " N"],
-    x: Float[Array, "B ..."],
-    key: Array,
-    *,
-    temperature: float = 1.0,
-    on_step: OnStep | None = None,
-) -> Float[Array, "B ..."]:
+@solver
+def dpm_solver(denoise: Denoise, schedule: Schedule, times: Float[Array, " N"]) -> Step:
     """DPM-Solver++(2M), of second order (2211.01095, algorithm 2).
 
     As DDIM, with the data extrapolated along log(alpha / sigma) from two predictions to the middle of the step; the
     first and the last step are DDIM's, for want of a previous prediction and, where sigma ends at 0, of a middle.
     """
-    del key, temperature
     steps = len(times) - 1
 
     def half_log_snr(i: Array) -> Array:
         alpha, sigma = schedule(times[i])
         return jnp.log(alpha) - jnp.log(sigma)
 
-    def step(carry: Any, i: Array) -> Any:
-        x, previous = carry
+    def step(x: Array, previous: Array, i: Array) -> Moved:
         data = denoise(x, times[i]).data
         forward = half_log_snr(i + 1) - half_log_snr(i)
         backward = half_log_snr(i) - half_log_snr(jnp.maximum(i - 1, 0))
         extrapolation = jnp.where((i == 0) | (i == steps - 1), 0.0, forward / (2 * jnp.where(i == 0, 1.0, backward)))
         middle = data + extrapolation * (data - previous)
-        return transfer(x, middle, schedule(times[i]), schedule(times[i + 1])), data
+        return Moved(transfer(x, middle, schedule(times[i]), schedule(times[i + 1])), data)
 
-    return run(step, (x, jnp.zeros_like(x)), steps, on_step)
+    return step
 
 
-def euler(
-    denoise: Denoise,
-    schedule: Schedule,
-    times: Float[Array, " N"],
-    x: Float[Array, "B ..."],
-    key: Array,
-    *,
-    temperature: float = 1.0,
-    on_step: OnStep | None = None,
-) -> Float[Array, "B ..."]:
+@solver
+def euler(denoise: Denoise, schedule: Schedule, times: Float[Array, " N"]) -> Step:
     """Euler's method on the probability-flow ODE in the schedule's own time: of first order."""
-    del key, temperature
     velocity = probability_flow(denoise, schedule)
 
-    def step(carry: Any, i: Array) -> Any:
-        x, _ = carry
-        return x + (times[i + 1] - times[i]) * velocity(x, times[i]), ()
+    def step(x: Array, previous: Array, i: Array) -> Moved:
+        return Moved(x + (times[i + 1] - times[i]) * velocity(x, times[i]), previous)
 
-    return run(step, (x, ()), len(times) - 1, on_step)
+    return step
 
 
-def heun(
-    denoise: Denoise,
-    schedule: Schedule,
-    times: Float[Array, " N"],
-    x: Float[Array, "B ..."],
-    key: Array,
-    *,
-    temperature: float = 1.0,
-    on_step: OnStep | None = None,
-) -> Float[Array, "B ..."]:
+@solver
+def heun(denoise: Denoise, schedule: Schedule, times: Float[Array, " N"]) -> Step:
     """Heun's method: of second order, with two predictions a step (2206.00364, algorithm 1).
 
     The last step is Euler's: at its end, where sigma may be 0, there is no velocity.
     """
-    del key, temperature
     velocity, steps = probability_flow(denoise, schedule), len(times) - 1
 
-    def step(carry: Any, i: Array) -> Any:
-        x, _ = carry
-        return heun_step(velocity, x, times[i], times[i + 1]), ()
+    def step(x: Array, previous: Array, i: Array) -> Moved:
+        t, s = times[i], times[i + 1]
+        first = velocity(x, t)
+        second = jax.lax.cond(i < steps - 1, lambda: velocity(x + (s - t) * first, s), lambda: first)
+        return Moved(x + (s - t) * 0.5 * (first + second), previous)
 
-    def last(carry: Any, i: Array) -> Any:
-        x, _ = carry
-        return x + (times[steps] - times[steps - 1]) * velocity(x, times[steps - 1]), ()
-
-    x = run(step, (x, ()), steps - 1, on_step)
-    shifted = None if on_step is None else lambda done, x: on_step(done + steps - 1, x)
-    return run(last, (x, ()), 1, shifted)
+    return step
 
 
 def heun_step(velocity: Callable[[Any, Array], Any], x: Any, t: Array, s: Array) -> Any:
