@@ -15,26 +15,13 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.nn.stack import Remat
-from vlm_jax.nn.transformer import Transformer, TransformerStack
+from vlm_jax.nn.text import TextTower, TextTransformer
+from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.vision import VisionTower, VisionTransformer, vision_rules
 from vlm_jax.objectives.contrastive import info_nce, sigmoid
-from vlm_jax.sharding import constrain
 
 MAX_SCALE = 100.0
 """The inverse temperature is clipped here (2103.00020, section 2.5)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextTransformer:
-    """Sizes of a text tower."""
-
-    vocab_size: int
-    context_length: int
-    eos_id: int
-    """The token that ends a text."""
-    pool: Literal["eos", "last"] = "eos"
-    """Read the text at its first end token, under a causal mask as CLIP does, or at the last position, without one."""
-    transformer: Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,31 +91,6 @@ SIGLIP_VIT_B16 = Config(
     embedding=768,
     projection=False,
 )
-
-
-class TextTower(nn.Module):
-    """Token ids -> one vector."""
-
-    config: TextTransformer
-    embedding: int
-    projection_bias: bool
-
-    @nn.compact
-    def __call__(self, tokens: Int[Array, "B T"], *, train: bool = False) -> Float[Array, "B D"]:
-        c, t = self.config, self.config.transformer
-        init = nn.initializers.normal(0.02)
-        table = nn.Embed(c.vocab_size, t.width, embedding_init=init, name="token").embedding
-        # Its width is gathered before the lookup: of a table split by width the partitioner would look up the tokens of
-        # the whole batch on every device.
-        x = constrain(constrain(table.astype(t.dtype), "vocab", None)[tokens], "batch", None, None)
-        x = x + self.param("position", nn.initializers.normal(0.01), (1, c.context_length, t.width))
-        x, _ = TransformerStack(t, name="transformer")(x, causal=c.pool == "eos", train=train)
-        if c.pool == "eos":
-            end = jnp.argmax(tokens == c.eos_id, axis=1)
-            x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        else:
-            x = x[:, -1]
-        return nn.Dense(self.embedding, use_bias=self.projection_bias, dtype=t.dtype, name="projection")(x)
 
 
 class CLIP(nn.Module):

@@ -1,0 +1,58 @@
+"""The text transformer of CLIP (2103.00020) and SigLIP (2303.15343)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vlm_jax.nn.transformer import Transformer, TransformerStack
+from vlm_jax.sharding import constrain
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTransformer:
+    """Sizes of a text tower."""
+
+    vocab_size: int
+    context_length: int
+    eos_id: int
+    """The token that ends a text."""
+    pool: Literal["eos", "last"] = "eos"
+    """Read the text at its first end token, under a causal mask as CLIP does, or at the last position, without one."""
+    transformer: Transformer
+
+
+class TextTower(nn.Module):
+    """Token ids -> one vector."""
+
+    config: TextTransformer
+    embedding: int
+    projection_bias: bool
+
+    def setup(self) -> None:
+        c, t = self.config, self.config.transformer
+        self.token = nn.Embed(c.vocab_size, t.width, embedding_init=nn.initializers.normal(0.02))
+        self.position = self.param("position", nn.initializers.normal(0.01), (1, c.context_length, t.width))
+        self.transformer = TransformerStack(t)
+        self.projection = nn.Dense(self.embedding, use_bias=self.projection_bias, dtype=t.dtype)
+
+    def features(self, tokens: Int[Array, "B T"], *, train: bool = False) -> Float[Array, "B T D"]:
+        """One vector a token."""
+        c = self.config
+        table = self.token.embedding.astype(c.transformer.dtype)
+        # Its width is gathered before the lookup: of a table split by width the partitioner would look up the tokens of
+        # the whole batch on every device.
+        x = constrain(constrain(table, "vocab", None)[tokens], "batch", None, None) + self.position
+        x, _ = self.transformer(x, causal=c.pool == "eos", train=train)
+        return x
+
+    def __call__(self, tokens: Int[Array, "B T"], *, train: bool = False) -> Float[Array, "B E"]:
+        x = self.features(tokens, train=train)
+        if self.config.pool == "eos":
+            end = jnp.argmax(tokens == self.config.eos_id, axis=1)
+            x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        else:
+            x = x[:, -1]
+        return self.projection(x)
