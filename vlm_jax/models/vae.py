@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
-from vlm_jax.nn.convolution import CONVOLUTION_RULES, GROUPS, Downsample, GroupNorm, ResidualBlock, Upsample
+from vlm_jax.nn.convolution import CONVOLUTION_RULES, GROUPS, downwards, upwards
 from vlm_jax.objectives.likelihood import (
     from_unit_range,
     gaussian_kl,
@@ -80,16 +80,9 @@ class Encoder(nn.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], *, train: bool = False
     ) -> tuple[Float[Array, "B Z"], Float[Array, "B Z"]]:
-        c = self.config
-        x = constrain(nn.Conv(c.widths[0], (3, 3), dtype=c.dtype, name="first")(x), "batch", None, None, None)
-        for level, width in enumerate(c.widths):
-            if level:
-                x = Downsample(width, c.dtype, name=f"down_{level}")(x)
-            for i in range(c.blocks):
-                x = ResidualBlock(width, dropout=c.dropout, dtype=c.dtype, name=f"block_{level}_{i}")(x, train=train)
-        x = nn.silu(GroupNorm(GROUPS, c.dtype, name="norm_out")(x))
+        x = downwards(x, self.config, train=train)
         x = constrain(x.reshape(len(x), -1).astype(jnp.float32), "batch", None)
-        x = nn.Dense(2 * c.latent, name="posterior")(x)
+        x = nn.Dense(2 * self.config.latent, name="posterior")(x)
         mean, log_variance = jnp.split(x, 2, axis=-1)
         return mean, log_variance
 
@@ -105,12 +98,7 @@ class Decoder(nn.Module):
         smallest = c.image_size // 2 ** (len(c.widths) - 1)
         x = constrain(nn.Dense(smallest * smallest * c.widths[-1], dtype=c.dtype, name="latent")(z), "batch", None)
         x = x.reshape(len(z), smallest, smallest, c.widths[-1])
-        for level, width in reversed(list(enumerate(c.widths))):
-            for i in range(c.blocks):
-                x = ResidualBlock(width, dropout=c.dropout, dtype=c.dtype, name=f"block_{level}_{i}")(x, train=train)
-            if level:
-                x = Upsample(c.widths[level - 1], c.dtype, name=f"up_{level}")(x)
-        x = nn.silu(GroupNorm(GROUPS, c.dtype, name="norm_out")(x)).astype(jnp.float32)
+        x = upwards(x, c, train=train).astype(jnp.float32)
         return nn.Dense(mixture_channels(c.mixtures, c.channels), name="mixture")(x)
 
 

@@ -1,4 +1,6 @@
-"""Residual convolutions."""
+"""Residual convolutions, and stacks of them from an image to a small map of features and back."""
+
+from typing import Protocol
 
 import flax.linen as nn
 import jax
@@ -88,6 +90,51 @@ class Upsample(nn.Module):
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
         x = nn.Conv(self.width, (3, 3), dtype=self.dtype, name="conv")(x)
         return constrain(x, "batch", None, None, None)
+
+
+class Resolutions(Protocol):
+    """What a configuration says of convolutions at several resolutions."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels at each, the finest first; each next has half the height and width."""
+
+    @property
+    def blocks(self) -> int:
+        """Residual blocks at each."""
+
+    @property
+    def dropout(self) -> float: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
+def downwards(x: Float[Array, "B H W C"], sizes: Resolutions, *, train: bool) -> Float[Array, "B h w D"]:
+    """Features at the coarsest resolution of an image, by layers of the module that calls it."""
+    x = constrain(nn.Conv(sizes.widths[0], (3, 3), dtype=sizes.dtype, name="first")(x), "batch", None, None, None)
+    for level, width in enumerate(sizes.widths):
+        if level:
+            x = Downsample(width, sizes.dtype, name=f"down_{level}")(x)
+        x = blocks(x, level, sizes, train)
+    return nn.silu(GroupNorm(GROUPS, sizes.dtype, name="norm_out")(x))
+
+
+def upwards(x: Float[Array, "B h w D"], sizes: Resolutions, *, train: bool) -> Float[Array, "B H W C"]:
+    """Features at the finest resolution of those at the coarsest, by layers of the module that calls it."""
+    for level in reversed(range(len(sizes.widths))):
+        x = blocks(x, level, sizes, train)
+        if level:
+            x = Upsample(sizes.widths[level - 1], sizes.dtype, name=f"up_{level}")(x)
+    return nn.silu(GroupNorm(GROUPS, sizes.dtype, name="norm_out")(x))
+
+
+def blocks(x: Float[Array, "B H W C"], level: int, sizes: Resolutions, train: bool) -> Float[Array, "B H W D"]:
+    """Of one resolution."""
+    for i in range(sizes.blocks):
+        block = ResidualBlock(sizes.widths[level], dropout=sizes.dropout, dtype=sizes.dtype, name=f"block_{level}_{i}")
+        x = block(x, train=train)
+    return x
 
 
 CONVOLUTION_RULES = (
