@@ -1,4 +1,7 @@
-"""The smallest configuration of each family and of each way that it may go: RGB images of 2x2 pixels and 3 levels."""
+"""The smallest configuration of each family and of each way that it may go.
+
+RGB images of 2x2 pixels and 3 levels, and texts of 6 tokens.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -11,12 +14,14 @@ from vlm_jax.models import (
     gaussian_process,
     kde,
     ladder_vae,
+    language,
     pixelcnn,
     probability_flow,
     tarflow,
     vae,
     vdm,
 )
+from vlm_jax.nn.decoder import DecoderConfig
 from vlm_jax.nn.denoiser import Network
 from vlm_jax.nn.dit import DiT
 from vlm_jax.nn.transformer import Transformer
@@ -31,6 +36,9 @@ IMAGE: dict[str, Any] = {"image_size": 2, "channels": 3, "levels": 3}
 TRANSFORMER = Transformer(width=8, depth=1, heads=2, mlp=8, norm_eps=NORM_EPS, dropout=DROPOUT, scan=False)
 UNET = Network(unet=UNet(widths=(8,), blocks=1, groups=4, dropout=DROPOUT), classes=2)
 DIT = Network(dit=DiT(patch_size=1, transformer=TRANSFORMER), classes=2)
+DECODER = DecoderConfig(
+    width=8, depth=1, heads=2, kv_heads=1, head_width=4, mlp=8, norm_eps=NORM_EPS, dropout=DROPOUT, scan=False
+)
 CLIP = clip.Config(
     image=VisionTransformer(image_size=2, patch_size=1, pre_norm=True, transformer=TRANSFORMER),
     text=clip.TextTransformer(vocab_size=6, context_length=3, eos_id=2, transformer=TRANSFORMER),
@@ -68,6 +76,10 @@ CONFIGS: dict[str, Any] = {
         decoder_blocks=(1, 1),
         mixtures=1,
         dropout=DROPOUT,
+    ),
+    "language": language.Config(vocab_size=6, context_length=6, eos_id=2, decoder=DECODER),
+    "tied language": language.Config(
+        vocab_size=6, context_length=6, eos_id=2, tied=True, decoder=replace(DECODER, qkv_bias=True)
     ),
     "pixelcnn": pixelcnn.Config(**IMAGE, width=8, depth=1, classes=2, dropout=DROPOUT),
     "probability flow": STRAIGHT,

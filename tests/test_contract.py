@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.presets import presets
 from smallest import CONFIGS as SMALLEST
-from vlm_jax.contract import CAPABILITIES, Input, Model, abstract_batch, check_batch
+from vlm_jax.contract import CAPABILITIES, SEQUENCE, Input, Model, abstract_batch, check_batch
 from vlm_jax.errors import UserError
 from vlm_jax.models import FAMILIES, build, family_of
 from vlm_jax.sharding import MeshShape, make_mesh, parameter_shardings
@@ -105,18 +105,20 @@ def test_the_loss_is_a_finite_float32_scalar_and_a_function_of_its_arguments(mod
 
 
 def test_the_weight_counts_examples_or_tokens(model: Model, variables):
-    """It doubles with the batch; None: the loss is no mean over items."""
+    """It doubles where every example is there twice; None: the loss is no mean over items."""
 
-    def weight(size: int) -> Any:
-        batch = random_batch(model, size)
+    def weight(copies: int) -> Any:
+        batch = {
+            name: np.tile(values, (copies, *[1] * (values.ndim - 1))) for name, values in random_batch(model).items()
+        }
         return jax.jit(lambda variables: model.loss(variables, batch, KEY, 0, train=False)[1].weight)(variables)
 
-    one, two = weight(BATCH), weight(2 * BATCH)
+    one, two = weight(1), weight(2)
     if one is None:
         assert two is None
     else:
         assert one.shape == () and one.dtype == jnp.float32
-        assert one >= BATCH and two == 2 * one
+        assert one >= (1 if "target" in model.inputs else BATCH) and two == 2 * one
 
 
 @pytest.mark.slow
@@ -166,6 +168,12 @@ def test_capabilities_return_what_the_contract_says(preset: str):
             known = np.arange(image.shape[1])[:, None].repeat(image.shape[2], axis=1) < image.shape[1] // 2
             y = jax.eval_shape(partial(function, known=known), variables, KEY, image)
             assert (y.shape, y.dtype) == (image.shape, image.dtype)
+        elif capability == "generate":
+            beginning = {name: values[:, :3] if name in SEQUENCE else values for name, values in batch.items()}
+            two = type(model.sampling)(length=2)
+            y = jax.eval_shape(partial(function, sampling=two), variables, KEY, beginning)
+            expected = {name: ((BATCH, 5), batch[name].dtype) for name in SEQUENCE}
+            assert {name: (field.shape, field.dtype) for name, field in y.items() if name in SEQUENCE} == expected
         else:
             raise AssertionError(f"nothing here says what {capability} returns")
     assert declared

@@ -96,6 +96,10 @@ PARAMETERS = {
     "siglip-vit-b16": 203_155_970,
     # 76M in the paper, whose table of colours and head are of another size, and which has no masked convolution.
     "autoregressive-igpt-s": 76_399_716 + 4 * 512**2,
+    # Of the releases; the tables of Llama 3.2 and Qwen2.5 are read and predicted by.
+    "language-llama2-7b": 6_738_415_616,
+    "language-llama3-2-1b": 1_235_814_400,
+    "language-qwen2-5-0-5b": 494_032_768,
     # 39 million, counted layer by layer.
     "ladder-vae-cifar10": vdvae_parameters(
         384, 96, 16, encoder={32: 12, 16: 7, 8: 7, 4: 4, 1: 3}, decoder={32: 22, 16: 11, 8: 6, 4: 3, 1: 1}

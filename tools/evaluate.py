@@ -25,6 +25,7 @@ from vlm_jax.data import (
     evaluation_batches,
     open_data,
     open_source,
+    open_training_data,
     read_class_names,
     rows_of,
 )
@@ -107,6 +108,11 @@ def evaluate(
         def batches(rows: Source | Packed, data: Data, inputs: Inputs) -> Callable[[], Iterator[tuple[Batch, int]]]:
             return lambda: on_device(rows, data, loaded, batch_size, inputs, batch_sharding(mesh))
 
+        def training() -> Iterator[tuple[Batch, int]]:
+            own = loaded.experiment.data
+            for source in open_training_data(own, inputs, directory):
+                yield from batches(rows_of(source, own, inputs, loaded.tokenizer), own, inputs)()
+
         labelled = None
         if task is not None and (not only or "zero_shot" in only):
             try:
@@ -128,6 +134,7 @@ def evaluate(
             key=jax.random.key(seed),
             tokenizer=loaded.tokenizer,
             records=source.strings,
+            training=None if loaded.experiment.data is None else training,
             labelled=labelled,
             judge=None if judge is None else load_judge(judge, mesh),
         )

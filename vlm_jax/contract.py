@@ -85,10 +85,15 @@ class Model:
     log_weight: Callable[..., jax.Array] | None = None
     """`(variables, batch, key) -> [B]`, nats: the logarithm of an unbiased estimate of the likelihood, so that the
     logarithm of the mean of several tightens the bound (1509.00519)"""
+    count: Callable[[Batch], jax.Array] | None = None
+    """`(batch) -> int32 [B]`: of how many sub-pixels, or tokens to predict, `log_likelihood` is"""
     reconstruct: Callable[..., jax.Array] | None = None
     """`(variables, image) -> image` of the same shape and dtype"""
     conditions: Mapping[str, Input] = field(default_factory=dict)
     """What `sample` can be told, one of each for an image; what it is not told of these it draws, labels uniformly."""
+    sampling: Any = None
+    """The settings of `sample` and `generate`, such as solver, steps and guidance, at the family's defaults: a frozen
+    dataclass of its own; None: there are none. No part of what is trained, and so of no `Config`"""
     sample: Callable[..., jax.Array] | None = None
     """`(variables, key, conditioning, *, num, temperature=1.0) -> [num, H, W, C]`; `conditioning` maps some of
     `conditions` to `num` values each and is empty for none; at temperature 1 a draw from the model, below it one with
@@ -99,8 +104,10 @@ class Model:
     complete: Callable[..., jax.Array] | None = None
     """`(variables, key, image, known, *, temperature=1.0) -> image`: draws the pixels that are not known given those
     that are; `known` is a NumPy array of bool [H, W], the same for all images"""
-    generate: Callable[..., jax.Array] | None = None
-    """`(variables, batch, key, **static) -> tokens`"""
+    generate: Callable[..., Batch] | None = None
+    """`(variables, key, batch, *, order=("text",), temperature=1.0, sampling=None) -> batch`: goes on where the
+    sequences of `batch` end, which may be shorter than `inputs` say and are padded on the left, with a segment of each
+    modality that the static `order` names"""
 
     def __post_init__(self) -> None:
         for name in CAPABILITIES:
@@ -168,11 +175,17 @@ def _check_values(name: str, spec: Input, array: np.ndarray) -> None:
         )
 
 
+MODALITIES = ("text", "image")
+"""What `generate` makes segments of."""
+
+SEQUENCE = ("tokens", "target", "segment")
+"""Fields with a value for each place of a sequence."""
+
 Fits = jax.Array | None
 """Which rows hold values that the model can read; None: all, as was seen on the host."""
 
 
-def _attentive(model: Model, capability: str, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def _attentive(model: Model, capability: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A capability that checks what it is told."""
     if capability in ("embed_image", "embed_text", "reconstruct"):
         name = "tokens" if capability == "embed_text" else "image"
@@ -198,6 +211,27 @@ def _attentive(model: Model, capability: str, function: Callable[..., jax.Array]
 
         return sample
 
+    if capability == "generate":
+
+        def generate(
+            variables: Variables,
+            key: jax.Array,
+            batch: Batch,
+            *,
+            order: tuple[str, ...] = ("text",),
+            temperature: Any = 1.0,
+            sampling: Any = None,
+        ) -> Batch:
+            _check_temperature(temperature)
+            if not order or not set(order) <= set(MODALITIES):
+                raise UserError(f"`order` is {order}: it must name segments to generate, each text or image")
+            told = _settings(model, sampling)
+            values, fits = _read(_beginning(model.inputs, batch), batch, tuple(model.inputs))
+            generated = function(variables, key, values, order=order, temperature=temperature, **told)
+            return {name: _blank(field, fits) for name, field in generated.items()}
+
+        return generate
+
     if capability == "complete":
 
         def complete(
@@ -221,6 +255,15 @@ def _attentive(model: Model, capability: str, function: Callable[..., jax.Array]
     return of_batch
 
 
+def _beginning(specs: Mapping[str, Input], batch: Batch) -> dict[str, Input]:
+    """What `generate` goes on from: fields of a sequence are as long as the given tokens, which may leave room."""
+    shape = np.shape(batch.get("tokens", ()))
+    if "tokens" not in specs or len(shape) != 2 or shape[1] > specs["tokens"].shape[0]:
+        return dict(specs)
+    sequence = {name: specs[name]._replace(shape=shape[1:]) for name in SEQUENCE if name in specs}
+    return {**specs, **sequence}
+
+
 def _read(
     specs: Mapping[str, Input], given: Mapping[str, Any], names: tuple[str, ...], num: int | None = None
 ) -> tuple[dict[str, jax.Array], Fits]:
@@ -237,7 +280,8 @@ def _read(
         known = not traced and getattr(value, "is_fully_addressable", True)
         array: Any = np.asarray(value) if known else jnp.asarray(value)
         integers = np.issubdtype(spec.dtype, np.integer)
-        if array.shape[1:] != spec.shape or not np.issubdtype(array.dtype, np.integer if integers else np.floating):
+        kind: Any = np.integer if integers else np.bool_ if spec.dtype == "bool" else np.floating
+        if array.shape[1:] != spec.shape or not np.issubdtype(array.dtype, kind):
             raise UserError(
                 f"the field {name!r} holds {array.dtype}{list(array.shape[1:])} an example and the model expects "
                 f"{spec.dtype}{list(spec.shape)}: give it that"
@@ -270,6 +314,29 @@ def _blank(y: jax.Array, fits: Fits) -> jax.Array:
         return y
     nothing = jnp.nan if jnp.issubdtype(y.dtype, jnp.floating) else 0
     return jnp.where(fits.reshape(-1, *[1] * (y.ndim - 1)), y, jnp.asarray(nothing, y.dtype))
+
+
+def check_sampling(model: Model, sampling: Any) -> None:
+    """Refuses settings of sampling that are another family's.
+
+    Raises:
+      UserError: they are not of the type of `model.sampling`; None, for the model's own, always is.
+    """
+    if sampling is not None and type(sampling) is not type(model.sampling):
+        own = "has none" if model.sampling is None else f"has {_type_name(model.sampling)}"
+        raise UserError(
+            f"the settings of sampling are {_type_name(sampling)} and the model {own}: give it its own, or None"
+        )
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _settings(model: Model, sampling: Any) -> dict[str, Any]:
+    """The keyword arguments that tell a capability how to draw; none where there is nothing to tell."""
+    check_sampling(model, sampling)
+    return {} if model.sampling is None else {"sampling": model.sampling if sampling is None else sampling}
 
 
 def _check_temperature(temperature: Any) -> None:

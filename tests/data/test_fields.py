@@ -21,6 +21,7 @@ from vlm_jax.data import (
     example,
     open_data,
     open_training_data,
+    prompts,
     train_tokenizer,
 )
 from vlm_jax.errors import UserError
@@ -171,3 +172,22 @@ def test_labels_that_mean_different_things_are_not_mixed(data_dir) -> None:
     inputs = {"image": Input((8, 8, 1), "uint8"), **LABEL}
     with pytest.raises(UserError, match="the labels of easy_vqa/color are not those of digits"):
         open_training_data(data, inputs, data_dir)
+
+
+def test_prompts_are_padded_on_the_left_and_wait_for_what_follows(tokenizer: Tokenizer):
+    texts = ["a red dog", "is"]
+    batch = prompts(texts, tokenizer)
+    for row, text in enumerate(texts):
+        whole = tokenizer.encode([text], 32)[0].tolist()
+        begun = whole[: whole.index(tokenizer.eos_id)]
+        real = batch["segment"][row] == 1
+        assert batch["tokens"][row][real].tolist() == begun
+        assert real.tolist() == sorted(real.tolist()) and set(batch["tokens"][row][~real]) <= {tokenizer.pad_id}
+    assert batch["segment"].all(axis=1).tolist() == [True, False]
+    assert not batch["target"].any()
+
+
+def test_an_empty_prompt_needs_a_token_that_begins_a_text(tokenizer: Tokenizer):
+    assert prompts([""], tokenizer)["tokens"].tolist() == [[tokenizer.bos_id]]
+    with pytest.raises(UserError, match="a prompt is empty, and the tokenizer has no token to begin a text with"):
+        prompts(["red", ""], replace(tokenizer, bos_id=None))

@@ -252,7 +252,11 @@ def test_evaluations_run_where_their_capabilities_are_and_nowhere_else() -> None
         return Subject(model=model, variables={}, batches=batches(), examples=0, **given)
 
     assert applicable(subject(model())) == set()
-    assert applicable(subject(model(log_likelihood=known))) == {"likelihood"}
+    assert applicable(subject(model(log_likelihood=known))) == set()
+    assert applicable(subject(model(log_likelihood=known, sample=known))) == {"likelihood"}
+    texts = model(log_likelihood=known, count=known, generate=known)
+    assert applicable(subject(texts)) == {"perplexity"}
+    assert applicable(subject(texts, training=batches())) == {"perplexity", "kneser_ney"}
     both = model(embed_image=known, embed_text=known)
     text: dict[str, Any] = {"tokenizer": WORDS, "records": lambda: iter(())}
     assert applicable(subject(model(embed_image=known), **text)) == set()

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.contract import Aux, Input, Model
 from vlm_jax.errors import UserError
-from vlm_jax.models import build, clip, vae
+from vlm_jax.models import build, clip, language, vae
+from vlm_jax.nn.decoder import DecoderConfig
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.vision import VisionTransformer
 from vlm_jax.objectives.language import cross_entropy, token_scores
@@ -29,10 +30,19 @@ CLIP = clip.Config(
     embedding=16,
 )
 VAE = vae.Config(image_size=8, channels=1, levels=17, latent=8, widths=(16, 32), mixtures=2)
+LANGUAGE = language.Config(
+    vocab_size=24,
+    context_length=8,
+    eos_id=2,
+    decoder=DecoderConfig(width=16, depth=1, heads=4, kv_heads=2, head_width=4, mlp=32),
+)
 
 
 def batch_of(config: object, size: int, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
+    if config is LANGUAGE:
+        tokens, target = rng.integers(3, 24, (size, 8), np.int32), rng.random((size, 8)) < 0.6
+        return {"tokens": tokens, "target": target, "segment": np.tile(np.int32([1, 1, 1, 2, 2, 2, 2, 0]), (size, 1))}
     batch = {"image": rng.integers(0, 17, (size, 8, 8, 1 if config is VAE else 3), np.uint8)}
     if config is CLIP:
         batch["tokens"] = rng.integers(3, 24, (size, 6), np.int32)
@@ -66,8 +76,8 @@ def trajectory(
 
 @pytest.mark.parametrize(
     ("config", "optimizing"),
-    [(CLIP, ADAMW), (CLIP, ADAFACTOR), pytest.param(VAE, ADAMW, marks=pytest.mark.slow)],
-    ids=["clip", "clip by adafactor", "vae"],
+    [(CLIP, ADAMW), (CLIP, ADAFACTOR), (LANGUAGE, ADAMW), pytest.param(VAE, ADAMW, marks=pytest.mark.slow)],
+    ids=["clip", "clip by adafactor", "language", "vae"],
 )
 def test_one_trajectory_on_one_and_eight_devices(config: object, optimizing: Optimizer | Adafactor) -> None:
     """The contrastive loss spans the global batch, and the VAE draws noise inside the loss."""

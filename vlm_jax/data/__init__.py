@@ -2,7 +2,7 @@
 
 from vlm_jax.data.class_names import class_names, read_class_names
 from vlm_jax.data.config import Data, Text
-from vlm_jax.data.fields import Caption, Dialogue, Document, Image, Label, Latent
+from vlm_jax.data.fields import Caption, Dialogue, Document, Image, Label, Latent, prompts
 from vlm_jax.data.loader import evaluation_batches, example, train_batches
 from vlm_jax.data.mixture import examples, make_tokenizer, open_data, open_training_data, rows_of, versions
 from vlm_jax.data.packing import Packed
@@ -31,6 +31,7 @@ __all__ = [
     "open_data",
     "open_source",
     "open_training_data",
+    "prompts",
     "read_class_names",
     "rows_of",
     "train_batches",

@@ -202,6 +202,20 @@ def tokens_of(text: str, start: int, tokenizer: Tokenizer) -> Tokens:
     return Tokens(tokens, target)
 
 
+def prompts(texts: Sequence[str], tokenizer: Tokenizer) -> Example:
+    """The beginnings of documents, padded on the left to one length, with nothing to predict: for `generate`."""
+    whole = [tokens_of(text, 0, tokenizer).tokens[:-1] for text in texts]
+    length = max(map(len, whole))
+    if not min(map(len, whole)):
+        raise UserError("a prompt is empty, and the tokenizer has no token to begin a text with: give a word at least")
+    rows = [row([Tokens(tokens, np.zeros(len(tokens), bool))], len(tokens), tokenizer.pad_id) for tokens in whole]
+    padding = {"tokens": tokenizer.pad_id, "target": False, "segment": 0}
+    return {
+        name: np.stack([np.pad(each[name], (length - len(each[name]), 0), constant_values=value) for each in rows])
+        for name, value in padding.items()
+    }
+
+
 def row(documents: Sequence[Tokens], length: int, pad_id: int) -> Example:
     """Documents one after the other, numbered in `segment` from 1; then padding, whose segment is 0."""
     tokens, target = np.full(length, pad_id, np.int32), np.zeros(length, bool)

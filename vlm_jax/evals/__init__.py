@@ -1,6 +1,6 @@
 """Measurements of whatever a model can do: each names the capabilities that it needs."""
 
-from vlm_jax.evals import frechet, likelihood, reconstruction, retrieval, zero_shot
+from vlm_jax.evals import frechet, likelihood, perplexity, reconstruction, retrieval, zero_shot
 from vlm_jax.evals.judge import Judge
 from vlm_jax.evals.subject import Evaluation, Labelled, Subject
 
@@ -10,6 +10,8 @@ EVALUATIONS: tuple[Evaluation, ...] = (
     likelihood.EVALUATION,
     likelihood.IMPORTANCE_WEIGHTED,
     reconstruction.EVALUATION,
+    perplexity.EVALUATION,
+    perplexity.KNESER_NEY,
     frechet.EVALUATION,
 )
 

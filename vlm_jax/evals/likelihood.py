@@ -58,5 +58,5 @@ def run_importance_weighted(subject: Subject) -> dict[str, float | None]:
     return summary(np.asarray(nats), model.inputs["image"].shape)
 
 
-EVALUATION = Evaluation("likelihood", ("log_likelihood",), run)
+EVALUATION = Evaluation("likelihood", ("log_likelihood", "sample"), run)
 IMPORTANCE_WEIGHTED = Evaluation("importance_weighted", ("log_weight",), run_importance_weighted)

@@ -36,6 +36,8 @@ class Subject:
     tokenizer: Tokenizer | None = None
     records: Callable[[], Iterator[Mapping[str, Any]]] | None = None
     """The strings of each record in order, those it has: `captions`, all of them, `question`, `answer` and `label`."""
+    training: Callable[[], Iterator[tuple[Batch, int]]] | None = None
+    """What the model was trained on, all of it once, as `batches`."""
     labelled: Labelled | None = None
     """For zero-shot classification."""
     judge: Judge | None = None

@@ -1,0 +1,115 @@
+"""Perplexity of held-out text, of a model and of a 3-gram that has counted the same training texts.
+
+Standard errors are over rows: the tokens of a document are no independent draws, and a row holds whole documents.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from vlm_jax.contract import Batch
+from vlm_jax.evals.ngram import Document, KneserNey
+from vlm_jax.evals.subject import Evaluation, Subject
+
+TRAINING_TOKENS = 5_000_000
+"""Targets that the 3-gram counts, at most: beyond that it is slow and large."""
+
+
+class Rows(NamedTuple):
+    """Of each row of a split, its log-likelihood, and of what."""
+
+    log_likelihood: Float[np.ndarray, " N"]
+    """Nats."""
+    tokens: Int[np.ndarray, " N"]
+    """Targets."""
+    bytes: Int[np.ndarray, " N"]
+    """Of the targets as UTF-8, in which the end of a text is none."""
+
+
+def row_documents(batch: Batch, valid: int) -> Iterator[list[Document]]:
+    """The documents of each row that counts."""
+    for tokens, target, segment in zip(*(np.asarray(batch[name])[:valid] for name in FIELDS), strict=True):
+        ends = [0, *(np.flatnonzero(np.diff(segment)) + 1).tolist(), len(segment)]
+        spans = [slice(a, b) for a, b in itertools.pairwise(ends) if segment[a] > 0]
+        yield [Document(tokens[span].tolist(), target[span].tolist()) for span in spans]
+
+
+FIELDS = ("tokens", "target", "segment")
+
+
+def targets(document: Document) -> list[int]:
+    return [token for token, target in zip(document.tokens[1:], document.target[1:], strict=True) if target]
+
+
+def text_bytes(documents: Iterable[Document], subject: Subject) -> int:
+    """Of what is to be predicted, without a tokenizer 0."""
+    if subject.tokenizer is None:
+        return 0
+    return sum(len(subject.tokenizer.decode(targets(document)).encode()) for document in documents)
+
+
+def mean_and_error(nats: Float[np.ndarray, " N"], count: Int[np.ndarray, " N"]) -> tuple[float, float | None]:
+    """Bits for each of what the rows count, and the standard error over rows, that of a ratio of means."""
+    bits, size = -np.asarray(nats, np.float64) / math.log(2), float(np.mean(count))
+    mean = float(bits.mean()) / size
+    spread = bits - mean * count
+    return mean, float(spread.std(ddof=1) / math.sqrt(len(bits)) / size) if len(bits) > 1 else None
+
+
+def summary(rows: Rows) -> dict[str, float | None]:
+    """Of a split without targets, nothing is defined."""
+    if not rows.tokens.sum():
+        return {"perplexity": None, "perplexity_standard_error": None, "tokens": 0}
+    bits, error = mean_and_error(rows.log_likelihood, rows.tokens)
+    found: dict[str, float | None] = {
+        "perplexity": 2**bits,
+        "perplexity_standard_error": None if error is None else 2**bits * error * math.log(2),
+        "tokens": int(rows.tokens.sum()),
+    }
+    if rows.bytes.sum():
+        bits, error = mean_and_error(rows.log_likelihood, rows.bytes)
+        found |= {"bits_per_byte": bits, "bits_per_byte_standard_error": error}
+    return found
+
+
+def run(subject: Subject) -> dict[str, float | None]:
+    """2 to the bits a target token, and bits a byte of the text, to which the end of a text adds bits alone."""
+    assert subject.model.log_likelihood is not None and subject.model.count is not None
+    log_likelihood, count = jax.jit(subject.model.log_likelihood), jax.jit(subject.model.count)
+    parts = []
+    for batch, valid in subject.batches():
+        values = log_likelihood(subject.variables, batch, jax.random.key(0))
+        sizes = [text_bytes(documents, subject) for documents in row_documents(batch, valid)]
+        parts.append(Rows(np.asarray(values)[:valid], np.asarray(count(batch))[:valid], np.array(sizes)))
+    return summary(Rows(*(np.concatenate(column) for column in zip(*parts, strict=True))))
+
+
+def run_kneser_ney(subject: Subject) -> dict[str, float | None]:
+    """The same of the 3-gram, with the model's vocabulary and tokens."""
+    assert subject.training is not None
+    training, counted = [], 0
+    for batch, valid in subject.training():
+        rows = list(row_documents(batch, valid))
+        training += [document for documents in rows for document in documents]
+        counted += sum(len(targets(document)) for documents in rows for document in documents)
+        if counted >= TRAINING_TOKENS:
+            break
+    vocab_size = subject.model.inputs["tokens"].limit
+    assert vocab_size is not None
+    model = KneserNey(training, vocab_size)
+    found = []
+    for batch, valid in subject.batches():
+        for documents in row_documents(batch, valid):
+            log_likelihood = math.fsum(value for document in documents for value in model.log_probs(document))
+            tokens = sum(len(targets(document)) for document in documents)
+            found.append((log_likelihood, tokens, text_bytes(documents, subject)))
+    return {**summary(Rows(*map(np.array, zip(*found, strict=True)))), "training_tokens": counted}
+
+
+EVALUATION = Evaluation("perplexity", ("log_likelihood", "count", "generate"), run)
+KNESER_NEY = Evaluation("kneser_ney", ("log_likelihood", "count", "generate"), run_kneser_ney, given=("training",))

@@ -1,0 +1,281 @@
+"""The language model: a decoder of text (Llama: 2302.13971, 2307.09288; Qwen2.5: 2412.15115).
+
+A token is looked up in a table, goes through the decoder, and its inner products with a table, the same or another,
+are the logits of the token after it. Several documents are packed in a row: each attends to itself alone, and its
+places count from its beginning.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.errors import UserError
+from vlm_jax.nn.attention import Cache, empty_cache
+from vlm_jax.nn.decoder import Decoder, DecoderConfig, RotaryScaling, decoder_rules
+from vlm_jax.nn.sequence import attention_mask, documents, next_tokens, positions
+from vlm_jax.nn.stack import unrolled
+from vlm_jax.nn.vocabulary import look_up, token_logits, vocabulary_rules
+from vlm_jax.objectives.language import cross_entropy, sequence_scores
+from vlm_jax.sampling.autoregressive import decode, draw_token, ending
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A decoder and its vocabulary."""
+
+    vocab_size: int
+    context_length: int
+    """Tokens of a row, padding included."""
+    eos_id: int
+    """The token that ends a document."""
+    tied: bool = False
+    """One table for the tokens that are read and those that are predicted."""
+    decoder: DecoderConfig
+
+    def __post_init__(self) -> None:
+        if self.eos_id >= self.vocab_size:
+            raise UserError(f"eos_id is {self.eos_id}: it must be below vocab_size, which is {self.vocab_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a text is continued."""
+
+    length: int = 64
+    """Tokens to draw, at most."""
+    top_k: int | None = None
+    """Draw from so many of the likeliest tokens; None: from all."""
+    top_p: float = 1.0
+    """Draw from the fewest of the likeliest that have this share of the probability (1904.09751); 1: from all."""
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise UserError(f"sampling.length is {self.length}: at least 1 token must be drawn")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"sampling.top_k is {self.top_k}: it must be at least 1, or None: all")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"sampling.top_p is {self.top_p}: it must be above 0 and at most 1")
+
+
+LLAMA_2_7B = Config(
+    vocab_size=32_000,
+    context_length=4096,
+    eos_id=2,
+    decoder=DecoderConfig(
+        width=4096,
+        depth=32,
+        heads=32,
+        kv_heads=32,
+        head_width=128,
+        mlp=11_008,
+        norm_eps=1e-5,
+        dtype="bfloat16",
+        remat="all",
+    ),
+)
+"""6.7 billion parameters (2307.09288)."""
+
+LLAMA_3_2_1B = Config(
+    vocab_size=128_256,
+    context_length=131_072,
+    eos_id=128_001,
+    tied=True,
+    decoder=DecoderConfig(
+        width=2048,
+        depth=16,
+        heads=32,
+        kv_heads=8,
+        head_width=64,
+        mlp=8192,
+        rope_base=500_000.0,
+        rope_scaling=RotaryScaling(factor=32.0, low_frequency=1.0, high_frequency=4.0, original_length=8192),
+        norm_eps=1e-5,
+        dtype="bfloat16",
+        remat="all",
+    ),
+)
+"""1.24 billion parameters, of which the table of tokens has a fifth (2407.21783, and the release's config.json)."""
+
+QWEN_2_5_0_5B = Config(
+    vocab_size=151_936,
+    context_length=32_768,
+    eos_id=151_643,
+    tied=True,
+    decoder=DecoderConfig(
+        width=896,
+        depth=24,
+        heads=14,
+        kv_heads=2,
+        head_width=64,
+        mlp=4864,
+        rope_base=1_000_000.0,
+        qkv_bias=True,
+        norm_eps=1e-6,
+        dtype="bfloat16",
+        remat="all",
+    ),
+)
+"""494 million parameters (2412.15115, and the release's config.json)."""
+
+
+class Language(nn.Module):
+    """A row of tokens -> a distribution of each token given those of its document before it."""
+
+    config: Config
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        self.token = nn.Embed(c.vocab_size, c.decoder.width, embedding_init=init)
+        if not c.tied:
+            self.head = nn.Embed(c.vocab_size, c.decoder.width, embedding_init=init)
+        self.decoder = Decoder(c.decoder)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return look_up(self.token.embedding, tokens, self.config.decoder.dtype)
+
+    def outputs(self) -> Float[Array, "V D"]:
+        """The table by which tokens are predicted."""
+        return (self.token if self.config.tied else self.head).embedding
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment: Int[Array, "B T"],
+        following: Int[Array, "B T"],
+        *,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+        """log p of the token that follows each place, nats, and whether no other is likelier."""
+        x, _ = self.decoder(self.embed(tokens), positions(segment), attention_mask(segment), train=train)
+        table = self.outputs()
+        return sequence_scores(lambda x: token_logits(x, table), x, following, self.config.vocab_size)
+
+    def feed(
+        self,
+        tokens: Int[Array, "B T"],
+        position: Int[Array, "B T"],
+        mask: Bool[Array, "B 1 T S"],
+        cache: tuple[Cache, ...],
+        slot: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B V"], tuple[Cache, ...]]:
+        """The logits of what follows the last of the tokens, which go into the cache from `slot` on."""
+        x, filled = self.decoder(self.embed(tokens), position, mask, causal=True, cache=cache, slot=slot)
+        assert filled is not None
+        return token_logits(x[:, -1:], self.outputs())[:, 0], filled
+
+
+def build(config: Config) -> Model:
+    """An exact density over the target tokens of a row, given its others."""
+    module: Any = Language(config)  # linen types what `apply` returns as a union
+    length = (config.context_length,)
+    inputs = {
+        "tokens": Input(length, "int32", config.vocab_size),
+        "target": Input(length, "bool", 2),
+        "segment": Input(length, "int32", config.context_length + 1),
+    }
+
+    def scores(variables: Variables, batch: Batch, **settings: Any) -> tuple[Array, Array, Array]:
+        following, predicted = next_tokens(batch["tokens"], batch["target"], batch["segment"])
+        found = module.apply(variables, batch["tokens"], batch["segment"], following, **settings)
+        return *found, predicted
+
+    def init(key: Array, batch: Batch) -> Variables:
+        return module.init(key, batch["tokens"], batch["segment"], batch["tokens"])
+
+    def loss(
+        variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
+    ) -> tuple[Float[Array, ""], Aux]:
+        """The cross-entropy in nats a target token, of which perplexity is the exponential."""
+        del step
+        value, metrics, weight = cross_entropy(*scores(variables, batch, train=train, rngs={"dropout": key}))
+        return value, Aux(metrics, weight)
+
+    def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
+        """Of the target tokens of each row, each given what stands before it in its document."""
+        del key
+        log_probs, _, predicted = scores(variables, batch)
+        return jnp.sum(jnp.where(predicted, log_probs, 0), axis=1)
+
+    def count(batch: Batch) -> Int[Array, " B"]:
+        """The target tokens of each row that something predicts."""
+        _, predicted = next_tokens(batch["tokens"], batch["target"], batch["segment"])
+        return jnp.sum(predicted, axis=1, dtype=jnp.int32)
+
+    def generate(
+        variables: Variables,
+        key: Array,
+        batch: Batch,
+        *,
+        order: tuple[str, ...] = ("text",),
+        temperature: float = 1.0,
+        sampling: Sampling = Sampling(),
+    ) -> dict[str, Array]:
+        """Continues the last document of each row, which is padded on the left, until `eos_id` or `sampling.length`.
+
+        Returns:
+          The fields with `sampling.length` further places: what was drawn is their target, and what follows the end
+          of a text is padding.
+
+        Raises:
+          UserError: `order` is not one text, there is no room in the context, or, where values are known, a row ends
+            in padding.
+        """
+        tokens, segment = batch["tokens"], batch["segment"]
+        room = tokens.shape[1] + sampling.length
+        if order != ("text",):
+            raise UserError(f"`order` is {order} and a language model writes one text: make it ('text',)")
+        if room > config.context_length:
+            raise UserError(
+                f"{tokens.shape[1]} tokens and {sampling.length} more are {room}, and the model's context_length is "
+                f"{config.context_length}: shorten the prompts, or sampling.length"
+            )
+        if not isinstance(segment, jax.core.Tracer) and not segment[:, -1].all():
+            raise UserError("a row to be continued ends in padding (segment 0): pad on the left")
+        d, stack = unrolled(config.decoder, variables["params"]["decoder"])
+        writer: Any = Language(replace(config, decoder=d))
+        variables = {"params": {**variables["params"], "decoder": stack}}
+        segment = jnp.pad(segment, ((0, 0), (0, sampling.length)), mode="edge")
+        document, position = documents(segment), positions(segment)
+        cache = empty_cache(len(tokens), room, d.kv_heads, d.head_width, layers=d.depth, dtype=d.dtype)
+
+        def feed(cache: tuple[Cache, ...], tokens: Array, slot: Array | int) -> tuple[Array, tuple[Cache, ...]]:
+            at = [jax.lax.dynamic_slice_in_dim(x, slot, tokens.shape[1], axis=1) for x in (document, position)]
+            mask = (at[0][:, :, None] == document[:, None])[:, None]
+            return writer.apply(variables, tokens, at[1], mask, cache, slot, method="feed")
+
+        if tokens.shape[1] > 1:
+            _, cache = feed(cache, tokens[:, :-1], 0)
+
+        def step(cache: tuple[Cache, ...], token: Array, place: Array, key: Array) -> tuple[tuple[Cache, ...], Array]:
+            logits, cache = feed(cache, token[:, None], place - 1)
+            chosen = draw_token(key, logits, temperature=temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+            return cache, chosen
+
+        carry = (cache, jnp.zeros(len(tokens), bool))
+        drawn = decode(ending(step, config.eos_id), carry, tokens[:, -1], room, key, start=tokens.shape[1])
+        ends = drawn == config.eos_id
+        real = jnp.cumsum(ends, axis=1) - ends == 0
+        prompt = jnp.ones_like(tokens, bool)
+        return {
+            "tokens": jnp.concatenate([tokens, drawn], axis=1),
+            "target": jnp.concatenate([~prompt, real], axis=1),
+            "segment": jnp.where(jnp.concatenate([prompt, real], axis=1), segment, 0),
+        }
+
+    return Model(
+        inputs=inputs,
+        init=init,
+        loss=loss,
+        rules=(*vocabulary_rules(tied=config.tied), *decoder_rules(config.decoder)),
+        log_likelihood=log_likelihood,
+        bound="exact",
+        count=count,
+        sampling=Sampling(),
+        generate=generate,
+    )
