@@ -23,13 +23,13 @@ def diffusion_tiny() -> Experiment:
             image_size=8,
             channels=1,
             levels=17,
-            network=Network(unet=TINY_UNET),
+            network=Network(backbone=TINY_UNET),
             predict="v",
             gamma_min=-8.0,
             schedule="monotone",
             fourier=(0, 1, 2),
-            sampling_steps=100,
         ),
+        sampling=vdm.Sampling(steps=100),
         data=DIGITS,
         training=Training(
             optimizer=TINY_OPTIMIZER,
@@ -48,14 +48,13 @@ def diffusion_tiny_ddpm() -> Experiment:
             image_size=8,
             channels=1,
             levels=17,
-            network=Network(unet=TINY_UNET, classes=10),
+            network=Network(backbone=TINY_UNET, classes=10),
             timesteps=200,
             betas="cosine",
             predict="v",
             variance="learned",
-            sampling_steps=100,
-            guidance=1.5,
         ),
+        sampling=diffusion.Sampling(steps=100, guidance=1.5),
         data=DIGITS,
         training=Training(
             optimizer=TINY_OPTIMIZER,
@@ -75,9 +74,9 @@ def diffusion_tiny_flow() -> Experiment:
             image_size=8,
             channels=1,
             levels=17,
-            network=Network(dit=DiT(patch_size=2, transformer=transformer), classes=10),
-            guidance=1.5,
+            network=Network(backbone=DiT(patch_size=2, transformer=transformer), classes=10),
         ),
+        sampling=probability_flow.Sampling(guidance=1.5),
         data=DIGITS,
         training=Training(
             optimizer=TINY_OPTIMIZER,
@@ -95,11 +94,11 @@ def diffusion_fashion_mnist() -> Experiment:
         model=vdm.Config(
             image_size=28,
             channels=1,
-            network=Network(unet=UNet(widths=(64, 128), blocks=2, groups=16, dropout=0.1)),
+            network=Network(backbone=UNet(widths=(64, 128), blocks=2, groups=16, dropout=0.1)),
             predict="v",
             schedule="monotone",
-            sampling_steps=250,
         ),
+        sampling=vdm.Sampling(steps=250),
         data=replace(FASHION_MNIST, fields=FLIPPED),
         training=Training(
             optimizer=Optimizer(learning_rate=1e-3, warmup_steps=500, weight_decay=0.01, eps=1e-6),
@@ -119,9 +118,10 @@ def diffusion_ddpm_cifar10() -> Experiment:
     return Experiment(
         model=diffusion.Config(
             image_size=32,
-            network=Network(unet=UNet(widths=(128, 256, 256, 256), blocks=2, attention=(16,), dropout=0.1)),
+            network=Network(backbone=UNet(widths=(128, 256, 256, 256), blocks=2, attention=(16,), dropout=0.1)),
             variance="forward",
         ),
+        sampling=diffusion.Sampling(solver="ancestral", steps=1000),
         data=replace(CIFAR10, fields=FLIPPED),
         training=Training(
             optimizer=Optimizer(learning_rate=2e-4, schedule="constant", warmup_steps=5000),
@@ -142,10 +142,10 @@ def diffusion_vdm_cifar10() -> Experiment:
     return Experiment(
         model=vdm.Config(
             image_size=32,
-            network=Network(unet=UNet(widths=(128,), blocks=32, dropout=0.1)),
+            network=Network(backbone=UNet(widths=(128,), blocks=32, dropout=0.1)),
             schedule="monotone",
-            sampling_steps=1000,
         ),
+        sampling=vdm.Sampling(steps=1000),
         data=CIFAR10,
         training=Training(
             optimizer=Optimizer(
@@ -167,11 +167,10 @@ def dit(width: int, depth: int, heads: int, *, steps: int = 400_000, guidance: f
             image_size=32,
             channels=4,
             levels=None,
-            network=Network(dit=DiT(patch_size=2, transformer=transformer), classes=1000),
+            network=Network(backbone=DiT(patch_size=2, transformer=transformer), classes=1000),
             variance="learned",
-            sampling_steps=250,
-            guidance=guidance,
         ),
+        sampling=diffusion.Sampling(steps=250, guidance=guidance),
         data=Data(name="imagenet2012", test="validation"),
         training=Training(
             optimizer=Optimizer(learning_rate=1e-4, schedule="constant", clip_norm=None),
@@ -205,7 +204,7 @@ def diffusion_dit_xl2() -> Experiment:
     """DiT-XL/2 (2212.09748, table 4): 675M parameters, FID-50K 2.27 with guidance 1.5 after 7M steps; as S/2.
 
     Its state is 10.8 GB: on 256 v5e chips --mesh.fsdp 8, where a step takes 3.2 GB of a chip's 15.75. On 16 of them the
-    activations of 16 images a chip are 27 GB: --mesh.fsdp 16 --model.network.dit.transformer.remat all takes 2.0 GB.
+    activations of 16 images a chip are 27 GB; --mesh.fsdp 16 --model.network.backbone.transformer.remat all needs 2.0.
     """
     return dit(1152, 28, 16, steps=7_000_000, guidance=1.5)
 

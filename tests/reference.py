@@ -69,16 +69,16 @@ def group_norm(params: Any, x: np.ndarray, groups: int, eps: float = 1e-6) -> np
 
 
 def attention(
-    params: Any, x: np.ndarray, context: np.ndarray, heads: int, mask: np.ndarray | bool = True
+    params: Any, x: np.ndarray, context: np.ndarray, heads: int, mask: np.ndarray | bool = True, temperature: float = 1
 ) -> np.ndarray:
-    """1706.03762, section 3.2, head by head; without an output projection where there are no parameters of one."""
+    """1706.03762, section 3.2, head by head; the temperature divides its logits."""
     query, key, value = (
         np.split(dense(params[name], inputs), heads, axis=-1)
         for name, inputs in (("query", x), ("key", context), ("value", context))
     )
     outputs = []
     for q, k, v in zip(query, key, value, strict=True):
-        logits = np.where(mask, q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1]), -np.inf)
+        logits = np.where(mask, q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1]) / temperature, -np.inf)
         outputs.append(scipy.special.softmax(logits, axis=-1) @ v)
     return dense(params["out"], np.concatenate(outputs, axis=-1))
 
@@ -87,13 +87,13 @@ def mlp(params: Any, x: np.ndarray, activation: str) -> np.ndarray:
     return dense(params["down"], ACTIVATIONS[activation](dense(params["up"], x)))
 
 
-def transformer(params: Any, x: np.ndarray, config: Any, *, causal: bool = False) -> np.ndarray:
+def transformer(params: Any, x: np.ndarray, config: Any, *, causal: bool = False, temperature: float = 1) -> np.ndarray:
     """A stack of pre-norm blocks, unrolled, and the final norm."""
     mask = np.tri(x.shape[1], dtype=bool) if causal else True
     for i in range(config.depth):
         block = params[f"block_{i}"]
         y = layer_norm(block["attention_norm"], x, config.norm_eps)
-        x = x + attention(block["attention"], y, y, config.heads, mask)
+        x = x + attention(block["attention"], y, y, config.heads, mask, temperature)
         x = x + mlp(block["mlp"], layer_norm(block["mlp_norm"], x, config.norm_eps), config.activation)
     return layer_norm(params["final_norm"], x, config.norm_eps)
 

@@ -34,8 +34,8 @@ NORM_EPS = 0.25
 
 IMAGE: dict[str, Any] = {"image_size": 2, "channels": 3, "levels": 3}
 TRANSFORMER = Transformer(width=8, depth=1, heads=2, mlp=8, norm_eps=NORM_EPS, dropout=DROPOUT, scan=False)
-UNET = Network(unet=UNet(widths=(8,), blocks=1, groups=4, dropout=DROPOUT), classes=2)
-DIT = Network(dit=DiT(patch_size=1, transformer=TRANSFORMER), classes=2)
+UNET = Network(backbone=UNet(widths=(8,), blocks=1, groups=4, dropout=DROPOUT), classes=2)
+DIT = Network(backbone=DiT(patch_size=1, transformer=TRANSFORMER), classes=2)
 DECODER = DecoderConfig(
     width=8, depth=1, heads=2, kv_heads=1, head_width=4, mlp=8, norm_eps=NORM_EPS, dropout=DROPOUT, scan=False
 )
@@ -46,8 +46,8 @@ CLIP = clip.Config(
 )
 VAE = vae.Config(**IMAGE, latent=2, widths=(8,), mixtures=1, dropout=DROPOUT)
 FLOW = flow.Config(**IMAGE, scales=1, steps=1, width=8, dropout=DROPOUT)
-DDPM = diffusion.Config(**IMAGE, network=UNET, timesteps=4, betas="cosine", sampling_steps=2, variance="learned")
-STRAIGHT = probability_flow.Config(**IMAGE, network=DIT, sampling_steps=2, likelihood_steps=2)
+DDPM = diffusion.Config(**IMAGE, network=UNET, timesteps=4, betas="cosine", variance="learned")
+STRAIGHT = probability_flow.Config(**IMAGE, network=DIT, likelihood_steps=2)
 
 CONFIGS: dict[str, Any] = {
     "autoregressive": autoregressive.Config(**IMAGE, patch_size=2, classes=2, transformer=TRANSFORMER),
@@ -87,7 +87,5 @@ CONFIGS: dict[str, Any] = {
     "tarflow": tarflow.Config(**IMAGE, patch_size=1, blocks=2, classes=2, transformer=TRANSFORMER),
     "vae": VAE,
     "vae of a learned prior": replace(VAE, pseudo_inputs=2),
-    "vdm": vdm.Config(
-        **IMAGE, network=UNET, gamma_min=-5.0, schedule="monotone", fourier=(0,), sampling_steps=2, predict="v"
-    ),
+    "vdm": vdm.Config(**IMAGE, network=UNET, gamma_min=-5.0, schedule="monotone", fourier=(0,), predict="v"),
 }

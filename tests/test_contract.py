@@ -4,6 +4,7 @@ What has to be compiled is held for the smallest configurations (`smallest.py`),
 """
 
 import re
+from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -153,16 +154,24 @@ def test_capabilities_return_what_the_contract_says(preset: str):
         elif capability in ("log_likelihood", "log_weight"):
             y = jax.eval_shape(function, variables, batch, KEY)
             assert (y.shape, y.dtype) == ((BATCH,), jnp.float32)
-        elif capability == "reconstruct":
-            y = jax.eval_shape(function, variables, batch["image"])
+        elif capability == "encode":
+            specs = model.latents if isinstance(model.latents, dict) else {"latents": model.latents}
+            for key in (None, KEY):
+                y = jax.eval_shape(function, variables, batch["image"], key)
+                parts = y if isinstance(y, dict) else {"latents": y}
+                expected = {name: ((BATCH, *spec.shape), spec.dtype) for name, spec in specs.items()}
+                assert {name: (part.shape, part.dtype) for name, part in parts.items()} == expected
+        elif capability == "decode":
+            y = jax.eval_shape(function, variables, jax.eval_shape(model.encode, variables, batch["image"]))
             assert (y.shape, y.dtype) == (batch["image"].shape, batch["image"].dtype)
         elif capability == "sample":
             for temperature in (1.0, 0.0):
                 draw = partial(function, num=3, temperature=temperature)
                 y = jax.eval_shape(draw, variables, KEY, {})
                 assert (y.shape, y.dtype) == ((3, *batch["image"].shape[1:]), jnp.uint8)
-            if model.sampling_steps is not None:
-                jax.eval_shape(partial(function, num=3, on_step=lambda done, state: None), variables, KEY, {})
+            for sampling in {model.sampling, presets()[preset][1].sampling} - {None}:
+                options = {"on_step": lambda done, state: None} if hasattr(sampling, "steps") else {}
+                jax.eval_shape(partial(function, num=3, sampling=sampling, **options), variables, KEY, {})
         elif capability == "complete":
             image = batch["image"]
             known = np.arange(image.shape[1])[:, None].repeat(image.shape[2], axis=1) < image.shape[1] // 2
@@ -177,6 +186,22 @@ def test_capabilities_return_what_the_contract_says(preset: str):
         else:
             raise AssertionError(f"nothing here says what {capability} returns")
     assert declared
+
+
+def test_a_likelihood_says_of_how_many_sub_pixels_or_tokens_it_is(model: Model):
+    assert (model.count is None) == (model.log_likelihood is None)
+    if model.count is not None and "tokens" not in model.inputs:
+        np.testing.assert_array_equal(model.count(random_batch(model)), np.full(BATCH, 2 * 2 * 3), strict=False)
+
+
+def test_settings_of_sampling_are_a_frozen_dataclass_that_belongs_to_no_config(config: Any, model: Model):
+    assert model.sampling is None or (is_dataclass(model.sampling) and hash(model.sampling) is not None)
+    named = {field.name for field in fields(model.sampling)} if model.sampling is not None else set()
+    assert named & ({field.name for field in fields(config)} | {"temperature", "num"}) == set()
+
+
+def test_encoding_has_the_latents_that_decoding_reads(model: Model):
+    assert (model.encode is None) == (model.decode is None) == (model.latents is None)
 
 
 def test_a_likelihood_says_whether_it_is_a_bound(model: Model):

@@ -142,7 +142,8 @@ def test_a_uniform_model_evaluates_to_the_logarithm_of_its_levels(name: str):
         jax.eval_shape(model.init, KEY, abstract_batch(model.inputs, BATCH)),
     )
     batch = random_batch(model)
-    subject = Subject(model, variables, lambda: iter([(batch, BATCH), (batch, 1)]))
+    batches = lambda: iter([(batch, BATCH), (batch, 1)])  # noqa: E731
+    subject = Subject(model=model, variables=variables, batches=batches, examples=BATCH + 1)
     assert likelihood.run(subject)["bits_per_dim"] == pytest.approx(math.log2(3), rel=1e-6)
 
 
@@ -196,13 +197,11 @@ def test_dropout_is_for_the_loss_of_training_norms_have_their_epsilon_and_no_key
         for function in (model.log_likelihood, model.log_weight):
             if function is not None:
                 trace(lambda key, v, batch, f=function: f(v, batch, key), variables, abstract)
-        for function, field in (
-            (model.embed_image, "image"),
-            (model.embed_text, "tokens"),
-            (model.reconstruct, "image"),
-        ):
+        for function, field in ((model.embed_image, "image"), (model.embed_text, "tokens")):
             if function is not None:
                 trace(lambda key, v, x, f=function: f(v, x), variables, abstract[field])
+        if model.encode is not None:
+            trace(lambda key, v, x: model.decode(v, model.encode(v, x, key)), variables, abstract["image"])
         if model.sample is not None:
             trace(lambda key, v: model.sample(v, key, {}, num=2), variables)
         if model.complete is not None:
@@ -246,8 +245,9 @@ def test_guidance_goes_from_the_untold_mean_past_the_told_one_and_keeps_the_told
     variables = variables_of(build(config)) if name == "vdm" else {}
 
     def hand_over(guidance: float, label: jax.Array) -> Denoised:
-        model = build(replace(config, guidance=guidance, solver="ddim"))
-        model.sample(variables, KEY, {"label": label}, num=3)
+        model = build(config)
+        sampling = replace(model.sampling, guidance=guidance, solver="ddim")
+        model.sample(variables, KEY, {"label": label}, num=3, sampling=sampling)
         return asked.pop()
 
     label = jnp.array([0, 1, 1])

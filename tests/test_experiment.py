@@ -50,6 +50,20 @@ def test_the_seed_the_data_and_the_model_make_another_run_and_the_mesh_does_not(
     assert differences(record, record_of("clip-tiny", narrow)) == ["model.embedding: 128 -> 64"]
 
 
+def test_settings_of_sampling_come_back_and_make_no_other_run() -> None:
+    experiment = PRESETS["diffusion-tiny-ddpm"]
+    record = record_of("diffusion-tiny-ddpm", experiment)
+    assert record["sampling"] == {
+        "is": "models.diffusion.Sampling",
+        "solver": "ancestral",
+        "steps": 100,
+        "guidance": 1.5,
+    }
+    assert from_record(record).sampling == experiment.sampling
+    for sampling in (None, replace(experiment.sampling, guidance=3.0, solver="ddim")):
+        assert differences(record, record_of("diffusion-tiny-ddpm", replace(experiment, sampling=sampling))) == []
+
+
 def test_other_steps_are_another_schedule_unless_its_end_is_stated() -> None:
     """Half of one cosine and half of another is no run that anyone meant."""
     experiment = PRESETS["clip-tiny"]

@@ -98,7 +98,7 @@ def test_what_serves_every_family_reaches_none_not_even_through_others(importer:
 
 def test_a_way_through_others_is_found():
     """As the way on which training once reached the families: through the experiment."""
-    assert "vlm_jax.models" not in IMPORTS["tools.sample"] and "vlm_jax.models" in reached("tools.sample")
+    assert "vlm_jax.models" not in IMPORTS["tools.evaluate"] and "vlm_jax.models" in reached("tools.evaluate")
 
 
 def test_only_networks_import_flax():

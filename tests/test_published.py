@@ -120,6 +120,7 @@ PARAMETERS = {
     "flow-glow-imagenet64": glow_parameters(48, (12, 24, 48, 96)),
     # [2, 768, 8, 8] of 2412.06329, table 2; its layers counted.
     "tarflow-imagenet64": tarflow_parameters(2, 768, 8, 8),
+    "tarflow-imagenet64-class": tarflow_parameters(2, 768, 8, 8) + 8 * 1000 * 768,
 }
 
 
@@ -165,11 +166,18 @@ def test_generative_models_are_trained_as_published(
 
 
 def test_published_samples_are_drawn_as_those_that_were_scored():
-    """2212.09748, table 4: all but the largest without guidance; 2006.11239: with the variance of the forward step."""
-    guidance = {size: PUBLISHED[f"diffusion-dit-{size}"].model.guidance for size in ("s2", "b2", "l2", "xl2")}
+    """2212.09748, table 4: all but the largest without guidance; 2006.11239: with the variance of the forward step.
+
+    ml-tarflow, README: guidance of 2.3, rising, of a model of images with noise of 0.05, told nine classes of ten.
+    """
+    flow = PUBLISHED["tarflow-imagenet64-class"]
+    assert (flow.sampling.guidance, flow.sampling.rising, flow.sampling.attention_temperature) == (2.3, True, 1.0)
+    assert (flow.model.noise, flow.model.class_dropout, flow.model.classes) == (0.05, 0.1, 1000)
+    guidance = {size: PUBLISHED[f"diffusion-dit-{size}"].sampling.guidance for size in ("s2", "b2", "l2", "xl2")}
     assert guidance == {"s2": 1.0, "b2": 1.0, "l2": 1.0, "xl2": 1.5}
-    ddpm = PUBLISHED["diffusion-ddpm-cifar10"].model
-    assert (ddpm.variance, ddpm.solver, ddpm.sampling_steps) == ("forward", "ancestral", 1000)
+    ddpm = PUBLISHED["diffusion-ddpm-cifar10"]
+    assert ddpm.model.variance == "forward"
+    assert (ddpm.sampling.solver, ddpm.sampling.steps) == ("ancestral", 1000)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from experiments.presets import presets
 from vlm_jax.contract import Input, Model
 from vlm_jax.errors import UserError
-from vlm_jax.models import autoregressive, build
+from vlm_jax.models import autoregressive, build, diffusion, probability_flow, vdm
 from vlm_jax.nn.transformer import Transformer
 
 CONFIGS = {name: experiment.model for name, (_, experiment) in presets().items()}
@@ -23,11 +23,18 @@ KEY = jax.random.key(0)
 CLASSES = 10
 
 
-def of_label(_: Any, key: Any, given: Any, *, num: int, temperature: float = 1.0) -> jax.Array:
-    """Each image is one more than its label; without one, 100."""
+@dataclass(frozen=True)
+class Sampling:
+    added: int = 1
+
+
+def of_label(
+    _: Any, key: Any, given: Any, *, num: int, temperature: float = 1.0, sampling: Sampling = Sampling()
+) -> jax.Array:
+    """Each image is one more than its label, or as the settings say; without one, 100."""
     label = given.get("label", jnp.full(num, 99, jnp.int32))
     assert label.dtype == jnp.int32
-    return jnp.broadcast_to(label[:, None, None, None] + 1, (num, 2, 2, 1)).astype(jnp.uint8)
+    return jnp.broadcast_to(label[:, None, None, None] + sampling.added, (num, 2, 2, 1)).astype(jnp.uint8)
 
 
 def of_tokens(_: Any, tokens: jax.Array) -> jax.Array:
@@ -47,12 +54,16 @@ MODEL = Model(
     embed_image=lambda _, image: image.reshape(len(image), -1).astype(jnp.float32),
     embed_text=of_tokens,
     log_likelihood=lambda _, batch, key: batch["label"].astype(jnp.float32),
-    reconstruct=lambda _, image: image,
+    latents=Input((4,), "float32"),
+    encode=lambda _, image, key=None: image.reshape(len(image), 4).astype(jnp.float32) + (0 if key is None else 0.5),
+    decode=lambda _, latents: latents.reshape(-1, 2, 2, 1).astype(jnp.uint8),
     conditions={"label": Input((), "int32", CLASSES)},
+    sampling=Sampling(),
     sample=of_label,
     complete=lambda _, key, image, known, *, temperature=1.0: image,
-    generate=lambda _, batch, key: batch["tokens"],
+    generate=lambda _, key, batch, *, order, temperature, sampling: {"tokens": batch["tokens"] + sampling.added},
 )
+BARE = replace(MODEL, sampling=None, sample=partial(of_label, sampling=Sampling()))
 IMAGE = np.full((2, 2, 2, 1), 16, np.uint8)
 TOKENS = np.array([[0, 2, 9], [2, 2, 1]])
 BATCH = {"image": IMAGE, "tokens": TOKENS, "label": np.array([9, 0])}
@@ -67,9 +78,30 @@ def test_what_fits_passes_in_any_width_of_integers(transform: Any) -> None:
     np.testing.assert_array_equal(draw({})[:, 0, 0, 0], [100] * 3)
     np.testing.assert_array_equal(transform(MODEL.embed_text)({}, TOKENS), [[11], [5]])
     np.testing.assert_array_equal(transform(MODEL.log_likelihood)({}, BATCH, KEY), [9, 0])
-    np.testing.assert_array_equal(transform(MODEL.generate)({}, BATCH, KEY), TOKENS)
-    for y in (MODEL.reconstruct({}, IMAGE), MODEL.complete({}, KEY, IMAGE, KNOWN)):
+    np.testing.assert_array_equal(transform(MODEL.generate)({}, KEY, BATCH)["tokens"], TOKENS + 1)
+    latents = transform(MODEL.encode)({}, IMAGE)
+    np.testing.assert_array_equal(transform(MODEL.encode)({}, IMAGE, KEY), latents + 0.5)
+    for y in (transform(MODEL.decode)({}, latents), MODEL.complete({}, KEY, IMAGE, KNOWN)):
         np.testing.assert_array_equal(y, IMAGE)
+
+
+def test_settings_of_sampling_are_the_models_own_unless_others_of_their_type_are_given():
+    draw = partial(MODEL.sample, {}, KEY, {"label": [3]}, num=1)
+    assert [draw()[0, 0, 0, 0], draw(sampling=Sampling(5))[0, 0, 0, 0]] == [4, 8]
+    continued = MODEL.generate({}, KEY, BATCH, sampling=Sampling(5))["tokens"]
+    np.testing.assert_array_equal(continued, TOKENS + 5)
+    assert BARE.sample({}, KEY, {"label": [3]}, num=1)[0, 0, 0, 0] == 4
+
+
+def test_latents_of_several_parts_are_read_by_their_names():
+    parts = {"fine": Input((2,), "float32"), "coarse": Input((1,), "float32")}
+    model = replace(MODEL, latents=parts, decode=lambda _, latents: latents["fine"] + latents["coarse"])
+    given = {"coarse": np.ones((3, 1)), "fine": np.full((3, 2), 2.0)}
+    np.testing.assert_array_equal(model.decode({}, given), np.full((3, 2), 3))
+    with pytest.raises(UserError, match="reads the field 'coarse' and is given \\['fine'\\]"):
+        model.decode({}, {"fine": given["fine"]})
+    with pytest.raises(UserError, match="'coarse' holds 2 examples and 3 are due"):
+        model.decode({}, given | {"coarse": np.ones((2, 1))})
 
 
 @pytest.mark.parametrize("traced", [False, True])
@@ -87,10 +119,12 @@ def test_what_fits_passes_in_any_width_of_integers(transform: Any) -> None:
             "float64[2, 2, 1] an example and the model expects uint8",
         ),
         (
-            partial(MODEL.reconstruct, {}),
+            partial(MODEL.encode, {}),
             IMAGE[:, :1],
             "uint8[1, 2, 1] an example and the model expects uint8[2, 2, 1]",
         ),
+        (partial(MODEL.decode, {}), np.zeros((2, 3)), "float64[3] an example and the model expects float32[4]"),
+        (partial(MODEL.decode, {}), IMAGE.reshape(2, 4), "uint8[4] an example and the model expects float32[4]"),
         (partial(MODEL.complete, {}, KEY, known=KNOWN), IMAGE[:, :1], "'image' holds uint8[1, 2, 1] an example"),
         (partial(MODEL.complete, {}, KEY, known=KNOWN[:1]), IMAGE, "`known` holds bool[1, 2] and must say of each"),
         (partial(MODEL.complete, {}, KEY, known=KNOWN.astype(int)), IMAGE, "`known` holds int64[2, 2]"),
@@ -119,12 +153,25 @@ def test_names_shapes_and_kinds_are_refused(traced: bool, call: Any, given: Any,
         (partial(MODEL.embed_text, {}, np.array([[0, 2, 50]])), "'tokens' holds the value 50, outside [0, 50)"),
         (partial(MODEL.embed_text, {}, np.array([[0, 1, 5]])), "field 'tokens' lacks the value 2"),
         (partial(MODEL.embed_image, {}, IMAGE + 1), "'image' holds the value 17, outside [0, 17)"),
-        (partial(MODEL.reconstruct, {}, jnp.asarray(IMAGE + 1)), "'image' holds the value 17, outside [0, 17)"),
+        (partial(MODEL.encode, {}, jnp.asarray(IMAGE + 1)), "'image' holds the value 17, outside [0, 17)"),
         (partial(MODEL.complete, {}, KEY, IMAGE + 1, KNOWN), "'image' holds the value 17, outside [0, 17)"),
         (partial(MODEL.log_likelihood, {}, BATCH | {"image": IMAGE + 1}, KEY), "'image' holds the value 17"),
-        (partial(MODEL.generate, {}, BATCH | {"label": np.array([0, 10])}, KEY), "'label' holds the value 10"),
+        (partial(MODEL.generate, {}, KEY, BATCH | {"label": np.array([0, 10])}), "'label' holds the value 10"),
         (partial(MODEL.sample, {}, KEY, {}, num=1, temperature=math.nan), "the temperature is nan: it must be"),
         (partial(MODEL.sample, {}, KEY, {}, num=1, temperature=-0.1), "the temperature is -0.1"),
+        (partial(MODEL.generate, {}, KEY, BATCH, temperature=-0.1), "the temperature is -0.1"),
+        (partial(MODEL.generate, {}, KEY, BATCH, order=()), "`order` is (): it must name segments to generate"),
+        (partial(MODEL.generate, {}, KEY, BATCH, order=("txt",)), "`order` is ('txt',): it must name segments"),
+        (
+            partial(MODEL.sample, {}, KEY, {}, num=1, sampling=vdm.Sampling()),
+            "are vlm_jax.models.vdm.Sampling and the model has test_told.Sampling: give it its own, or None",
+        ),
+        (
+            partial(MODEL.generate, {}, KEY, BATCH, sampling={"added": 2}),
+            "are builtins.dict and the model has test_told.Sampling",
+        ),
+        (partial(BARE.sample, {}, KEY, {}, num=1, sampling=Sampling()), "test_told.Sampling and the model has none"),
+        (partial(MODEL.sample, {}, KEY, {}, num=1, on_step=print), "draws in no steps that `on_step` could be told of"),
         (partial(MODEL.complete, {}, KEY, IMAGE, KNOWN, temperature=math.inf), "the temperature is inf"),
     ],
 )
@@ -165,7 +212,7 @@ def test_a_family_with_classes_is_no_less_told_under_jit() -> None:
 
 
 @pytest.mark.parametrize("guidance", [math.nan, math.inf, -1.0])
-@pytest.mark.parametrize("name", ["diffusion-tiny", "diffusion-tiny-ddpm", "diffusion-tiny-flow"])
-def test_guidance_is_a_share(name: str, guidance: float) -> None:
+@pytest.mark.parametrize("family", [diffusion, probability_flow, vdm])
+def test_guidance_is_a_share(family: Any, guidance: float) -> None:
     with pytest.raises(UserError, match=f"guidance is {guidance}: it must be a number, at least 0"):
-        replace(CONFIGS[name], guidance=guidance)
+        family.Sampling(guidance=guidance)

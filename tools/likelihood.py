@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,8 @@ def measure(path: Path, loaded: Loaded, data_dir: Path, seed: int) -> tuple[Int[
     log_likelihood = jax.jit(model.log_likelihood)
     images, sample_seconds = None, None
     if model.sample is not None:
-        sample = jax.jit(model.sample, static_argnames="num")
-        images, sample_seconds = timed(lambda: sample(loaded.variables, key, {}, num=TIMED))
+        sample = jax.jit(partial(model.sample, num=TIMED, sampling=experiment.sampling))
+        images, sample_seconds = timed(lambda: sample(loaded.variables, key, {}))
     _, evaluate_seconds = timed(lambda: log_likelihood(loaded.variables, batch, key))
     return images, Row(
         family=family_of(experiment.model),
@@ -256,7 +257,7 @@ def baselines(experiment: Experiment, data_dir: Path) -> list[Row]:
     }
     rows = []
     for (name, bound, dequantisation), nats in measured.items():
-        bits_per_dim, standard_error = mean_and_error(nats.astype(np.float32), test.shape[1:])
+        bits_per_dim, standard_error = mean_and_error(nats, np.full(len(test), test.shape[1]))
         rows.append(
             Row(
                 family="baseline",

@@ -284,12 +284,12 @@ def diffuser(
     inputs = channels * (1 + 2 * len(config.fourier) if isinstance(config, vdm.Config) else 1)
     outputs = channels * (2 if learned else 1)
     sizes = {"sample_size": config.image_size, "in_channels": inputs, "out_channels": outputs}
-    make: Any = unet if network.unet is not None else dit
-    theirs = make(network.unet or network.dit, network.classes, sizes)
+    make: Any = unet if isinstance(network.backbone, UNet) else dit
+    theirs = make(network.backbone, network.classes, sizes)
     shape = (len(batch["image"]), inputs, config.image_size, config.image_size)
     x, noise = torch.randn(shape), torch.randn(shape[0], outputs, *shape[2:])
     time, label = 999 * torch.rand(shape[0]), None
-    if network.classes is not None or network.dit is not None:
+    if network.classes is not None or make is dit:
         label = torch.randint(network.classes or 1, (shape[0],))
 
     def loss() -> Any:

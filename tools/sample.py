@@ -1,9 +1,13 @@
 """Draws what a run has learned: `python -m tools.sample WORKDIR --num N --out FILE.png`."""
 
+import itertools
 import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,72 +16,119 @@ import tyro
 from tqdm import tqdm
 
 from vlm_jax.commandline import command, require_one_process
+from vlm_jax.contract import Model
 from vlm_jax.data import Source, example, open_source
 from vlm_jax.errors import UserError, check_seed
+from vlm_jax.experiment import Experiment, from_record
 from vlm_jax.files import check_writable
+from vlm_jax.models import build
 from vlm_jax.paths import local_path
 from vlm_jax.sheets import Cell, write_sheet
-from vlm_jax.workdir import Loaded, load
+from vlm_jax.workdir import Loaded, load, read_record
 
+PROGRAM = "python -m tools.sample"
+PURPOSE = "Writes a contact sheet of what the model of a run draws, completes, reconstructs or finds."
 COLUMNS = 8
 NEAREST = 5
 
+Row = tuple[str, list[Cell]]
 
-def sample(
-    workdir: Annotated[Path, tyro.conf.Positional],
-    num: int = 16,
-    prompt: tuple[str, ...] = (),
-    out: Path | None = None,
-    split: str | None = None,
-    checkpoint_step: int | None = None,
-    data_dir: str | None = None,
-    seed: int = 0,
-    temperature: float = 1.0,
-) -> Path:
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to draw, and how."""
+
+    num: int = 16
+    """Samples to draw, or captions to find images for."""
+    prompt: tuple[str, ...] = ()
+    """Texts to draw images of, in turn, or to find images for; none: the held-out captions are found."""
+    label: tuple[str, ...] = ()
+    """Classes to draw, by number or name, in turn; none: they are drawn too."""
+    out: Path | None = None
+    """The PNG to write; None: WORKDIR/samples.png."""
+    split: str | None = None
+    """Part of the run's data set to show; None: the run's test split."""
+    checkpoint_step: int | None = None
+    """Step of a checkpoint; None: the best by validation loss, else the newest."""
+    data_dir: str | None = None
+    """Where prepared data sets are; None: where the run had them."""
+    seed: int = 0
+    """Of the samples."""
+    temperature: float = 1.0
+    """1: draw from the model; lower: with less noise, down to 0."""
+    sampling: Any = None
+    """The settings of the run's own family; None: those that the run has."""
+
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise UserError(f"--num is {self.num}: at least 1 must be drawn")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature is {self.temperature}: it must be a number, at least 0")
+        check_seed(self.seed)
+        if self.out is not None and self.out.suffix != ".png":
+            raise UserError(f"--out is {self.out}: it must end in .png")
+
+
+def main() -> None:
+    """Reads the command line in two parts: what can be set follows from the run."""
+    workdir, *flags = sys.argv[1:] or [""]
+    default = Options()
+    if workdir in ("-h", "--help"):
+        flags, description = (
+            [workdir],
+            f"{PURPOSE} {PROGRAM} WORKDIR --help lists the run's own settings of sampling too.",
+        )
+        workdir = "WORKDIR"
+    elif not workdir or workdir.startswith("-"):
+        raise UserError(f"the first word after {PROGRAM} is the directory of a run: --help lists the options")
+    else:
+        description = PURPOSE
+        experiment = from_record(read_record(local_path(workdir)))
+        default = Options(sampling=settings(experiment, build(experiment.model)))
+    options = tyro.cli(
+        Options,
+        default=default,
+        prog=f"{PROGRAM} {workdir}",
+        description=description,
+        args=flags,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    print(sample(Path(workdir), options))
+
+
+def settings(experiment: Experiment, model: Model) -> Any:
+    """Those by which the samples of a run are drawn."""
+    return model.sampling if experiment.sampling is None else experiment.sampling
+
+
+def sample(workdir: Path, options: Options = Options()) -> Path:
     """Writes a labelled contact sheet of samples, of reconstructions, or of the images nearest to captions.
-
-    Args:
-      workdir: The directory of a run.
-      num: Samples to draw, or captions to find images for.
-      prompt: Texts to find images for; none: the held-out captions.
-      out: The PNG to write; None: WORKDIR/samples.png.
-      split: Part of the run's data set to show; None: the run's test split.
-      checkpoint_step: Step of a checkpoint; None: the best by validation loss, else the newest.
-      data_dir: Where prepared data sets are; None: where the run had them.
-      seed: Of the samples.
-      temperature: 1: draw from the model; lower: with less noise, down to 0.
 
     Raises:
       UserError: the directory is no run, or what is asked for does not exist, is beyond the model or cannot be written.
     """
     require_one_process()
-    if num < 1:
-        raise UserError(f"--num is {num}: at least 1 must be drawn")
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"--temperature is {temperature}: it must be a number, at least 0")
-    check_seed(seed)
-    out = workdir / "samples.png" if out is None else out
-    if out.suffix != ".png":
-        raise UserError(f"--out is {out}: it must end in .png")
-    loaded = load(workdir, step=checkpoint_step)
+    out = workdir / "samples.png" if options.out is None else options.out
+    loaded = load(workdir, step=options.checkpoint_step)
     check_writable(out)
     model, data = loaded.model, loaded.experiment.data
 
     @cache
     def source() -> Source:  # samples alone need no data
-        return open_source(data.name, split or data.test, local_path(data_dir or loaded.experiment.data_dir))
+        directory = local_path(options.data_dir or loaded.experiment.data_dir)
+        return open_source(data.name, options.split or data.test, directory)
 
-    rows: list[tuple[str, list[Cell]]] = []
+    compares = model.embed_image is not None and model.embed_text is not None
+    check_told(workdir, model, options, compares)
+    rows: list[Row] = []
     if model.sample is not None:
-        if prompt:
-            raise UserError(f"{workdir} holds a model that takes no texts: leave out --prompt")
-        rows += samples(loaded, num, seed, temperature)
+        rows += samples(loaded, options, source)
     if model.complete is not None:
-        rows += completions(loaded, source(), min(num, COLUMNS), seed, temperature)
-    if model.reconstruct is not None:
-        rows += reconstructions(loaded, source(), min(num, COLUMNS))
-    if model.embed_image is not None and model.embed_text is not None:
-        rows += nearest_images(loaded, source(), prompt, num)
+        rows += completions(loaded, source(), options)
+    if model.encode is not None and model.decode is not None:
+        rows += reconstructions(loaded, source(), min(options.num, COLUMNS))
+    if compares and not (options.prompt and "tokens" in model.conditions):
+        rows += nearest_images(loaded, source(), options.prompt, options.num)
     if not rows:
         raise UserError(
             f"{workdir} holds a model that neither samples, completes, reconstructs nor compares images with texts"
@@ -86,17 +137,63 @@ def sample(
     return out
 
 
-def samples(loaded: Loaded, num: int, seed: int, temperature: float) -> list[tuple[str, list[Cell]]]:
-    """`num` draws."""
-    assert loaded.model.sample is not None
-    key, steps = jax.random.key(seed), loaded.model.sampling_steps
+def check_told(workdir: Path, model: Model, options: Options, compares: bool) -> None:
+    """Refuses to tell a model what it cannot be told."""
+    flags = {"tokens": "--prompt", "label": "--label"}
+    can = [flag for field, flag in flags.items() if field in model.conditions or (field == "tokens" and compares)]
+    for flag, value in (("--prompt", options.prompt), ("--label", options.label)):
+        if value and flag not in can:
+            rest = f"it can be told {can[0]}" if can else "it can be told nothing"
+            raise UserError(f"{workdir} holds a model that takes no {flag}: leave it out ({rest})")
+
+
+def samples(loaded: Loaded, options: Options, source: Callable[[], Source]) -> list[Row]:
+    """`num` draws, above each what it was told."""
+    model, num = loaded.model, options.num
+    assert model.sample is not None
+    sampling = settings(loaded.experiment, model) if options.sampling is None else options.sampling
+    titles, given = told(loaded, options, source)
+    draw = partial(model.sample, given=given, num=num, temperature=options.temperature, sampling=sampling)
+    steps = getattr(sampling, "steps", None)
     with tqdm(total=steps, desc="sampling", unit="step", disable=steps is None, leave=False) as bar:
-        options: dict[str, Any] = {} if steps is None else {"on_step": lambda *_: bar.update()}
-        draw = jax.jit(partial(loaded.model.sample, num=num, temperature=temperature, **options))
-        images = np.asarray(draw(loaded.variables, key, {}))
+        if steps is not None:
+            draw = partial(draw, on_step=lambda *_: bar.update())
+        images = np.asarray(jax.jit(draw)(loaded.variables, jax.random.key(options.seed)))
         jax.effects_barrier()
-    cells = [(image, str(index)) for index, image in enumerate(images)]
+    cells = list(zip(images, titles, strict=True))
     return [(f"samples, step {loaded.step}", cells[i : i + COLUMNS]) for i in range(0, num, COLUMNS)]
+
+
+def told(loaded: Loaded, options: Options, source: Callable[[], Source]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """A title for each draw, and what they are given, as values that are known, and so looked at, before any is drawn.
+
+    Args:
+      source: what knows the names of classes, asked where one is named.
+    """
+    titles, given = [str(index) for index in range(options.num)], {}
+    if options.label:
+        titles = list(itertools.islice(itertools.cycle(options.label), options.num))
+        given["label"] = np.array([class_number(label, source) for label in titles], np.int32)
+    if options.prompt:
+        titles = list(itertools.islice(itertools.cycle(options.prompt), options.num))
+        assert loaded.tokenizer is not None
+        given["tokens"] = loaded.tokenizer.encode(titles, loaded.model.conditions["tokens"].shape[0])
+    return titles, given
+
+
+def class_number(label: str, source: Callable[[], Source]) -> int:
+    """Of a class by its number, or by the name that the run's data set has for it.
+
+    Raises:
+      UserError: the data set has no such name.
+    """
+    if label.isdecimal():
+        return int(label)
+    names = source().label_names or ()
+    if label not in names:
+        known = f"{', '.join(names[:5])} ... or a number" if names else "its number"
+        raise UserError(f"--label {label} is none of the classes of {source().name}: choose {known}")
+    return names.index(label)
 
 
 def first_images(loaded: Loaded, source: Source, num: int) -> np.ndarray:
@@ -106,34 +203,34 @@ def first_images(loaded: Loaded, source: Source, num: int) -> np.ndarray:
     return np.stack([example(record, loaded.experiment.data, inputs, None, None)["image"] for record in records])
 
 
-def completions(
-    loaded: Loaded, source: Source, num: int, seed: int, temperature: float
-) -> list[tuple[str, list[Cell]]]:
+def completions(loaded: Loaded, source: Source, options: Options) -> list[Row]:
     """Held-out images above draws of their lower halves given the upper ones."""
     assert loaded.model.complete is not None
-    images = first_images(loaded, source, num)
+    images = first_images(loaded, source, min(options.num, COLUMNS))
     known = np.zeros(images.shape[1:3], bool)
     known[: images.shape[1] // 2] = True
-    complete = jax.jit(partial(loaded.model.complete, known=known, temperature=temperature))
-    completed = np.asarray(complete(loaded.variables, jax.random.key(seed), images))
+    complete = jax.jit(partial(loaded.model.complete, known=known, temperature=options.temperature))
+    completed = np.asarray(complete(loaded.variables, jax.random.key(options.seed), images))
     return [
         (f"{source.split} images", [(image, "") for image in images]),
         ("their lower halves drawn given the upper", [(image, "") for image in completed]),
     ]
 
 
-def reconstructions(loaded: Loaded, source: Source, num: int) -> list[tuple[str, list[Cell]]]:
-    """Held-out images above their reconstructions."""
-    assert loaded.model.reconstruct is not None
+def reconstructions(loaded: Loaded, source: Source, num: int) -> list[Row]:
+    """Held-out images above what is decoded of their mean latents."""
+    encode, decode = loaded.model.encode, loaded.model.decode
+    assert encode is not None and decode is not None
     images = first_images(loaded, source, num)
-    copies = np.asarray(jax.jit(loaded.model.reconstruct)(loaded.variables, images))
+    reconstruct = jax.jit(lambda variables, image: decode(variables, encode(variables, image)))
+    copies = np.asarray(reconstruct(loaded.variables, images))
     return [
         (f"{source.split} images", [(image, "") for image in images]),
         ("reconstructions", [(image, "") for image in copies]),
     ]
 
 
-def nearest_images(loaded: Loaded, source: Source, prompts: tuple[str, ...], num: int) -> list[tuple[str, list[Cell]]]:
+def nearest_images(loaded: Loaded, source: Source, prompts: tuple[str, ...], num: int) -> list[Row]:
     """Each caption with the images of the split nearest to it, the nearest first."""
     model, data, tokenizer = loaded.model, loaded.experiment.data, loaded.tokenizer
     assert model.embed_image is not None and model.embed_text is not None and tokenizer is not None
@@ -156,4 +253,4 @@ def nearest_images(loaded: Loaded, source: Source, prompts: tuple[str, ...], num
 
 if __name__ == "__main__":
     with command():
-        print(tyro.cli(sample))
+        main()

@@ -87,20 +87,22 @@ class Model:
     logarithm of the mean of several tightens the bound (1509.00519)"""
     count: Callable[[Batch], jax.Array] | None = None
     """`(batch) -> int32 [B]`: of how many sub-pixels, or tokens to predict, `log_likelihood` is"""
-    reconstruct: Callable[..., jax.Array] | None = None
-    """`(variables, image) -> image` of the same shape and dtype"""
+    latents: Input | Mapping[str, Input] | None = None
+    """What `encode` makes of an image: one array, or several by name"""
+    encode: Callable[..., Any] | None = None
+    """`(variables, image, key=None) -> latents`: the mean of what the image may stand for, or with a key a draw"""
+    decode: Callable[..., jax.Array] | None = None
+    """`(variables, latents) -> image`, of the shape and dtype that the model reads"""
     conditions: Mapping[str, Input] = field(default_factory=dict)
     """What `sample` can be told, one of each for an image; what it is not told of these it draws, labels uniformly."""
     sampling: Any = None
     """The settings of `sample` and `generate`, such as solver, steps and guidance, at the family's defaults: a frozen
     dataclass of its own; None: there are none. No part of what is trained, and so of no `Config`"""
     sample: Callable[..., jax.Array] | None = None
-    """`(variables, key, conditioning, *, num, temperature=1.0) -> [num, H, W, C]`; `conditioning` maps some of
-    `conditions` to `num` values each and is empty for none; at temperature 1 a draw from the model, below it one with
-    less noise"""
-    sampling_steps: int | None = None
-    """Steps of a `sample` that also takes `on_step(steps done, state)`, called on the host after each of them; None: it
-    does not"""
+    """`(variables, key, given, *, num, temperature=1.0, sampling=None, on_step=None) -> [num, H, W, C]`; `given` maps
+    some of `conditions` to `num` values each and is empty for none; at temperature 1 a draw from the model, below it
+    one with less noise; `sampling` is of the type of the model's, None: the model's; where that has `steps`,
+    `on_step(steps done, state)` is called on the host after each of them"""
     complete: Callable[..., jax.Array] | None = None
     """`(variables, key, image, known, *, temperature=1.0) -> image`: draws the pixels that are not known given those
     that are; `known` is a NumPy array of bool [H, W], the same for all images"""
@@ -121,7 +123,8 @@ CAPABILITIES = (
     "embed_text",
     "log_likelihood",
     "log_weight",
-    "reconstruct",
+    "encode",
+    "decode",
     "sample",
     "complete",
     "generate",
@@ -187,27 +190,49 @@ Fits = jax.Array | None
 
 def _attentive(model: Model, capability: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A capability that checks what it is told."""
-    if capability in ("embed_image", "embed_text", "reconstruct"):
+    if capability in ("embed_image", "embed_text", "encode"):
         name = "tokens" if capability == "embed_text" else "image"
 
-        def of_field(variables: Variables, value: jax.Array) -> jax.Array:
+        def of_field(variables: Variables, value: jax.Array, *rest: Any, **named: Any) -> Any:
             given, fits = _read(model.inputs, {name: value}, (name,))
-            return _blank(function(variables, given[name]), fits)
+            return jax.tree.map(lambda y: _blank(y, fits), function(variables, given[name], *rest, **named))
 
         return of_field
+
+    if capability == "decode":
+
+        def decode(variables: Variables, latents: Any) -> jax.Array:
+            alone = isinstance(model.latents, Input)
+            specs: Any = {"latents": model.latents} if alone else model.latents
+            values, _ = _read(specs, {"latents": latents} if alone else latents, tuple(specs))
+            return function(variables, values["latents"] if alone else values)
+
+        return decode
 
     if capability == "sample":
 
         def sample(
-            variables: Variables, key: jax.Array, conditioning: Batch, *, num: int, temperature: Any = 1.0, **rest: Any
+            variables: Variables,
+            key: jax.Array,
+            given: Batch,
+            *,
+            num: int,
+            temperature: Any = 1.0,
+            sampling: Any = None,
+            on_step: Callable[..., None] | None = None,
         ) -> jax.Array:
             _check_temperature(temperature)
-            for name in conditioning:
+            for name in given:
                 if name not in model.conditions:
                     known = ", ".join(model.conditions) or "nothing"
                     raise UserError(f"the model is told {name!r} and can be told {known}: leave it out, or correct it")
-            given, fits = _read(model.conditions, conditioning, tuple(conditioning), num)
-            return _blank(function(variables, key, given, num=num, temperature=temperature, **rest), fits)
+            told = _settings(model, sampling)
+            if on_step is not None:
+                if not hasattr(model.sampling, "steps"):
+                    raise UserError("the model draws in no steps that `on_step` could be told of: leave it out")
+                told["on_step"] = on_step
+            values, fits = _read(model.conditions, given, tuple(given), num)
+            return _blank(function(variables, key, values, num=num, temperature=temperature, **told), fits)
 
         return sample
 

@@ -63,6 +63,8 @@ class Experiment:
     data: Data
     training: Annotated[Training, tyro.conf.arg(name="")]
     """Its fields have no prefix on the command line: `--steps`, `--optimizer.learning-rate`."""
+    sampling: Any = None
+    """Settings by which samples are drawn, of the type of `Model.sampling`; None: the family's own."""
     zero_shot: ZeroShot | None = None
     """What `tools.evaluate` classifies without training on it; None: nothing."""
     workdir: str | None = None

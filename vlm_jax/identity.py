@@ -9,6 +9,7 @@ RUN_FIELDS = (
     "data_dir",
     "distributed",
     "zero_shot",
+    "sampling",
     "training.mesh",
     "training.steps",
     "training.log_every",

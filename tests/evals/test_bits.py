@@ -8,6 +8,7 @@ import pytest
 
 from vlm_jax.contract import Input, Model
 from vlm_jax.evals import Subject, likelihood
+from vlm_jax.objectives.likelihood import subpixels
 
 IMAGES, BATCHES = 2000, 8
 
@@ -20,6 +21,7 @@ def subject(log_likelihood: object) -> Subject:
         loss=lambda *_, **__: None,
         rules=(),
         log_likelihood=log_likelihood,
+        count=subpixels,
         log_weight=log_likelihood,
         bound="lower",
     )
@@ -46,7 +48,7 @@ def test_equal_batches_draw_apart():
     def draw(variables: object, batch: dict, key: jax.Array) -> jax.Array:
         return jnp.full(len(batch["image"]), jax.random.normal(key))
 
-    nats = likelihood.draws(subject(draw), draw, 1)[0].reshape(BATCHES, IMAGES)
+    nats = likelihood.draws(subject(draw), draw, 1).nats.reshape(BATCHES, IMAGES)
     assert (nats == nats[:, :1]).all()
     assert len({float(value) for value in nats[:, 0]}) == BATCHES
 
@@ -55,4 +57,4 @@ def test_each_draw_of_an_image_is_another():
     def draw(variables: object, batch: dict, key: jax.Array) -> jax.Array:
         return jnp.full(len(batch["image"]), jax.random.normal(key))
 
-    assert len({float(value) for value in likelihood.draws(subject(draw), draw, 5)[:, 0]}) == 5
+    assert len({float(value) for value in likelihood.draws(subject(draw), draw, 5).nats[:, 0]}) == 5

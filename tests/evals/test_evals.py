@@ -14,15 +14,33 @@ from vlm_jax.contract import Input, Model
 from vlm_jax.data import train_tokenizer
 from vlm_jax.evals import EVALUATIONS, Judge, Labelled, Subject, likelihood, reconstruction, retrieval, zero_shot
 from vlm_jax.evals.retrieval import belonging, recall_at
+from vlm_jax.objectives.likelihood import subpixels
 
 IMAGE = Input((8, 8, 1), "uint8", 17)
+
+
+SMALL = Input((4, 4, 1), "uint8", 17)
 
 
 def model(inputs: dict[str, Input] | None = None, **capabilities: object) -> Model:
     """A model that can do just what a test gives it, of images of 8x8 pixels unless it says otherwise."""
     return Model(
-        inputs=inputs or {"image": IMAGE}, init=lambda *_: {}, loss=lambda *_, **__: None, rules=(), **capabilities
+        inputs=inputs or {"image": IMAGE},
+        init=lambda *_: {},
+        loss=lambda *_, **__: None,
+        rules=(),
+        count=subpixels,
+        **capabilities,
     )
+
+
+def codec(added: int, spec: Input = IMAGE) -> dict[str, Any]:
+    """Capabilities of an image that is its own latents, decoded with as much added to its levels."""
+    return {
+        "latents": Input(spec.shape, "float32"),
+        "encode": lambda _, image, key=None: image.astype(jnp.float32),
+        "decode": lambda _, latents: latents.astype(jnp.uint8) + jnp.uint8(added),
+    }
 
 
 def batches(*parts: tuple[dict, int]) -> Callable[[], Iterator[tuple[dict, int]]]:
@@ -173,13 +191,25 @@ def test_bits_per_dim_of_a_uniform_model_is_the_logarithm_of_its_levels() -> Non
 def test_standard_error_is_that_of_the_mean_over_images() -> None:
     nats = np.array([-100.0, -120, -90, -110])
     bits = -nats / (64 * math.log(2))
-    metrics = likelihood.summary(nats, IMAGE.shape)
+    metrics = likelihood.summary(nats, np.full(4, 64))
     assert metrics["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-6)
     assert metrics["bits_per_dim_standard_error"] == pytest.approx(bits.std(ddof=1) / 2, rel=1e-5)
 
 
+def test_examples_of_unequal_counts_are_weighed_by_them() -> None:
+    """A mean over all tokens, not over texts: with the error of a ratio, which the bootstrap has too."""
+    rng = np.random.default_rng(0)
+    count = rng.integers(1, 30, 4000)
+    nats = -count * (2.0 + 0.3 * rng.normal(size=4000)) - rng.exponential(size=4000)
+    metrics = likelihood.summary(nats, count)
+    assert metrics["bits_per_dim"] == pytest.approx(-nats.sum() / count.sum() / math.log(2), rel=1e-9)
+    draws = rng.integers(0, 4000, (2000, 4000))
+    ratios = -nats[draws].sum(axis=1) / count[draws].sum(axis=1) / math.log(2)
+    assert metrics["bits_per_dim_standard_error"] == pytest.approx(ratios.std(), rel=0.1)
+
+
 def test_one_image_says_nothing_of_the_error() -> None:
-    assert likelihood.summary(np.array([-100.0]), IMAGE.shape)["bits_per_dim_standard_error"] is None
+    assert likelihood.summary(np.array([-100.0]), np.array([64]))["bits_per_dim_standard_error"] is None
 
 
 def test_importance_weights_are_averaged_inside_the_logarithm() -> None:
@@ -219,7 +249,7 @@ def test_reconstruction_measures_in_the_data_s_own_range() -> None:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 16, (2, 8, 8, 1)).astype(np.uint8)
     subject = Subject(
-        model=model(reconstruct=lambda _, image: image + jnp.uint8(1)),
+        model=model(**codec(1)),
         variables={},
         batches=batches(({"image": image}, 2)),
         examples=2,
@@ -233,7 +263,7 @@ def test_reconstruction_measures_in_the_data_s_own_range() -> None:
 def test_images_smaller_than_the_window_of_ssim_have_none_and_equal_ones_an_infinite_psnr() -> None:
     image = np.zeros((2, 4, 4, 1), np.uint8)
     subject = Subject(
-        model=model({"image": Input((4, 4, 1), "uint8", 17)}, reconstruct=lambda _, image: image),
+        model=model({"image": SMALL}, **codec(0, SMALL)),
         variables={},
         batches=batches(({"image": image}, 2)),
         examples=2,

@@ -16,14 +16,13 @@ import scipy.stats
 from optimized import mapped
 from vlm_jax.errors import UserError
 from vlm_jax.models import diffusion
+from vlm_jax.models.diffusion import Sampling
 from vlm_jax.nn.denoiser import Network
 from vlm_jax.nn.unet import UNet
 from vlm_jax.objectives.diffusion import Level, cosine_betas, discrete_gammas, linear_betas, variance_preserving
 
-NETWORK = Network(unet=UNet(widths=(8,), blocks=1, groups=4))
-CONFIG = diffusion.Config(
-    image_size=2, channels=1, levels=3, network=NETWORK, timesteps=100, sampling_steps=100, predict="x"
-)
+NETWORK = Network(backbone=UNet(widths=(8,), blocks=1, groups=4))
+CONFIG = diffusion.Config(image_size=2, channels=1, levels=3, network=NETWORK, timesteps=100, predict="x")
 IMAGES = np.array(list(itertools.product(range(3), repeat=4)), np.uint8)
 BATCH = {"image": IMAGES.reshape(81, 2, 2, 1)}
 X = np.float32(IMAGES) - 1
@@ -117,7 +116,7 @@ def test_every_constant_of_the_bound(variance: str, error: float, monkeypatch: p
 @pytest.mark.parametrize("timesteps", [2, 100])
 def test_the_step_that_is_drawn_stands_for_all(timesteps: int):
     """A network that predicts 0 makes each step's cost a number: over evenly spread draws their mean is the sum."""
-    model = diffusion.build(replace(CONFIG, timesteps=timesteps, sampling_steps=1, betas="cosine"))
+    model = diffusion.build(replace(CONFIG, timesteps=timesteps, betas="cosine"))
     batch = {"image": np.broadcast_to(np.uint8([[[0], [1]], [[2], [2]]]), (5_000, 2, 2, 1))}
     variables = model.init(KEY, batch)  # the last layer starts at zero
     actual = np.asarray(jax.jit(model.log_likelihood)(variables, batch, KEY), np.float64).mean()
@@ -151,16 +150,17 @@ def test_bounds_sum_to_at_most_one_and_nearly_so(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("solver", ["ancestral", "ddim", "heun"])
 def test_samples_have_the_probabilities_of_the_images(solver: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(diffusion, "Denoiser", Oracle)
-    count, model = 20_000, diffusion.build(replace(CONFIG, solver=solver))
-    samples = np.asarray(jax.jit(lambda key: model.sample({}, key, {}, num=count))(KEY))
+    count, model = 20_000, diffusion.build(CONFIG)
+    sampling = Sampling(solver=solver, steps=100)
+    samples = np.asarray(jax.jit(lambda key: model.sample({}, key, {}, num=count, sampling=sampling))(KEY))
     observed = np.bincount(samples.reshape(count, 4) @ [27, 9, 3, 1], minlength=81) / count
     assert (np.abs(observed - PROBABILITIES) < 5 * np.sqrt(PROBABILITIES / count) + 0.003).all()
 
 
-def draw(solver: str, **changes: Any) -> np.ndarray:
+def draw(solver: Any, steps: int = 100, betas: Any = "linear") -> np.ndarray:
     """Samples that are no levels but real vectors, all solvers from the same noise."""
-    model = diffusion.build(replace(CONFIG, levels=None, solver=solver, **changes))
-    return np.asarray(jax.jit(lambda key: model.sample({}, key, {}, num=50))(KEY))
+    model, sampling = diffusion.build(replace(CONFIG, levels=None, betas=betas)), Sampling(solver=solver, steps=steps)
+    return np.asarray(jax.jit(lambda key: model.sample({}, key, {}, num=50, sampling=sampling))(KEY))
 
 
 @pytest.mark.parametrize("betas", ["linear", "cosine"])
@@ -174,14 +174,14 @@ def test_a_network_that_knows_the_data_leaves_no_noise(solver: str, betas: Any, 
             return jnp.full_like(x_t, 0.3)
 
     monkeypatch.setattr(diffusion, "Denoiser", Known)
-    np.testing.assert_allclose(draw(solver, betas=betas, sampling_steps=20), 0.3, atol=1e-4)
+    np.testing.assert_allclose(draw(solver, 20, betas), 0.3, atol=1e-4)
 
 
 def test_eulers_steps_on_a_chain_are_ddims_and_heuns_are_of_higher_order(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(diffusion, "Denoiser", Oracle)
-    ddim, limit = draw("ddim", sampling_steps=20), draw("heun")
-    np.testing.assert_allclose(draw("euler", sampling_steps=20), ddim, atol=1e-4)
-    assert np.abs(draw("heun", sampling_steps=20) - limit).mean() < np.abs(ddim - limit).mean() / 3
+    ddim, limit = draw("ddim", 20), draw("heun")
+    np.testing.assert_allclose(draw("euler", 20), ddim, atol=1e-4)
+    assert np.abs(draw("heun", 20) - limit).mean() < np.abs(ddim - limit).mean() / 3
 
 
 def test_the_loss_trains_the_variance_by_the_bound_and_the_mean_by_its_error(monkeypatch: pytest.MonkeyPatch):
@@ -228,7 +228,7 @@ def test_min_snr_weighs_errors_of_the_data():
 
 
 def test_latents_are_real_vectors_without_a_likelihood():
-    config = replace(CONFIG, levels=None, channels=8, predict="eps", sampling_steps=4, variance="learned")
+    config = replace(CONFIG, levels=None, channels=8, predict="eps", timesteps=4, betas="cosine", variance="learned")
     model = diffusion.build(config)
     assert (model.log_likelihood, model.bound, model.inputs["image"].dtype) == (None, None, "float32")
     batch = {"image": np.random.default_rng(0).normal(size=(6, 2, 2, 8)).astype(np.float32)}
@@ -239,13 +239,18 @@ def test_latents_are_real_vectors_without_a_likelihood():
     assert sample.shape == (3, 2, 2, 8) and sample.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("changes", [{"sampling_steps": 0}, {"sampling_steps": 101}, {"timesteps": 1}])
-def test_steps_that_do_not_fit_are_refused(changes: dict[str, int]):
-    with pytest.raises(UserError, match=r"sampling_steps=\d+ must be from 1 to timesteps=\d+"):
-        replace(CONFIG, **changes)
+def test_steps_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match=r"timesteps is 1: it must be at least 2"):
+        replace(CONFIG, timesteps=1)
+    with pytest.raises(UserError, match=r"sampling\.steps is 0: it must be at least 1"):
+        Sampling(steps=0)
+    model = diffusion.build(CONFIG)
+    assert model.sampling == Sampling(steps=100)
+    with pytest.raises(UserError, match=r"sampling\.steps is 101 and the model's chain has timesteps=100: ask for as"):
+        model.sample({}, KEY, {}, num=1, sampling=Sampling(steps=101))
 
 
 def test_too_few_steps_of_linear_betas_are_refused_before_they_are_built():
-    assert diffusion.build(replace(CONFIG, timesteps=21, sampling_steps=1)).sample is not None
+    assert diffusion.build(replace(CONFIG, timesteps=21)).sample is not None
     with pytest.raises(UserError, match=r"timesteps=20 of linear betas would add more noise than there can be: choose"):
-        replace(CONFIG, timesteps=20, sampling_steps=1)
+        replace(CONFIG, timesteps=20)

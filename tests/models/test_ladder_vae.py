@@ -17,6 +17,7 @@ from reference import ACTIVATIONS, conv, dense, random_params
 from vlm_jax.errors import UserError
 from vlm_jax.models import ladder_vae
 from vlm_jax.models.ladder_vae import Config, LadderVAE
+from vlm_jax.objectives.likelihood import logistic_mixture_mean
 from vlm_jax.trees import map_with_path
 
 CONFIG = Config(
@@ -237,7 +238,10 @@ def test_sizes_that_are_no_powers_of_two():
     model = ladder_vae.build(config)
     batch = {"image": jax.ShapeDtypeStruct((2, 28, 28, 3), jnp.uint8)}
     variables = jax.eval_shape(model.init, KEY, batch)
-    assert jax.eval_shape(model.reconstruct, variables, batch["image"]) == batch["image"]
+    latents = jax.eval_shape(model.encode, variables, batch["image"])
+    expected = {name: ((2, *spec.shape), spec.dtype) for name, spec in model.latents.items()}
+    assert {name: (part.shape, part.dtype) for name, part in latents.items()} == expected
+    assert jax.eval_shape(model.decode, variables, latents) == batch["image"]
     sample = jax.eval_shape(lambda variables: model.sample(variables, KEY, {}, num=3), variables)
     assert (sample.shape, sample.dtype) == ((3, 28, 28, 3), jnp.uint8)
 
@@ -262,8 +266,39 @@ def test_reconstructions_become_their_originals():
         params = model.init(key, {"image": images})["params"]
         return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, 300))[0][0]
 
-    copies = jax.jit(model.reconstruct)({"params": train(KEY)}, images)
+    copies = jax.jit(lambda variables: model.decode(variables, model.encode(variables, images)))({"params": train(KEY)})
     np.testing.assert_array_equal(copies, images, strict=True)
+
+
+def test_latents_decode_to_what_the_posteriors_means_become(variables: Any):
+    """The noise of the prior that they are told in stands for the same latent images, and so for the same mixtures."""
+    module = LadderVAE(CONFIG)
+    still = [jnp.zeros((blocks, 81, size, size, 1)) for size, blocks in ((2, 1), (1, 2))]
+    expected, _ = module.apply(variables, IMAGES, still)
+    noise = module.apply(variables, IMAGES, still, method="encode")
+    np.testing.assert_allclose(module.apply(variables, noise, method="draw"), expected, atol=1e-4)
+    latents = MODEL.encode(variables, IMAGES)
+    assert latents.keys() == {"size_2", "size_1"} and latents["size_1"].shape == (81, 2, 1, 1, 1)
+    np.testing.assert_allclose(latents["size_1"], np.swapaxes(noise[1], 0, 1), atol=1e-6)
+    pixels = np.clip(np.round(logistic_mixture_mean(expected, 1) + 1), 0, 2)
+    near = np.abs(np.asarray(logistic_mixture_mean(expected, 1)) % 1 - 0.5) < 1e-4  # where rounding decides
+    assert near.mean() < 0.01
+    np.testing.assert_array_equal(np.where(near, 0, MODEL.decode(variables, latents)), np.where(near, 0, pixels))
+
+
+def test_drawn_latents_have_the_mean_and_variance_of_the_coarsest_posterior(variables: Any):
+    """It is given nothing but the image: the noise of one draw more, added to its mean, by the ratio of deviations."""
+    draws = mapped(lambda key: MODEL.encode(variables, IMAGES[:9], key)["size_1"][:, 0], jax.random.split(KEY, 8192))
+    ends = [
+        LadderVAE(CONFIG).apply(
+            variables, IMAGES[:9], [jnp.zeros((1, 9, 2, 2, 1)), jnp.full((2, 9, 1, 1, 1), noise)], method="encode"
+        )[1][0]
+        for noise in (0.0, 1.0)
+    ]
+    mean, deviation = np.float64(ends[0]), np.float64(ends[1]) - np.float64(ends[0])
+    assert np.abs(mean).max() > 0.01 and np.abs(deviation - 1).max() > 0.05
+    np.testing.assert_allclose((draws.mean(axis=0) - mean) / deviation, 0, atol=5 / math.sqrt(8192))
+    np.testing.assert_allclose(draws.std(axis=0) / deviation, 1, atol=5 / math.sqrt(2 * 8192))
 
 
 def test_dropout_is_for_training_alone(variables: Any):

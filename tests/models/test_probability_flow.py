@@ -15,11 +15,12 @@ import scipy.stats
 from optimized import mapped
 from vlm_jax.errors import UserError
 from vlm_jax.models import probability_flow
+from vlm_jax.models.probability_flow import Sampling
 from vlm_jax.nn.denoiser import Network
 from vlm_jax.nn.unet import UNet
 from vlm_jax.objectives.diffusion import edm_preconditioning
 
-NETWORK = Network(unet=UNet(widths=(8,), blocks=1, groups=4))
+NETWORK = Network(backbone=UNet(widths=(8,), blocks=1, groups=4))
 CONFIG = probability_flow.Config(image_size=2, channels=1, levels=3, network=NETWORK, likelihood_steps=400)
 BATCH = {"image": np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)}
 DEVIATION = 1.0
@@ -72,16 +73,16 @@ def test_the_likelihoods_of_all_images_sum_to_the_density_between_the_ends(confi
 
 @pytest.mark.parametrize("solver", ["ancestral", "heun", "dpm_solver"])
 def test_samples_have_the_distribution_of_the_data(config, solver: str):
-    model = probability_flow.build(replace(config, solver=solver, sampling_steps=100, levels=None))
-    samples = np.asarray(jax.jit(lambda key: model.sample({}, key, {}, num=20_000))(KEY))
+    model, sampling = probability_flow.build(replace(config, levels=None)), Sampling(solver=solver, steps=100)
+    samples = np.asarray(jax.jit(lambda key: model.sample({}, key, {}, num=20_000, sampling=sampling))(KEY))
     np.testing.assert_allclose(samples.mean(axis=0), 0, atol=0.03)
     np.testing.assert_allclose(samples.std(axis=0), DEVIATION, rtol=0.1 if solver == "ancestral" else 0.03)
 
 
 def test_samples_are_levels(config):
     """Of the share of [-1, 1] that each has, the outermost with the tails."""
-    model = probability_flow.build(replace(config, sampling_steps=100))
-    samples = np.asarray(jax.jit(lambda key: model.sample({}, key, {}, num=20_000))(KEY))
+    model, sampling = probability_flow.build(config), Sampling(steps=100)
+    samples = np.asarray(jax.jit(lambda key: model.sample({}, key, {}, num=20_000, sampling=sampling))(KEY))
     middle = math.erf(1 / 3 / (DEVIATION * math.sqrt(2)))
     observed = np.bincount(samples.reshape(-1), minlength=3) / samples.size
     np.testing.assert_allclose(observed, [(1 - middle) / 2, middle, (1 - middle) / 2], atol=0.01)
@@ -113,10 +114,19 @@ def test_training_dequantises_levels():
     np.testing.assert_allclose(loss, 1 + (2 / 3) ** 2 / 12, rtol=0.02)
 
 
-@pytest.mark.parametrize("name", ["sampling_steps", "likelihood_steps"])
-def test_too_few_steps_are_refused(name: str):
-    with pytest.raises(UserError, match=f"{name} is 1: it must be at least 2"):
-        replace(CONFIG, **{name: 1})
+def test_too_few_steps_are_refused():
+    with pytest.raises(UserError, match="likelihood_steps is 1: it must be at least 2"):
+        replace(CONFIG, likelihood_steps=1)
+    with pytest.raises(UserError, match=r"sampling\.steps is 0: it must be at least 1"):
+        Sampling(steps=0)
+
+
+def test_a_single_step_goes_straight_to_the_mean_of_the_data(config):
+    """Which is 0, whatever the noise: what a model of straight paths is for (2209.03003)."""
+    model = probability_flow.build(replace(config, levels=None))
+    for solver in ("heun", "euler", "ddim", "dpm_solver"):
+        samples = model.sample({}, KEY, {}, num=50, sampling=Sampling(solver=solver, steps=1))
+        np.testing.assert_allclose(samples, 0, atol=0.05)
 
 
 class Zero(nn.Module):
@@ -142,11 +152,9 @@ def test_edm_is_preconditioned_by_the_deviation_of_its_config(deviation: float, 
     weight = (sigma**2 + deviation**2) / (sigma * deviation) ** 2
     np.testing.assert_allclose(loss, np.mean(weight * ((skip * sigma) ** 2 + ((1 - skip) * 0.7) ** 2)), rtol=0.02)
     # Denoised once more from the last deviation but one, what is left is skip x_t.
-    ask = probability_flow.build(
-        replace(CONFIG, process="edm", levels=None, data_deviation=deviation, sampling_steps=2, solver="ddim")
-    )
     seen: list[np.ndarray] = []
-    ask.sample({}, KEY, {}, num=2, on_step=lambda done, x: seen.append(np.asarray(x)))
+    sampling = Sampling(solver="ddim", steps=2)
+    model.sample({}, KEY, {}, num=2, sampling=sampling, on_step=lambda done, x: seen.append(np.asarray(x)))
     jax.effects_barrier()
     skip = deviation**2 / (0.002**2 + deviation**2)
     np.testing.assert_allclose(seen[1], skip * seen[0], rtol=1e-4)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from optimized import mapped
-from reference import random_params
+from reference import dense, random_params, transformer
 from vlm_jax.errors import UserError
 from vlm_jax.models import tarflow
-from vlm_jax.models.tarflow import Block, Config, TarFlow
+from vlm_jax.models.tarflow import Block, Config, Sampling, TarFlow
 from vlm_jax.nn.transformer import Transformer
-from vlm_jax.trees import map_with_path
+from vlm_jax.trees import map_with_path, unstack
 
 KEY = jax.random.key(1)
 TRANSFORMER = Transformer(width=8, depth=2, heads=2, mlp=16)
@@ -113,6 +113,78 @@ def test_the_cached_inverse_equals_the_plain_one():
     np.testing.assert_allclose(invert(module, variables, X, LABEL), plain(X), atol=1e-5)
 
 
+def guided(params: Any, z: np.ndarray, label: np.ndarray | None, config: Config, sampling: Sampling) -> np.ndarray:
+    """The release's `reverse` of one block, each patch with all before it anew: x = z exp(a) + b, a and b guided.
+
+    Its weight rises as i / (T - 1) with the patch i.
+    """
+    stack, length = unstack(params["transformer"], "blocks", "block"), z.shape[1]
+
+    def parameters(before: np.ndarray, vector: Any, temperature: float) -> np.ndarray:
+        x = dense(params["embed"], before) + params["position"] + vector
+        return dense(params["affine"], transformer(stack, x, config.transformer, causal=True, temperature=temperature))
+
+    told, untold = (0, 0) if label is None else (params["label"][label][:, None], params["label"].mean(axis=0))
+    x = np.zeros(z.shape)
+    for i in range(length):
+        before = np.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        y, other = parameters(before, told, 1), parameters(before, untold, sampling.attention_temperature)
+        weight = sampling.guidance * (i / (length - 1) if sampling.rising else 1)
+        b, a = np.split((y + weight * (y - other))[:, i], 2, axis=-1)
+        x[:, i] = z[:, i] * np.exp(a) + b
+    return x
+
+
+@pytest.mark.parametrize(
+    ("classes", "sampling"),
+    [
+        (2, Sampling(guidance=1.5)),
+        (2, Sampling(guidance=1.5, rising=False)),
+        (2, Sampling(guidance=0.7, attention_temperature=0.5)),
+        (None, Sampling(guidance=2.0, attention_temperature=1.7)),
+    ],
+)
+def test_guidance_moves_each_patchs_shift_and_scale_away_from_those_of_no_class(
+    classes: int | None, sampling: Sampling
+):
+    config = replace(WIDE, classes=classes, image_size=4)
+    label, z = (LABEL if classes else None), jax.random.normal(KEY, (4, 4, 4))
+    module = Block(config)
+    params = random_params(jax.eval_shape(module.init, KEY, z, label)["params"], scale=0.4)
+    draw = jax.jit(
+        lambda sampling: module.apply({"params": params}, z, label, sampling, method="invert"), static_argnums=0
+    )
+    expected = guided(params, np.float64(z), label, config, sampling)
+    plain = guided(params, np.float64(z), label, config, Sampling())
+    assert np.abs(expected - plain).max() > 0.1
+    np.testing.assert_allclose(draw(sampling), expected, rtol=1e-4, atol=1e-4)
+    none = draw(replace(sampling, guidance=0.0))
+    np.testing.assert_array_equal(none, invert(module, {"params": params}, z, label))
+    np.testing.assert_allclose(none, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_needs_something_to_go_away_from():
+    model = tarflow.build(SMALL)
+    with pytest.raises(UserError, match=r"this one is told none: set sampling\.attention_temperature to another value"):
+        model.sample({}, KEY, {}, num=1, sampling=Sampling(guidance=1.0))
+
+
+def test_classes_are_dropped_in_training_alone_and_none_has_the_mean_of_all():
+    config = replace(SMALL, classes=2, class_dropout=1 - 1e-6)
+    variables = random_variables(TarFlow(config), jnp.zeros((2, 4, 1)), jnp.zeros(2, jnp.int32))
+    model, batch = tarflow.build(config), {"image": IMAGES[:4], "label": np.array([0, 0, 1, 1], np.int32)}
+    mean = jax.tree.map(lambda leaf: leaf, variables)
+    table = variables["params"]["block"]["label"]
+    mean["params"]["block"]["label"] = jnp.broadcast_to(table.mean(axis=1, keepdims=True), table.shape)
+    loss = jax.jit(lambda variables, train: model.loss(variables, batch, KEY, 0, train=train)[0], static_argnums=1)
+    np.testing.assert_allclose(loss(variables, True), loss(mean, False), rtol=1e-5)
+    assert abs(loss(variables, True) - loss(variables, False)) > 1e-4
+    told = tarflow.build(replace(config, class_dropout=0.0))
+    np.testing.assert_allclose(
+        jax.jit(lambda: told.loss(variables, batch, KEY, 0, train=True)[0])(), loss(variables, False), rtol=1e-6
+    )
+
+
 CONDITIONAL = replace(SMALL, classes=2)
 MODEL = tarflow.build(CONDITIONAL)
 BATCH = {"image": IMAGES, "label": np.ones(81, np.int32)}
@@ -160,7 +232,7 @@ def test_the_bound_is_below_every_probability_and_sums_to_at_most_one(log_weight
 
 
 def test_the_likelihood_is_the_log_weight_and_the_loss_its_negative_mean_in_bits(variables):
-    noise_key, _ = jax.random.split(KEY)
+    noise_key, _, _ = jax.random.split(KEY, 3)
     loss, aux = jax.jit(lambda key: MODEL.loss(variables, BATCH, key, 0, train=False))(KEY)
     bound = jax.jit(MODEL.log_likelihood)(variables, BATCH, noise_key)
     np.testing.assert_allclose(loss, -bound.mean() / (4 * math.log(2)), rtol=1e-5)

@@ -16,6 +16,7 @@ from optimized import mapped
 from vlm_jax.contract import Model
 from vlm_jax.errors import UserError
 from vlm_jax.models import vae
+from vlm_jax.objectives.likelihood import logistic_mixture_mean
 
 CONFIG = vae.Config(image_size=2, channels=1, levels=3, latent=2, widths=(8,), mixtures=2)
 MODELS = {"standard": vae.build(CONFIG), "learned": vae.build(replace(CONFIG, pseudo_inputs=3))}
@@ -156,8 +157,24 @@ def test_reconstructions_become_their_originals():
         params = model.init(key, {"image": images})["params"]
         return jax.lax.scan(step, params, jax.random.split(key, 500))[0]
 
-    copies = jax.jit(model.reconstruct)({"params": train(KEY)}, images)
+    copies = jax.jit(lambda variables: model.decode(variables, model.encode(variables, images)))({"params": train(KEY)})
     np.testing.assert_array_equal(copies, images, strict=True)
+
+
+def test_latents_are_the_posteriors_mean_and_draws_from_it_and_decode_to_the_pixels_means():
+    """Beside the module's own outputs, of random parameters."""
+    model = MODELS["standard"]
+    variables, module = random_variables(model), vae.VAE(CONFIG)
+    mean, log_variance = (np.float64(y) for y in module.apply(variables, IMAGES, method="encode"))
+    assert np.abs(mean).max() > 0.1
+    np.testing.assert_allclose(model.encode(variables, IMAGES), mean, atol=1e-6)
+    draws = mapped(lambda key: model.encode(variables, IMAGES, key), jax.random.split(KEY, 4096))
+    deviation = np.exp(0.5 * log_variance)
+    np.testing.assert_allclose((draws.mean(axis=0) - mean) / deviation, 0, atol=5 / 64)
+    np.testing.assert_allclose(draws.std(axis=0) / deviation, 1, atol=5 / math.sqrt(2 * 4096))
+    outputs = module.apply(variables, jnp.float32(mean), method="decode")
+    pixels = np.clip(np.round(logistic_mixture_mean(outputs, 1) + 1), 0, 2)
+    np.testing.assert_array_equal(model.decode(variables, jnp.float32(mean)), pixels)
 
 
 def test_dropout_is_for_training_alone():
@@ -174,7 +191,9 @@ def test_images_that_halve_as_often_as_there_are_widths():
     model = vae.build(config)
     batch = {"image": jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.uint8)}
     variables = jax.eval_shape(model.init, KEY, batch)
-    assert jax.eval_shape(model.reconstruct, variables, batch["image"]) == batch["image"]
+    latents = jax.eval_shape(model.encode, variables, batch["image"])
+    assert (latents.shape, latents.dtype) == ((2, *model.latents.shape), model.latents.dtype)
+    assert jax.eval_shape(model.decode, variables, latents) == batch["image"]
     sample = jax.eval_shape(lambda variables: model.sample(variables, KEY, {}, num=3), variables)
     assert (sample.shape, sample.dtype) == ((3, 8, 8, 3), jnp.uint8)
 

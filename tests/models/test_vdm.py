@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ from vlm_jax.nn.schedule import STEPS, MonotoneSchedule
 from vlm_jax.nn.unet import UNet
 from vlm_jax.objectives.diffusion import Level, from_data, variance_preserving
 
-NETWORK = Network(unet=UNet(widths=(8,), blocks=1, groups=4))
+NETWORK = Network(backbone=UNet(widths=(8,), blocks=1, groups=4))
 ENDS = -5.0, 6.0
 CONFIG = vdm.Config(
     image_size=2, channels=1, levels=3, network=NETWORK, gamma_min=ENDS[0], gamma_max=ENDS[1], fourier=(0,)
@@ -205,8 +206,9 @@ def test_a_learned_schedule_has_the_gradient_of_the_mean_square_and_the_ends_tha
 def test_samples_have_the_probabilities_of_the_images(oracle, solver: str):
     _, variables = oracle
     schedule = "monotone" if "schedule" in variables["params"] else "linear"
-    count, model = 20_000, vdm.build(replace(CONFIG, solver=solver, sampling_steps=100, schedule=schedule))
-    samples = np.asarray(jax.jit(lambda key: model.sample(variables, key, {}, num=count))(KEY))
+    count, model = 20_000, vdm.build(replace(CONFIG, schedule=schedule))
+    sampling = vdm.Sampling(solver=solver, steps=100)
+    samples = np.asarray(jax.jit(lambda key: model.sample(variables, key, {}, num=count, sampling=sampling))(KEY))
     observed = np.bincount(samples.reshape(count, 4) @ [27, 9, 3, 1], minlength=81) / count
     error = np.sqrt(PROBABILITIES / count)
     assert (np.abs(observed - PROBABILITIES) < 5 * error + 0.002).all()
@@ -223,15 +225,16 @@ def test_classes_are_read_and_asked_for(monkeypatch: pytest.MonkeyPatch):
             return jnp.broadcast_to(label[:, None, None, None] - 1.0, inputs[..., :1].shape)
 
     monkeypatch.setattr(vdm, "Denoiser", Labelled)
-    network = Network(unet=NETWORK.unet, classes=3)
+    network = Network(backbone=NETWORK.backbone, classes=3)
     model: Model = vdm.build(
-        vdm.Config(image_size=2, channels=1, levels=3, network=network, predict="x", gamma_min=-9.0, sampling_steps=5)
+        vdm.Config(image_size=2, channels=1, levels=3, network=network, predict="x", gamma_min=-9.0)
     )
+    draw = partial(model.sample, sampling=vdm.Sampling(steps=5))
     assert model.inputs["label"].limit == 3
     variables = {"params": {"first_gamma": jnp.float32(-9), "last_gamma": jnp.float32(5)}}
-    samples = model.sample(variables, KEY, {"label": jnp.array([2, 0, 1, 1])}, num=4)
+    samples = draw(variables, KEY, {"label": jnp.array([2, 0, 1, 1])}, num=4)
     np.testing.assert_array_equal(samples[:, 1, 1, 0], [2, 0, 1, 1])
-    assert set(np.unique(model.sample(variables, KEY, {}, num=50))) == {0, 1, 2}
+    assert set(np.unique(draw(variables, KEY, {}, num=50))) == {0, 1, 2}
     image = np.uint8([2, 0]).repeat(4).reshape(2, 2, 2, 1)
     right = model.log_likelihood(variables, {"image": image, "label": np.int32([2, 0])}, KEY)
     wrong = model.log_likelihood(variables, {"image": image, "label": np.int32([0, 2])}, KEY)
@@ -241,8 +244,8 @@ def test_classes_are_read_and_asked_for(monkeypatch: pytest.MonkeyPatch):
 def test_configurations_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"gamma_min=2.0 must be below gamma_max=2.0"):
         vdm.Config(image_size=2, network=NETWORK, gamma_min=2.0, gamma_max=2.0)
-    with pytest.raises(UserError, match=r"sampling_steps is 0: it must be at least 1"):
-        vdm.Config(image_size=2, network=NETWORK, sampling_steps=0)
+    with pytest.raises(UserError, match=r"sampling\.steps is 0: it must be at least 1"):
+        vdm.Sampling(steps=0)
 
 
 def test_the_network_sees_the_octaves_that_the_config_names(monkeypatch: pytest.MonkeyPatch):

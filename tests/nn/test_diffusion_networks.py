@@ -12,7 +12,7 @@ import pytest
 from reference import attention, conv, dense, group_norm, layer_norm, mlp, random_params, silu
 from vlm_jax.errors import UserError
 from vlm_jax.nn.conditioning import Conditioning, timestep_features
-from vlm_jax.nn.denoiser import Denoiser, Network, sampling_labels, training_labels
+from vlm_jax.nn.denoiser import Denoiser, Network
 from vlm_jax.nn.dit import DiT, DiTTower, position_features
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.unet import SpatialAttention, UNet, UNetBlock, UNetTower, check_unet
@@ -25,8 +25,8 @@ X = np.float32(RANDOM.normal(size=(3, 4, 4, 2)))
 TIME = np.float32([0, 500, 999])
 LABEL = np.int32([0, 1, 2])
 NETWORKS = {
-    "unet": Network(unet=UNet(widths=(8, 16), blocks=1, attention=(2,), groups=4), classes=3),
-    "dit": Network(dit=DiT(patch_size=2, transformer=Transformer(width=16, depth=2, heads=2, mlp=32)), classes=3),
+    "unet": Network(backbone=UNet(widths=(8, 16), blocks=1, attention=(2,), groups=4), classes=3),
+    "dit": Network(backbone=DiT(patch_size=2, transformer=Transformer(width=16, depth=2, heads=2, mlp=32)), classes=3),
 }
 
 
@@ -83,16 +83,10 @@ def test_the_transformer_starts_at_zero_and_its_blocks_as_the_identity():
     assert all((leaf == 0).all() for leaf in modulations.values())
 
 
-def test_labels_are_dropped_at_the_stated_rate_and_drawn_uniformly():
-    config = NETWORKS["dit"]
-    label = jnp.arange(30_000) % 3
-    dropped = training_labels(config, KEY, label) == 3
-    assert abs(dropped.mean() - 0.1) < 0.01
-    np.testing.assert_array_equal(jnp.where(dropped, label, training_labels(config, KEY, label)), label)
-    drawn = sampling_labels(config, KEY, None, 30_000)
-    np.testing.assert_allclose(np.bincount(drawn) / 30_000, np.full(3, 1 / 3), atol=0.01)
-    np.testing.assert_array_equal(sampling_labels(config, KEY, label, 30_000), label)
-    assert sampling_labels(Network(unet=UNet(widths=(8,), groups=4)), KEY, None, 5) is None
+def test_a_network_without_classes_cannot_be_guided():
+    module = Denoiser(Network(backbone=UNet(widths=(8,), blocks=1, groups=4)), 1)
+    with pytest.raises(UserError, match=r"this network is told none: leave sampling\.guidance at 1, not 3\.0"):
+        jax.eval_shape(lambda: module.init_with_output(KEY, X, TIME, None, guidance=3.0))
 
 
 def test_timestep_features_are_those_of_the_papers():
@@ -259,9 +253,7 @@ def test_rematerialised_blocks_compute_the_same():
             lambda: DiT(patch_size=2, transformer=Transformer(width=6, depth=1, heads=1, mlp=8)),
             "a diffusion transformer of width 6",
         ),
-        (lambda: Network(), "is either a unet or a dit"),
-        (lambda: Network(unet=UNet(widths=(32,)), dit=NETWORKS["dit"].dit), "is either a unet or a dit"),
-        (lambda: Network(unet=UNet(widths=(32,)), classes=0), "at least 1, not classes=0"),
+        (lambda: Network(backbone=UNet(widths=(32,)), classes=0), "classes is 0: it must be at least 1, or None"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(make, message: str):

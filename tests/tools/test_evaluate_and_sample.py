@@ -2,9 +2,13 @@
 
 import json
 import math
+import re
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,12 +17,17 @@ import pytest
 from PIL import Image
 
 import vlm_jax
+from experiments.presets import presets
+from experiments.run import run
 from tools.data import OtherData
 from tools.evaluate import evaluate, print_table, results_name
-from tools.sample import sample
+from tools.sample import Options, main, sample, told
+from vlm_jax.contract import Input
 from vlm_jax.data import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evals import Evaluation, Subject
+from vlm_jax.models import diffusion, vdm
+from vlm_jax.nn.unet import UNet
 
 
 def bits_per_dim(workdir: Path, draws: int) -> np.ndarray:
@@ -136,7 +145,7 @@ def test_what_the_run_names_to_classify_may_be_missing(
 
 
 def evaluation(name: str, result: Callable[[], dict]) -> Evaluation:
-    return Evaluation(name, ("reconstruct",), lambda subject: result())
+    return Evaluation(name, ("encode",), lambda subject: result())
 
 
 def fail() -> dict:
@@ -277,27 +286,111 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_sheets_are_pictures_that_depend_on_the_seed(vae_run: Path, tmp_path: Path) -> None:
-    paths = [sample(vae_run, num=3, seed=seed, out=tmp_path / f"{i}.png") for i, seed in enumerate((0, 0, 1))]
+    paths = [sample(vae_run, Options(num=3, seed=seed, out=tmp_path / f"{i}.png")) for i, seed in enumerate((0, 0, 1))]
     sheets = [pixels(path) for path in paths]
     np.testing.assert_array_equal(sheets[0], sheets[1])
     assert (sheets[0] != sheets[2]).any()
 
 
+@pytest.fixture(scope="module")
+def told_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of two steps of a small diffusion model of digits, so large that it heeds the class it is told."""
+    workdir = tmp_path_factory.mktemp("told") / "run"
+    preset = presets()["diffusion-tiny-ddpm"][1]
+    network = replace(preset.model.network, backbone=UNet(widths=(8,), blocks=1, groups=4))
+    small = replace(preset, model=replace(preset.model, network=network), sampling=diffusion.Sampling(steps=3))
+    optimizer = replace(preset.training.optimizer, learning_rate=0.1, warmup_steps=0, schedule="constant")
+    training = replace(preset.training, optimizer=optimizer, ema_decay=None, steps=2, batch_size=16)
+    run("diffusion-tiny-ddpm", replace(small, workdir=str(workdir), data_dir=str(data_dir), training=training))
+    return workdir
+
+
+def asked(workdir: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> np.ndarray:
+    """The sheet that the command writes."""
+    out = workdir.parent / "asked.png"
+    monkeypatch.setattr(sys, "argv", ["sample", str(workdir), *flags, "--out", str(out), "--num", "4"])
+    main()
+    return pixels(out)
+
+
+def test_settings_of_sampling_are_asked_for_by_the_command_and_change_no_run(
+    told_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = vlm_jax.load(told_run).experiment.sampling
+    assert settings == diffusion.Sampling(steps=3)
+    plain = asked(told_run, monkeypatch)
+    sheets = [asked(told_run, monkeypatch, "--sampling.guidance", guidance) for guidance in ("0", "1", "3")]
+    np.testing.assert_array_equal(sheets[1], plain)
+    assert (sheets[0] != plain).any() and (sheets[2] != plain).any()
+    assert (asked(told_run, monkeypatch, "--sampling.solver", "ddim") != plain).any()
+    # The run is the same one with other settings, and goes on.
+    experiment = vlm_jax.load(told_run).experiment
+    longer = replace(experiment.training, steps=3)
+    run("diffusion-tiny-ddpm", replace(experiment, sampling=diffusion.Sampling(steps=2), training=longer))
+    loaded = vlm_jax.load(told_run, step=3)
+    assert (loaded.step, loaded.experiment.sampling) == (3, diffusion.Sampling(steps=2))
+
+
+def test_classes_and_texts_are_told_in_turn_by_number_or_name() -> None:
+    source: Any = SimpleNamespace(label_names=("no", "one"), name="these data")
+    tokenizer = SimpleNamespace(encode=lambda texts, length: np.array([[len(text)] * length for text in texts]))
+    loaded: Any = SimpleNamespace(
+        tokenizer=tokenizer, model=SimpleNamespace(conditions={"tokens": Input((2,), "int32", 9)})
+    )
+    titles, given = told(loaded, Options(num=5, label=("3", "one")), lambda: source)
+    assert titles == ["3", "one", "3", "one", "3"]
+    np.testing.assert_array_equal(given["label"], [3, 1, 3, 1, 3])
+    titles, given = told(loaded, Options(num=3, prompt=("a", "dog")), lambda: source)
+    assert titles == ["a", "dog", "a"] and given.keys() == {"tokens"}
+    np.testing.assert_array_equal(given["tokens"], [[1, 1], [3, 3], [1, 1]])
+    assert told(loaded, Options(num=2), lambda: source) == (["0", "1"], {})
+    with pytest.raises(UserError, match="--label two is none of the classes of these data: choose no, one"):
+        told(loaded, Options(label=("two",)), lambda: source)
+
+
+def test_what_a_model_of_classes_cannot_be_told_is_refused(told_run: Path) -> None:
+    with pytest.raises(UserError, match=r"takes no --prompt: leave it out \(it can be told --label\)"):
+        sample(told_run, Options(prompt=("a three",)))
+    with pytest.raises(UserError, match=r"'label' holds the value 10, outside \[0, 10\)"):
+        sample(told_run, Options(label=("10",)))
+    with pytest.raises(UserError, match=r"are vlm_jax\.models\.vdm\.Sampling and the model has .*diffusion\.Sampling"):
+        sample(told_run, Options(sampling=vdm.Sampling()))
+
+
+def test_help_lists_the_runs_own_settings_of_sampling_or_says_how(
+    told_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for words in ([str(told_run), "--help"], ["--help"]):
+        monkeypatch.setattr(sys, "argv", ["sample", *words])
+        with pytest.raises(SystemExit) as done:
+            main()
+        assert done.value.code == 0
+        text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+        assert "--temperature" in text
+        assert ("--sampling.guidance" in text) == (len(words) == 2)
+        assert ("WORKDIR --help lists the run's own settings" in text) == (len(words) == 1)
+    monkeypatch.setattr(sys, "argv", ["sample", "--num", "3"])
+    with pytest.raises(UserError, match=r"first word after python -m tools\.sample is the directory of a run"):
+        main()
+
+
 def test_captions_or_prompts_find_images(clip_run: Path, tmp_path: Path) -> None:
-    by_caption = sample(clip_run, num=2, out=tmp_path / "captions.png")
-    by_prompt = sample(clip_run, prompt=("red circle",), out=tmp_path / "prompt.png")
+    by_caption = sample(clip_run, Options(num=2, out=tmp_path / "captions.png"))
+    by_prompt = sample(clip_run, Options(prompt=("red circle",), out=tmp_path / "prompt.png"))
     assert len(pixels(by_caption)) > len(pixels(by_prompt))
 
 
 def test_sheets_of_fewer_images_than_asked_for(vae_run: Path, clip_run: Path, tmp_path: Path) -> None:
     for index, workdir in enumerate((vae_run, clip_run)):
-        assert sample(workdir, num=4, split="test[:3]", out=tmp_path / f"{index}.png").exists()
+        assert sample(workdir, Options(num=4, split="test[:3]", out=tmp_path / f"{index}.png")).exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": ("red circle",)}, "takes no texts: leave out --prompt"),
+        ({"prompt": ("red circle",)}, r"takes no --prompt: leave it out \(it can be told nothing\)"),
+        ({"label": ("3",)}, r"takes no --label: leave it out \(it can be told nothing\)"),
+        ({"sampling": vdm.Sampling()}, r"are vlm_jax\.models\.vdm\.Sampling and the model has none: give it its own"),
         ({"num": 0}, "--num is 0"),
         ({"out": Path("sheet")}, r"--out is sheet: it must end in \.png"),
         ({"temperature": float("nan")}, "--temperature is nan: it must be a number, at least 0"),
@@ -309,7 +402,7 @@ def test_sheets_of_fewer_images_than_asked_for(vae_run: Path, clip_run: Path, tm
 )
 def test_sampling_refusals(vae_run: Path, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        sample(vae_run, **options)
+        sample(vae_run, Options(**options))
 
 
 def test_a_sheet_is_refused_before_it_is_drawn_where_it_cannot_be(vae_run: Path, tmp_path: Path, monkeypatch) -> None:
@@ -317,9 +410,9 @@ def test_a_sheet_is_refused_before_it_is_drawn_where_it_cannot_be(vae_run: Path,
     (tmp_path / "directory.png").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"directory\.png is a directory"):
-        sample(vae_run, out=tmp_path / "directory.png")
+        sample(vae_run, Options(out=tmp_path / "directory.png"))
     with pytest.raises(UserError, match=r"sheet\.png cannot be written \((Not a directory|File exists)\)"):
-        sample(vae_run, out=tmp_path / "file" / "sheet.png")
+        sample(vae_run, Options(out=tmp_path / "file" / "sheet.png"))
 
 
 @pytest.mark.parametrize("tool", [evaluate, sample])

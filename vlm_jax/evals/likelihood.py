@@ -1,15 +1,16 @@
-"""Bits per dimension of held-out images."""
+"""Bits per dimension of held-out images: for each sub-pixel, or whatever else `count` counts."""
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vlm_jax.contract import Batch
 from vlm_jax.evals.subject import Evaluation, Subject
-from vlm_jax.objectives.likelihood import nats_to_bits_per_dim
 
 NOISE_DRAWS = 4096
 """Draws of the noise that a bound is averaged over, at least, in all: few images need many each, many images one."""
@@ -17,45 +18,59 @@ IMPORTANCE_DRAWS = 64
 """Samples of the importance-weighted bound, for each image."""
 
 
-def draws(subject: Subject, function: Callable[..., jax.Array], count: int) -> Float[np.ndarray, "draws N"]:
-    """`function(variables, batch, key)` for every image of the split, `count` times with fresh noise."""
+class Draws(NamedTuple):
+    """A number for each example of a split, many times."""
+
+    nats: Float[np.ndarray, "draws N"]
+    counts: Int[np.ndarray, " N"]
+    """Of how many sub-pixels or tokens."""
+
+
+def draws(subject: Subject, function: Callable[..., jax.Array], repeats: int) -> Draws:
+    """`function(variables, batch, key)` for every example of the split, `repeats` times with fresh noise."""
     key = jax.random.key(0) if subject.key is None else subject.key
+    assert subject.model.count is not None
 
     @jax.jit
     def repeat(batch: Batch, key: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda key: function(subject.variables, batch, key), jax.random.split(key, count))
+        return jax.lax.map(lambda key: function(subject.variables, batch, key), jax.random.split(key, repeats))
 
-    columns = []
+    columns, counts = [], []
     for index, (batch, valid) in enumerate(subject.batches()):
         columns.append(np.asarray(repeat(batch, jax.random.fold_in(key, index)))[:, :valid])
-    return np.concatenate(columns, axis=1)
+        counts.append(np.asarray(subject.model.count(batch))[:valid])
+    return Draws(np.concatenate(columns, axis=1), np.concatenate(counts))
 
 
-def mean_and_error(nats: Float[np.ndarray, " N"], image_shape: tuple[int, ...]) -> tuple[float, float | None]:
-    """The mean over images and its standard error, in bits per dimension; one image alone says nothing of its error."""
-    bits = np.asarray(nats_to_bits_per_dim(jnp.asarray(nats), image_shape), np.float64)
-    return float(bits.mean()), float(bits.std(ddof=1) / np.sqrt(len(bits))) if len(bits) > 1 else None
+def mean_and_error(nats: Float[np.ndarray, " N"], count: Int[np.ndarray, " N"]) -> tuple[float, float | None]:
+    """Bits for each of what all log-likelihoods together are of, and the standard error over examples.
+
+    The error is that of a ratio of means; one example alone says nothing of it.
+    """
+    bits, size = -np.asarray(nats, np.float64) / math.log(2), float(np.mean(count))
+    mean = float(bits.mean()) / size
+    spread = bits - mean * count
+    return mean, float(spread.std(ddof=1) / math.sqrt(len(bits)) / size) if len(bits) > 1 else None
 
 
-def summary(nats: Float[np.ndarray, " N"], image_shape: tuple[int, ...]) -> dict[str, float | None]:
-    mean, error = mean_and_error(nats, image_shape)
+def summary(nats: Float[np.ndarray, " N"], count: Int[np.ndarray, " N"]) -> dict[str, float | None]:
+    mean, error = mean_and_error(nats, count)
     return {"bits_per_dim": mean, "bits_per_dim_standard_error": error}
 
 
 def run(subject: Subject) -> dict[str, float | None]:
     model = subject.model
     assert model.log_likelihood is not None
-    values = draws(subject, model.log_likelihood, 1 if model.bound == "exact" else -(-NOISE_DRAWS // subject.examples))
-    return summary(values.mean(axis=0), model.inputs["image"].shape)
+    found = draws(subject, model.log_likelihood, 1 if model.bound == "exact" else -(-NOISE_DRAWS // subject.examples))
+    return summary(found.nats.mean(axis=0), found.counts)
 
 
 def run_importance_weighted(subject: Subject) -> dict[str, float | None]:
     """log 1/K sum_k w_k, the bound of 1509.00519 with K = `IMPORTANCE_DRAWS`."""
-    model = subject.model
-    assert model.log_weight is not None
-    weights = draws(subject, model.log_weight, IMPORTANCE_DRAWS)
-    nats = jax.nn.logsumexp(jnp.asarray(weights), axis=0) - np.log(len(weights))
-    return summary(np.asarray(nats), model.inputs["image"].shape)
+    assert subject.model.log_weight is not None
+    weights = draws(subject, subject.model.log_weight, IMPORTANCE_DRAWS)
+    nats = jax.nn.logsumexp(jnp.asarray(weights.nats), axis=0) - np.log(len(weights.nats))
+    return summary(np.asarray(nats), weights.counts)
 
 
 EVALUATION = Evaluation("likelihood", ("log_likelihood", "sample"), run)

@@ -13,13 +13,14 @@ WINDOW = 7
 
 
 def run(subject: Subject) -> dict[str, float]:
-    """PSNR in dB and SSIM (Wang et al. 2004), means over the images.
+    """Of the mean latents: PSNR in dB and SSIM (Wang et al. 2004), means over the images.
 
     The PSNR of an image that comes back as it was is infinite. SSIM needs images of at least its window.
     """
     spec = subject.model.inputs["image"]
-    assert spec.limit is not None and subject.model.reconstruct is not None
-    reconstruct = jax.jit(subject.model.reconstruct)
+    encode, decode = subject.model.encode, subject.model.decode
+    assert spec.limit is not None and encode is not None and decode is not None
+    reconstruct = jax.jit(lambda variables, image: decode(variables, encode(variables, image)))
     similarity = partial(structural_similarity, win_size=WINDOW, data_range=spec.limit - 1, channel_axis=-1)
     psnr, ssim = [], []
     for batch, valid in subject.batches():
@@ -33,4 +34,4 @@ def run(subject: Subject) -> dict[str, float]:
     return {"psnr": float(np.mean(psnr))} | ({"ssim": float(np.mean(ssim))} if ssim else {})
 
 
-EVALUATION = Evaluation("reconstruction", ("reconstruct",), run)
+EVALUATION = Evaluation("reconstruction", ("encode", "decode"), run)

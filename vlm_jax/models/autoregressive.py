@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, empty_cache
+from vlm_jax.nn.labels import check_classes, inferred_labels, label_input, sampling_labels
 from vlm_jax.nn.stack import unrolled
 from vlm_jax.nn.subpixels import MixtureHead, PatchEmbedding, SoftmaxHead, known_prefix, subpixel_rules
 from vlm_jax.nn.transformer import TRANSFORMER_RULES, Transformer, TransformerStack
@@ -31,6 +32,7 @@ from vlm_jax.objectives.likelihood import (
     mixture_channels,
     nats_to_bits_per_dim,
     sample_logistic_mixture,
+    subpixels,
 )
 from vlm_jax.sampling.autoregressive import decode
 
@@ -57,10 +59,9 @@ class Config:
                 f"a mixture of logistics describes one pixel and the patches are {self.patch_size} pixels a side: set "
                 f"patch_size to 1, or mixtures to None"
             )
-        for name in ("mixtures", "classes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1, or None")
+        if self.mixtures is not None and self.mixtures < 1:
+            raise UserError(f"mixtures is {self.mixtures}: it must be at least 1, or None")
+        check_classes(self.classes)
 
 
 ABOVE = (-1, 0, 1)
@@ -168,7 +169,7 @@ def build(config: Config) -> Model:
     module: Any = Autoregressive(config)  # linen types what `apply` returns as a union
     shape = (config.image_size, config.image_size, config.channels)
     length = (config.image_size // config.patch_size) ** 2
-    conditions = {} if config.classes is None else {"label": Input((), "int32", config.classes)}
+    conditions = label_input(config.classes)
     inputs = {"image": Input(shape, "uint8", config.levels), **conditions}
 
     def init(key: Array, batch: Batch) -> Variables:
@@ -217,16 +218,14 @@ def build(config: Config) -> Model:
         patches = jnp.concatenate([patches[:, :known], drawn], axis=1)
         return unpatchify(patches, config.patch_size, config.channels).astype(jnp.uint8)
 
-    def draw_label(key: Array, log_probs: Float[Array, "B K"]) -> Int[Array, " B"]:
-        return jax.random.categorical(jax.random.fold_in(key, length), log_probs)  # patches have the keys before it
+    def label_key(key: Array) -> Array:
+        return jax.random.fold_in(key, length)  # patches have the keys before it
 
     def sample(
-        variables: Variables, key: Array, conditioning: Batch, *, num: int, temperature: float = 1.0
+        variables: Variables, key: Array, given: Batch, *, num: int, temperature: float = 1.0
     ) -> Int[Array, "num H W C"]:
         """The temperature is that of each sub-pixel's softmax, or of each pixel's mixture."""
-        label = conditioning.get("label")
-        if config.classes is not None and label is None:
-            label = draw_label(key, jnp.zeros((num, config.classes)))
+        label = sampling_labels(label_key(key), given.get("label"), config.classes, num)
         blank = jnp.zeros((num, length, patch_length(config)), jnp.int32)
         return extend(variables, key, blank, 0, label, temperature)
 
@@ -239,14 +238,11 @@ def build(config: Config) -> Model:
           UserError: `known` is not whole patches, all those from the first to some other in raster order.
         """
         count = known_prefix(known, config.patch_size)
-        label = None
-        if config.classes is not None:
 
-            def evidence(label: Array) -> Array:
-                values = log_probs(variables, {"image": image, "label": jnp.full(len(image), label)})
-                return jnp.sum(values[:, :count], axis=(1, 2))
+        def of_known(label: Int[Array, " B"]) -> Float[Array, " B"]:
+            return jnp.sum(log_probs(variables, {"image": image, "label": label})[:, :count], axis=(1, 2))
 
-            label = draw_label(key, jax.lax.map(evidence, jnp.arange(config.classes)).T)
+        label = inferred_labels(label_key(key), of_known, config.classes, len(image))
         patches = patchify(image, config.patch_size).astype(jnp.int32)
         return extend(variables, key, patches, count, label, temperature)
 
@@ -263,6 +259,7 @@ def build(config: Config) -> Model:
         loss=loss,
         rules=rules,
         log_likelihood=log_likelihood,
+        count=subpixels,
         bound="exact",
         conditions=conditions,
         sample=sample,

@@ -19,11 +19,10 @@ from vlm_jax.nn.denoiser import (
     Denoiser,
     Network,
     check_network,
-    class_input,
+    check_steps,
     network_rules,
-    sampling_labels,
-    training_labels,
 )
+from vlm_jax.nn.labels import label_input, sampling_labels, training_labels
 from vlm_jax.objectives.diffusion import (
     Level,
     cosine_betas,
@@ -41,8 +40,14 @@ from vlm_jax.objectives.diffusion import (
     variance_exploding,
     variance_preserving,
 )
-from vlm_jax.objectives.likelihood import from_unit_range, gaussian_log_density, nats_to_bits_per_dim, to_unit_range
-from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep
+from vlm_jax.objectives.likelihood import (
+    from_unit_range,
+    gaussian_log_density,
+    nats_to_bits_per_dim,
+    subpixels,
+    to_unit_range,
+)
+from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, SolverName
 
 BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
@@ -64,23 +69,29 @@ class Config:
     """Of the squared errors of different times: alike, or min(SNR, 5) on those of x (2303.09556)."""
     variance: Literal["posterior", "forward", "learned"] = "posterior"
     """Of each step: the least that it can be, the most, or between the two as the network says (2102.09672)."""
-    solver: Literal["ancestral", "ddim", "dpm_solver", "euler", "heun"] = "ancestral"
-    sampling_steps: int = 1000
-    guidance: float = 1.0
-    """In sampling, above 1: away from the prediction without a class."""
 
     def __post_init__(self) -> None:
-        check_network(self.network, self.image_size, self.guidance)
-        if not 1 <= self.sampling_steps <= self.timesteps or self.timesteps < 2:
-            raise UserError(
-                f"sampling_steps={self.sampling_steps} must be from 1 to timesteps={self.timesteps}, of which there "
-                f"must be 2 or more"
-            )
+        check_network(self.network, self.image_size)
+        if self.timesteps < 2:
+            raise UserError(f"timesteps is {self.timesteps}: it must be at least 2")
         if self.betas == "linear" and self.timesteps <= 20:
             raise UserError(
                 f"timesteps={self.timesteps} of linear betas would add more noise than there can be: choose more than "
                 f"20, or betas=cosine"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are drawn."""
+
+    solver: SolverName = "ancestral"
+    steps: int = 1000
+    guidance: float = 1.0
+    """Above 1: away from the prediction without a class; at 0 that prediction itself (2207.12598)."""
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps, self.guidance)
 
 
 class Prediction(NamedTuple):
@@ -97,7 +108,7 @@ def build(config: Config) -> Model:
     """Samples, and a bound on the likelihood where the data are levels."""
     learned = config.variance == "learned"
     module: Any = Denoiser(config.network, config.channels * (2 if learned else 1))
-    shape = (config.image_size, config.image_size, config.channels)
+    shape, network = (config.image_size, config.image_size, config.channels), config.network
     gammas = discrete_gammas(BETAS[config.betas](config.timesteps))
 
     def to_input(image: Num[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -153,7 +164,9 @@ def build(config: Config) -> Model:
         """The mean squared error of the prediction; with a learned variance, also a thousandth of the bound."""
         del step
         label_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
-        label = training_labels(config.network, label_key, batch.get("label")) if train else batch.get("label")
+        label = batch.get("label")
+        if train:
+            label = training_labels(label_key, label, network.classes, network.class_dropout)
         x = to_input(batch["image"])
         t = 1 + jnp.floor(config.timesteps * stratified(time_key, len(x))).astype(jnp.int32)
         t = jnp.minimum(t, config.timesteps)  # a product of floats may round up
@@ -197,15 +210,25 @@ def build(config: Config) -> Model:
     def sample(
         variables: Variables,
         key: Array,
-        conditioning: Batch,
+        given: Batch,
         *,
         num: int,
         temperature: float = 1.0,
+        sampling: Sampling,
         on_step: OnStep | None = None,
     ) -> Num[Array, "num H W C"]:
-        """The temperature scales all noise. `on_step` sees the states, of `euler` and `heun` over alpha."""
+        """The temperature scales all noise. `on_step` sees the states, of `euler` and `heun` over alpha.
+
+        Raises:
+          UserError: `sampling` has more steps than the chain.
+        """
+        if sampling.steps > config.timesteps:
+            raise UserError(
+                f"sampling.steps is {sampling.steps} and the model's chain has timesteps={config.timesteps}: ask for "
+                f"as many at most"
+            )
         label_key, noise_key, solver_key = jax.random.split(key, 3)
-        label = sampling_labels(config.network, label_key, conditioning.get("label"), num)
+        label = sampling_labels(label_key, given.get("label"), network.classes, num)
         levels = variance_preserving(gammas)
         alphas = jnp.concatenate([jnp.ones(1), levels.alpha])  # before the first step there is no noise
         sigmas = jnp.concatenate([jnp.zeros(1), levels.sigma])
@@ -215,24 +238,24 @@ def build(config: Config) -> Model:
             return Level(alphas[t], sigmas[t])
 
         def denoise(x: Array, t: Array) -> Denoised:
-            prediction = predict(variables, x, schedule(t), t, label, guidance=config.guidance)
+            prediction = predict(variables, x, schedule(t), t, label, guidance=sampling.guidance)
             return Denoised(prediction.data, prediction.mix)
 
         def denoise_ratio(x: Array, ratio: Array) -> Denoised:
             t = jnp.argmin(jnp.abs(ratios - ratio))
             return denoise(alphas[t] * x, t)
 
-        times = jnp.round(jnp.linspace(config.timesteps, 0, config.sampling_steps + 1)).astype(jnp.int32)
+        times = jnp.round(jnp.linspace(config.timesteps, 0, sampling.steps + 1)).astype(jnp.int32)
         x = temperature * jax.random.normal(noise_key, (num, *shape))
-        solve = partial(SOLVERS[config.solver], key=solver_key, temperature=temperature, on_step=on_step)
-        if config.solver in ("euler", "heun"):
+        solve = partial(SOLVERS[sampling.solver], key=solver_key, temperature=temperature, on_step=on_step)
+        if sampling.solver in ("euler", "heun"):
             # The chain has no slope in t, which an ODE needs: x / alpha moves along sigma / alpha (2010.02502, eq. 14).
             x = solve(denoise_ratio, variance_exploding, ratios[times], x / alphas[-1])
         else:
             x = solve(denoise, schedule, times, x)
         return x if config.levels is None else from_unit_range(x, config.levels)
 
-    conditions = class_input(config.network)
+    conditions = label_input(network.classes)
     image = Input(shape, "float32") if config.levels is None else Input(shape, "uint8", config.levels)
     return Model(
         inputs={"image": image, **conditions},
@@ -240,8 +263,9 @@ def build(config: Config) -> Model:
         loss=loss,
         rules=network_rules(config.network),
         log_likelihood=None if config.levels is None else log_likelihood,
+        count=None if config.levels is None else subpixels,
         bound=None if config.levels is None else "lower",
         conditions=conditions,
+        sampling=Sampling(steps=config.timesteps),
         sample=sample,
-        sampling_steps=config.sampling_steps,
     )

@@ -28,7 +28,7 @@ from vlm_jax.objectives.dequantisation import (
     to_logit,
     to_symmetric,
 )
-from vlm_jax.objectives.likelihood import nats_to_bits_per_dim, to_unit_range
+from vlm_jax.objectives.likelihood import nats_to_bits_per_dim, subpixels, to_unit_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +162,10 @@ def build(config: Config) -> Model:
         return log_p - log_q
 
     def sample(
-        variables: Variables, key: Array, conditioning: Batch, *, num: int, temperature: float = 1.0
+        variables: Variables, key: Array, given: Batch, *, num: int, temperature: float = 1.0
     ) -> Int[Array, "num H W C"]:
         """The temperature multiplies the noise."""
-        del conditioning
+        del given
         return module.apply(variables, temperature * jax.random.normal(key, (num, math.prod(shape))), method="decode")
 
     return Model(
@@ -175,6 +175,7 @@ def build(config: Config) -> Model:
         rules=(*(() if config.masked_width is None else MASKED_RULES), *flow_rules(config.scales)),
         frozen=FLOW_FROZEN,
         log_likelihood=log_weight,
+        count=subpixels,
         bound="lower",
         dequantisation=config.dequantisation,
         log_weight=log_weight,

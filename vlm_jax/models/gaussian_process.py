@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
-from vlm_jax.objectives.likelihood import nats_to_bits_per_dim
+from vlm_jax.objectives.dequantisation import to_level
+from vlm_jax.objectives.likelihood import nats_to_bits_per_dim, subpixels
 from vlm_jax.objectives.multivariate_normal import condition, log_density
 from vlm_jax.sharding import constrain
 
@@ -95,7 +96,7 @@ def build(config: Config) -> Model:
 
     def to_image(y: Float[Array, "B D"]) -> Int[Array, "B H W C"]:
         """The level whose bin of [0, 1] a value is in, or is next to."""
-        return jnp.clip(jnp.floor(y * config.levels), 0, config.levels - 1).astype(jnp.uint8).reshape(-1, *shape)
+        return to_level(y.reshape(-1, *shape), config.levels)
 
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
         """log p(y) - D log(levels) at one draw of the dequantisation."""
@@ -116,10 +117,10 @@ def build(config: Config) -> Model:
         return value, Aux(metrics, weight=jnp.float32(len(batch["image"])))
 
     def sample(
-        variables: Variables, key: Array, conditioning: Batch, *, num: int, temperature: float = 1.0
+        variables: Variables, key: Array, given: Batch, *, num: int, temperature: float = 1.0
     ) -> Int[Array, "num H W C"]:
         """Draws with `temperature` times their deviation from the mean; at 0 they are the mean."""
-        del conditioning
+        del given
         cholesky = jnp.linalg.cholesky(covariance(config, variables["params"]))
         noise = jax.random.normal(key, (num, dimensions))
         return to_image(variables["params"]["mean"] + temperature * jnp.matmul(noise, cholesky.T, precision="highest"))
@@ -157,6 +158,7 @@ def build(config: Config) -> Model:
             (r"log_noise$", ()),
         ),
         log_likelihood=log_likelihood,
+        count=subpixels,
         bound="lower",
         dequantisation="uniform",
         sample=sample,

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.objectives.kernel_density import discretised_log_kernel, gaussian_log_kernel, mixture_log_density
-from vlm_jax.objectives.likelihood import nats_to_bits_per_dim
+from vlm_jax.objectives.likelihood import nats_to_bits_per_dim, subpixels
 from vlm_jax.sharding import constrain
 
 
@@ -132,10 +132,10 @@ def build(config: Config) -> Model:
         return log_density(variables["params"]["log_bandwidth"], variables["data"], flat(batch["image"]), key)
 
     def sample(
-        variables: Variables, key: Array, conditioning: Batch, *, num: int, temperature: float = 1.0
+        variables: Variables, key: Array, given: Batch, *, num: int, temperature: float = 1.0
     ) -> Int[Array, "num H W C"]:
         """Stored images with noise of `temperature` times the bandwidth, rounded; at 0 they are the images."""
-        del conditioning
+        del given
         choice_key, noise_key = jax.random.split(key)
         stored = variables["data"]["image"]
         bandwidth = jnp.exp(variables["params"]["log_bandwidth"]) * variables["data"]["deviation"]
@@ -149,6 +149,7 @@ def build(config: Config) -> Model:
         loss=loss,
         rules=((r"log_bandwidth$", ()),),
         log_likelihood=log_likelihood,
+        count=subpixels,
         bound="exact" if config.kernel == "discretised" else "lower",
         dequantisation=None if config.kernel == "discretised" else "uniform",
         sample=sample,

@@ -7,6 +7,7 @@ saw at that resolution as well. As in the ladder VAE (Sonderby et al. 2016, 1602
 """
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +28,7 @@ from vlm_jax.objectives.likelihood import (
     mixture_channels,
     nats_to_bits_per_dim,
     sample_logistic_mixture,
+    subpixels,
     to_unit_range,
 )
 from vlm_jax.sharding import constrain
@@ -157,7 +159,8 @@ class DecoderBlock(nn.Module):
         noise: Float[Array, "B H W Z"],
         *,
         train: bool,
-    ) -> tuple[Float[Array, "B H W C"], Terms]:
+    ) -> tuple[Float[Array, "B H W C"], Terms, Float[Array, "B H W Z"]]:
+        """What comes last is the noise by which the prior would have drawn the same latent image."""
         c = self.config
         scale = 1 / sum(c.decoder_blocks)
         # A prior that starts as the standard normal, and adds nothing to x.
@@ -179,10 +182,11 @@ class DecoderBlock(nn.Module):
             log_ratio = gaussian_log_density(z, prior_mean, 2 * prior_log_deviation)
             log_ratio = log_ratio - gaussian_log_density(z, mean, 2 * log_deviation)
             terms = Terms(jnp.sum(divergence, axis=(1, 2, 3)), jnp.sum(log_ratio, axis=(1, 2, 3)))
+            noise = (z - prior_mean) * jnp.exp(-prior_log_deviation)
         init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
         x = x + shift + nn.Dense(c.width, kernel_init=init, name="latent")(z)
         x = x + Bottleneck(c.hidden, c.width, scale, c.dropout, c.dtype, name="block")(x, train=train)
-        return constrain(x, "batch", None, None, None), terms
+        return constrain(x, "batch", None, None, None), terms, noise
 
 
 def bounded(log_deviation: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -213,23 +217,26 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents from coarse to fine -> parameters of each pixel's mixture of logistics, and the terms of each latent."""
+    """Latents from coarse to fine -> parameters of each pixel's mixture of logistics, and of each latent its terms and
+    the noise by which the prior would have drawn it."""
 
     config: Config
 
     @nn.compact
     def __call__(
         self, seen: list[Float[Array, "B h w D"]] | None, noise: list[Float[Array, "L B h w Z"]], *, train: bool = False
-    ) -> tuple[Float[Array, "B H W O"], Terms]:
+    ) -> tuple[Float[Array, "B H W O"], Terms, list[Float[Array, "L B h w Z"]]]:
         """`seen` is what the encoder tells; None: latents are drawn from their priors."""
         c, batch = self.config, noise[0].shape[1]
         x, parts = jnp.zeros((batch, c.sizes[-1], c.sizes[-1], c.width)), []
+        latents: list[Array] = []
         for i, size in reversed(list(enumerate(c.sizes))):
             x = enlarge(x, size) + self.param(f"start_{size}", nn.initializers.zeros, (size, size, c.width))
             told = None if seen is None else seen[i]
 
-            def body(block: nn.Module, x: Array, noise: Array, told: Array | None = told) -> tuple[Array, Terms]:
-                return block(x, told, noise, train=train)
+            def body(block: nn.Module, x: Array, noise: Array, told: Array | None = told) -> tuple[Array, Any]:
+                x, *drawn = block(x, told, noise, train=train)
+                return x, drawn
 
             scan = nn.scan(
                 body,
@@ -237,12 +244,13 @@ class Decoder(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 unroll=unroll(c.decoder_blocks[i]),
             )
-            x, terms = scan(DecoderBlock(c, name=f"size_{size}"), x, noise[i])
+            x, (terms, drawn) = scan(DecoderBlock(c, name=f"size_{size}"), x, noise[i])
             parts.append(terms)
+            latents.insert(0, drawn)
         gain = self.param("final_gain", nn.initializers.ones, (c.width,))
         bias = self.param("final_bias", nn.initializers.zeros, (c.width,))
         outputs = nn.Dense(mixture_channels(c.mixtures, c.channels), name="mixture")(x * gain + bias)
-        return outputs, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+        return outputs, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts), latents
 
 
 class LadderVAE(nn.Module):
@@ -258,7 +266,13 @@ class LadderVAE(nn.Module):
         self, image: Int[Array, "B H W C"], noise: list[Float[Array, "L B h w Z"]], *, train: bool = False
     ) -> tuple[Float[Array, "B H W O"], Terms]:
         """The pixels' mixtures at latents of the posterior, and what the latents cost."""
-        return self.decoder(self.encoder(to_unit_range(image, self.config.levels)), noise, train=train)
+        return self.decoder(self.encoder(to_unit_range(image, self.config.levels)), noise, train=train)[:2]
+
+    def encode(
+        self, image: Int[Array, "B H W C"], noise: list[Float[Array, "L B h w Z"]]
+    ) -> list[Float[Array, "L B h w Z"]]:
+        """The noise by which the prior would have drawn these latents of the posterior."""
+        return self.decoder(self.encoder(to_unit_range(image, self.config.levels)), noise)[2]
 
     def draw(self, noise: list[Float[Array, "L B h w Z"]]) -> Float[Array, "B H W O"]:
         """The pixels' mixtures at latents of the prior."""
@@ -269,9 +283,10 @@ def build(config: Config) -> Model:
     """A latent-variable model of images: its likelihood is bounded from below."""
     module: Any = LadderVAE(config)  # linen types what `apply` returns as a union
     shape = (config.image_size, config.image_size, config.channels)
+    sizes = list(zip(config.sizes, config.decoder_blocks, strict=True))
+    latents = {f"size_{size}": Input((blocks, size, size, config.latent), "float32") for size, blocks in sizes}
 
     def draw_noise(key: Array, count: int) -> list[Float[Array, "L B h w Z"]]:
-        sizes = zip(config.sizes, config.decoder_blocks, strict=True)
         shapes = [(blocks, count, size, size, config.latent) for size, blocks in sizes]
         return [jax.random.normal(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes)]
 
@@ -311,17 +326,28 @@ def build(config: Config) -> Model:
         log_prob, (_, log_ratio) = terms(variables, batch["image"], key)
         return log_prob + log_ratio
 
-    def reconstruct(variables: Variables, image: Int[Array, "B H W C"]) -> Int[Array, "B H W C"]:
-        """The decoder's mean at the posteriors' means."""
-        still = [jnp.zeros_like(noise) for noise in draw_noise(jax.random.key(0), len(image))]
-        outputs, _ = module.apply(variables, image, still)
+    def encode(variables: Variables, image: Int[Array, "B H W C"], key: Array | None = None) -> dict[str, Array]:
+        """The posteriors' means, each given those above it, or draws; in the noise by which the prior draws the same.
+
+        So measured a latent image is standard normal before the image is seen, and needs none of the others.
+        """
+        noise = draw_noise(jax.random.key(0) if key is None else key, len(image))
+        if key is None:
+            noise = [jnp.zeros_like(part) for part in noise]
+        parts = module.apply(variables, image, noise, method="encode")
+        return {name: jnp.moveaxis(part, 0, 1) for name, part in zip(latents, parts, strict=True)}
+
+    def decode(variables: Variables, given: Mapping[str, Float[Array, "B L h w Z"]]) -> Int[Array, "B H W C"]:
+        """The mean of each pixel's mixture."""
+        noise = [jnp.moveaxis(given[name], 1, 0) for name in latents]
+        outputs = module.apply(variables, noise, method="draw")
         return from_unit_range(logistic_mixture_mean(outputs, config.channels), config.levels)
 
     def sample(
-        variables: Variables, key: Array, conditioning: Batch, *, num: int, temperature: float = 1.0
+        variables: Variables, key: Array, given: Batch, *, num: int, temperature: float = 1.0
     ) -> Int[Array, "num H W C"]:
         """The temperature is that of all latents and of the pixels; at 0 both are the means."""
-        del conditioning
+        del given
         latent_key, pixel_key = jax.random.split(key)
         noise = [temperature * part for part in draw_noise(latent_key, num)]
         outputs = module.apply(variables, noise, method="draw")
@@ -343,8 +369,11 @@ def build(config: Config) -> Model:
             (r"final_gain$", (None,)),
         ),
         log_likelihood=log_likelihood,
+        count=subpixels,
         bound="lower",
         log_weight=log_weight,
-        reconstruct=reconstruct,
+        latents=latents,
+        encode=encode,
+        decode=decode,
         sample=sample,
     )

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
+from vlm_jax.nn.labels import check_classes, inferred_labels, label_input, sampling_labels
 from vlm_jax.nn.masked import GatedStack, Pixels, Rows, check_kernel, masked_rules
 from vlm_jax.nn.subpixels import MixtureHead, PatchEmbedding, SoftmaxHead, known_prefix, subpixel_rules
 from vlm_jax.objectives.language import token_log_probs
@@ -25,6 +26,7 @@ from vlm_jax.objectives.likelihood import (
     mixture_channels,
     nats_to_bits_per_dim,
     sample_logistic_mixture,
+    subpixels,
 )
 from vlm_jax.sampling.autoregressive import decode
 from vlm_jax.trees import unstack
@@ -54,10 +56,9 @@ class Config:
 
     def __post_init__(self) -> None:
         check_kernel(self.kernel)
-        for name in ("mixtures", "classes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1, or None")
+        if self.mixtures is not None and self.mixtures < 1:
+            raise UserError(f"mixtures is {self.mixtures}: it must be at least 1, or None")
+        check_classes(self.classes)
 
 
 class PixelCNN(nn.Module):
@@ -126,7 +127,7 @@ def build(config: Config) -> Model:
     module: Any = PixelCNN(config)  # linen types what `apply` returns as a union
     size = config.image_size
     shape = (size, size, config.channels)
-    conditions = {} if config.classes is None else {"label": Input((), "int32", config.classes)}
+    conditions = label_input(config.classes)
     inputs = {"image": Input(shape, "uint8", config.levels), **conditions}
 
     def init(key: Array, batch: Batch) -> Variables:
@@ -184,16 +185,14 @@ def build(config: Config) -> Model:
         drawn = decode(draw_row, rows, image[:, max(first - 1, 0)], size, key, start=first)
         return jnp.concatenate([image[:, :first], drawn], axis=1).astype(jnp.uint8)
 
-    def draw_label(key: Array, log_probs: Float[Array, "B K"]) -> Int[Array, " B"]:
-        return jax.random.categorical(jax.random.fold_in(key, size), log_probs)  # rows have the keys before it
+    def label_key(key: Array) -> Array:
+        return jax.random.fold_in(key, size)  # rows have the keys before it
 
     def sample(
-        variables: Variables, key: Array, conditioning: Batch, *, num: int, temperature: float = 1.0
+        variables: Variables, key: Array, given: Batch, *, num: int, temperature: float = 1.0
     ) -> Int[Array, "num H W C"]:
         """The temperature is that of each sub-pixel's softmax, or of each pixel's mixture."""
-        label = conditioning.get("label")
-        if config.classes is not None and label is None:
-            label = draw_label(key, jnp.zeros((num, config.classes)))
+        label = sampling_labels(label_key(key), given.get("label"), config.classes, num)
         return extend(variables, key, jnp.zeros((num, *shape), jnp.uint8), 0, label, temperature)
 
     def complete(
@@ -204,14 +203,13 @@ def build(config: Config) -> Model:
         Raises:
           UserError: `known` is not all pixels from the first to some other in raster order.
         """
-        count, label = known_prefix(known, 1), None
-        if config.classes is not None:
+        count = known_prefix(known, 1)
 
-            def evidence(label: Array) -> Array:
-                values = log_probs(variables, {"image": image, "label": jnp.full(len(image), label)})
-                return jnp.sum(values, axis=(1, 2, 3), where=known[..., None])
+        def of_known(label: Int[Array, " B"]) -> Float[Array, " B"]:
+            values = log_probs(variables, {"image": image, "label": label})
+            return jnp.sum(values, axis=(1, 2, 3), where=known[..., None])
 
-            label = draw_label(key, jax.lax.map(evidence, jnp.arange(config.classes)).T)
+        label = inferred_labels(label_key(key), of_known, config.classes, len(image))
         return extend(variables, key, image, count, label, temperature)
 
     rules = (
@@ -224,6 +222,7 @@ def build(config: Config) -> Model:
         loss=loss,
         rules=rules,
         log_likelihood=log_likelihood,
+        count=subpixels,
         bound="exact",
         conditions=conditions,
         sample=sample,

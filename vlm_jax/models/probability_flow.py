@@ -18,11 +18,11 @@ from vlm_jax.nn.denoiser import (
     Denoiser,
     Network,
     check_network,
-    class_input,
+    check_steps,
     network_rules,
-    sampling_labels,
-    training_labels,
 )
+from vlm_jax.nn.labels import label_input, sampling_labels, training_labels
+from vlm_jax.objectives.dequantisation import from_symmetric, to_symmetric
 from vlm_jax.objectives.diffusion import (
     edm_preconditioning,
     rectified_flow,
@@ -31,7 +31,8 @@ from vlm_jax.objectives.diffusion import (
     to_data,
     variance_exploding,
 )
-from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, ode_log_density, probability_flow
+from vlm_jax.objectives.likelihood import subpixels
+from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, SolverName, ode_log_density, probability_flow
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 """EDM's range of noise (2206.00364, table 1)."""
@@ -52,18 +53,26 @@ class Config:
     prediction of the data."""
     data_deviation: float = 0.5
     """Of the data on [-1, 1], by which EDM is preconditioned."""
-    solver: Literal["ancestral", "ddim", "dpm_solver", "euler", "heun"] = "heun"
-    sampling_steps: int = 50
     likelihood_steps: int = 50
     """Of Heun's method from the data to the noise."""
-    guidance: float = 1.0
-    """In sampling, above 1: away from the prediction without a class."""
 
     def __post_init__(self) -> None:
-        check_network(self.network, self.image_size, self.guidance)
-        for name in ("sampling_steps", "likelihood_steps"):
-            if getattr(self, name) < 2:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 2")
+        check_network(self.network, self.image_size)
+        if self.likelihood_steps < 2:
+            raise UserError(f"likelihood_steps is {self.likelihood_steps}: it must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are drawn."""
+
+    solver: SolverName = "heun"
+    steps: int = 50
+    guidance: float = 1.0
+    """Above 1: away from the prediction without a class; at 0 that prediction itself (2207.12598)."""
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps, self.guidance)
 
 
 def karras_times(steps: int) -> Float[Array, " N"]:
@@ -74,7 +83,7 @@ def karras_times(steps: int) -> Float[Array, " N"]:
 def build(config: Config) -> Model:
     """Samples, and an estimate of the likelihood where the data are levels."""
     module: Any = Denoiser(config.network, config.channels)
-    shape = (config.image_size, config.image_size, config.channels)
+    shape, network = (config.image_size, config.image_size, config.channels), config.network
     straight = config.process == "rectified_flow"
     schedule = rectified_flow if straight else variance_exploding
 
@@ -82,7 +91,7 @@ def build(config: Config) -> Model:
         """Uniform within each level's share of [-1, 1]; real vectors stay as they are."""
         if config.levels is None:
             return image
-        return (image + jax.random.uniform(key, image.shape)) * (2 / config.levels) - 1
+        return to_symmetric(image, jax.random.uniform(key, image.shape), config.levels)[0]
 
     def init(key: Array, batch: Batch) -> Variables:
         image = batch["image"]
@@ -106,7 +115,9 @@ def build(config: Config) -> Model:
         """The mean squared error of the velocity, or EDM's of the data, so weighted that all noise counts alike."""
         del step
         label_key, data_key, time_key, noise_key, dropout_key = jax.random.split(key, 5)
-        label = training_labels(config.network, label_key, batch.get("label")) if train else batch.get("label")
+        label = batch.get("label")
+        if train:
+            label = training_labels(label_key, label, network.classes, network.class_dropout)
         x = dequantise(batch["image"], data_key)
         t = stratified(time_key, len(x))
         if not straight:  # ln sigma ~ N(-1.2, 1.2^2)
@@ -140,31 +151,30 @@ def build(config: Config) -> Model:
     def sample(
         variables: Variables,
         key: Array,
-        conditioning: Batch,
+        given: Batch,
         *,
         num: int,
         temperature: float = 1.0,
+        sampling: Sampling,
         on_step: OnStep | None = None,
     ) -> Num[Array, "num H W C"]:
         """The temperature scales all noise. `on_step` sees the states."""
         label_key, noise_key, solver_key = jax.random.split(key, 3)
-        label = sampling_labels(config.network, label_key, conditioning.get("label"), num)
+        label = sampling_labels(label_key, given.get("label"), network.classes, num)
 
         def denoised(x: Array, t: Array) -> Denoised:
-            return Denoised(denoise(variables, x, t, label, guidance=config.guidance)[0])
+            return Denoised(denoise(variables, x, t, label, guidance=sampling.guidance)[0])
 
         if straight:
-            times = jnp.linspace(1.0, 0.0, config.sampling_steps + 1)
+            times = jnp.linspace(1.0, 0.0, sampling.steps + 1)
         else:
-            times = jnp.append(karras_times(config.sampling_steps), 0.0)
+            times = jnp.append(karras_times(sampling.steps), 0.0)
         x = temperature * times[0] * jax.random.normal(noise_key, (num, *shape))
-        solve = SOLVERS[config.solver]
+        solve = SOLVERS[sampling.solver]
         x = solve(denoised, schedule, times, x, solver_key, temperature=temperature, on_step=on_step)
-        if config.levels is None:
-            return x
-        return jnp.clip(jnp.floor((x + 1) * (config.levels / 2)), 0, config.levels - 1).astype(jnp.uint8)
+        return x if config.levels is None else from_symmetric(x, config.levels)
 
-    conditions = class_input(config.network)
+    conditions = label_input(network.classes)
     image = Input(shape, "float32") if config.levels is None else Input(shape, "uint8", config.levels)
     return Model(
         inputs={"image": image, **conditions},
@@ -172,9 +182,10 @@ def build(config: Config) -> Model:
         loss=loss,
         rules=network_rules(config.network),
         log_likelihood=None if config.levels is None else log_likelihood,
+        count=None if config.levels is None else subpixels,
         bound=None if config.levels is None else "estimate",
         dequantisation=None if config.levels is None else "uniform",
         conditions=conditions,
+        sampling=Sampling(),
         sample=sample,
-        sampling_steps=config.sampling_steps,
     )

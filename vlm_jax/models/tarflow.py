@@ -4,9 +4,10 @@ An image is a sequence of patches. A block scales and shifts each of them by fun
 causal transformer computes for all at once; only the inverse goes patch by patch. From one block to the next the order
 turns round. With uniform dequantisation the density bounds the probability of the integers. Trained on images with
 Gaussian noise instead it gives better samples, which a step along its own score then cleans, and no likelihood of
-images. The paper's guidance is left out.
+images. Guidance draws them further: each patch's shift and scale go away from those that know no class.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,12 +20,14 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, empty_cache
+from vlm_jax.nn.labels import check_classes, label_input, sampling_labels, training_labels
 from vlm_jax.nn.stack import unrolled
 from vlm_jax.nn.transformer import TRANSFORMER_RULES, Transformer, TransformerStack
 from vlm_jax.nn.vision import check_patches, patchify, unpatchify
 from vlm_jax.objectives.dequantisation import from_symmetric, standard_normal_log_density, to_symmetric
-from vlm_jax.objectives.likelihood import from_unit_range, nats_to_bits_per_dim, to_unit_range
+from vlm_jax.objectives.likelihood import from_unit_range, nats_to_bits_per_dim, subpixels, to_unit_range
 from vlm_jax.sharding import constrain
+from vlm_jax.trees import map_with_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,8 @@ class Config:
     blocks: int
     classes: int | None = None
     """Labels that images are drawn given; None: images have none."""
+    class_dropout: float = 0.1
+    """Share of training examples whose class is not told, for guidance."""
     noise: float | None = None
     """Deviation of Gaussian noise on images in [-1, 1], for samples rather than likelihoods; None: uniform
     dequantisation."""
@@ -49,10 +54,29 @@ class Config:
         check_patches(self.image_size, self.patch_size)
         if self.blocks < 1:
             raise UserError(f"blocks is {self.blocks}: it must be at least 1")
-        if self.classes is not None and self.classes < 1:
-            raise UserError(f"classes is {self.classes}: it must be at least 1, or None")
+        check_classes(self.classes)
         if self.noise is not None and not self.noise > 0:
             raise UserError(f"noise is {self.noise}: it must be above 0, or None for uniform dequantisation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are drawn: the settings of `reverse` in the authors' release."""
+
+    guidance: float = 0.0
+    """How far each patch's shift and scale go beyond what they are, away from those without a class; 0: no guidance."""
+    rising: bool = True
+    """Guidance rises from 0 at a block's first patch to its value at the last; False: it is the same everywhere."""
+    attention_temperature: float = 1.0
+    """Divides the logits of attention in what guidance goes away from: for a model without classes, another than 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.guidance < math.inf:
+            raise UserError(f"sampling.guidance is {self.guidance}: it must be a number, at least 0, which is none")
+        if not 0 < self.attention_temperature < math.inf:
+            raise UserError(
+                f"sampling.attention_temperature is {self.attention_temperature}: it must be a number above 0"
+            )
 
 
 def patches(config: Config) -> tuple[int, int]:
@@ -92,8 +116,8 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"], tuple[Cache, ...] | None]:
         """mu and alpha of the patches that follow those `before`; with a cache, of those from `position` on."""
         x = self.embed(before) + place
-        if label is not None:
-            x = x + self.label[label][:, None]
+        if label is not None:  # that of no class has the mean of all, as in the authors' release
+            x = x + jnp.concatenate([self.label, jnp.mean(self.label, axis=0, keepdims=True)])[label][:, None]
         x, cache = self.transformer(x, causal=True, cache=cache, slot=position, train=train)
         mu, alpha = jnp.split(self.affine(x.astype(jnp.float32)), 2, axis=-1)
         return mu, alpha, cache
@@ -106,24 +130,44 @@ class Block(nn.Module):
         mu, alpha, _ = self.parameters(before, self.position, label, train=train)
         return (x - mu) * jnp.exp(-alpha), -jnp.sum(alpha, axis=(1, 2))
 
-    def invert(self, z: Float[Array, "B T N"], label: Int[Array, " B"] | None = None) -> Float[Array, "B T N"]:
+    def invert(
+        self, z: Float[Array, "B T N"], label: Int[Array, " B"] | None = None, sampling: Sampling = Sampling()
+    ) -> Float[Array, "B T N"]:
         """x, patch after patch, each of which adds its keys and values to those of the patches before it."""
         t, stack = unrolled(self.config.transformer, self.variables["params"]["transformer"])
         block: Any = Block(replace(self.config, transformer=t), parent=None)
-        variables = {"params": {**self.variables["params"], "transformer": stack}}
-        parameters = partial(block.apply, variables, method="parameters")
         length, _ = patches(self.config)
-        cache = empty_cache(len(z), length, t.heads, t.width // t.heads, layers=t.depth, dtype=t.dtype)
+        empty = empty_cache(len(z), length, t.heads, t.width // t.heads, layers=t.depth, dtype=t.dtype)
 
-        def step(carry: tuple[tuple[Cache, ...], Array], inputs: tuple[Array, Array, Array]) -> Any:
-            cache, before = carry
-            z, place, position = inputs
-            mu, alpha, filled = parameters(before[:, None], place, label, cache=cache, position=position)
-            x = z * jnp.exp(alpha[:, 0]) + mu[:, 0]
-            return (filled, x), x
+        def parameters(
+            stack: Any, label: Array | None, cache: Any, before: Array, place: Array, position: Array
+        ) -> Any:
+            variables = {"params": {**self.variables["params"], "transformer": stack}}
+            method = partial(block.apply, variables, method="parameters")
+            mu, alpha, cache = method(before[:, None], place, label, cache=cache, position=position)
+            return jnp.concatenate([mu, alpha], axis=1), cache
 
-        inputs = (z.swapaxes(0, 1), self.position, jnp.arange(length))
-        _, x = jax.lax.scan(step, (cache, jnp.zeros_like(z[:, 0])), inputs)
+        guided = sampling.guidance > 0
+        weights = sampling.guidance * (jnp.arange(length) / max(length - 1, 1) if sampling.rising else jnp.ones(length))
+        # Queries divided by the temperature divide the logits.
+        other = map_with_path(
+            lambda path, leaf: leaf / sampling.attention_temperature if "/query/" in path else leaf, stack
+        )
+        untold = None if label is None else jnp.full_like(label, self.config.classes or 0)
+
+        def step(carry: Any, inputs: tuple[Array, Array, Array, Array]) -> Any:
+            cache, other_cache, before = carry
+            z, place, position, weight = inputs
+            both, cache = parameters(stack, label, cache, before, place, position)
+            if guided:
+                others, other_cache = parameters(other, untold, other_cache, before, place, position)
+                both = both + weight * (both - others)
+            mu, alpha = both[:, 0], both[:, 1]
+            x = z * jnp.exp(alpha) + mu
+            return (cache, other_cache, x), x
+
+        inputs = (z.swapaxes(0, 1), self.position, jnp.arange(length), weights)
+        _, x = jax.lax.scan(step, (empty, empty if guided else None, jnp.zeros_like(z[:, 0])), inputs)
         return x.swapaxes(0, 1)
 
 
@@ -154,11 +198,13 @@ class TarFlow(nn.Module):
         (z, log_det), _ = scan(self.block, (x, jnp.zeros(len(x))), None)
         return z, log_det
 
-    def invert(self, z: Float[Array, "B T N"], label: Int[Array, " B"] | None = None) -> Float[Array, "B T N"]:
+    def invert(
+        self, z: Float[Array, "B T N"], label: Int[Array, " B"] | None = None, sampling: Sampling = Sampling()
+    ) -> Float[Array, "B T N"]:
         """The patches that the noise stands for."""
 
         def body(block: Block, z: Array, _: None) -> tuple[Array, None]:
-            return block.invert(jnp.flip(constrain(z, "batch", None, None), axis=1), label), None
+            return block.invert(jnp.flip(constrain(z, "batch", None, None), axis=1), label, sampling), None
 
         scan = nn.scan(
             body,
@@ -174,7 +220,7 @@ def build(config: Config) -> Model:
     """A density over images, whose likelihood is bounded from below; with Gaussian noise, a sampler alone."""
     module: Any = TarFlow(config)  # linen types what `apply` returns as a union
     c, shape = config, (config.image_size, config.image_size, config.channels)
-    conditions = {} if c.classes is None else {"label": Input((), "int32", c.classes)}
+    conditions = label_input(c.classes)
     inputs = {"image": Input(shape, "uint8", c.levels), **conditions}
 
     def init(key: Array, batch: Batch) -> Variables:
@@ -206,20 +252,30 @@ def build(config: Config) -> Model:
         With Gaussian noise it is minus the noisy images' log-density, no bound of anything, in the same unit.
         """
         del step
-        noise_key, dropout_key = jax.random.split(key)
+        noise_key, dropout_key, label_key = jax.random.split(key, 3)
+        label = training_labels(label_key, batch.get("label"), c.classes, c.class_dropout) if train else None
+        if label is not None:
+            batch = {**batch, "label": label}
         values = log_weight(variables, batch, noise_key, train=train, rngs={"dropout": dropout_key})
         return nats_to_bits_per_dim(jnp.mean(values), shape), Aux({}, weight=jnp.float32(len(values)))
 
     def sample(
-        variables: Variables, key: Array, conditioning: Batch, *, num: int, temperature: float = 1.0
+        variables: Variables, key: Array, given: Batch, *, num: int, temperature: float = 1.0, sampling: Sampling
     ) -> Int[Array, "num H W C"]:
-        """The temperature multiplies the noise."""
+        """The temperature multiplies the noise.
+
+        Raises:
+          UserError: `sampling` has guidance with nothing to go away from.
+        """
+        if sampling.guidance and c.classes is None and sampling.attention_temperature == 1:
+            raise UserError(
+                "guidance goes away from what a model without a class would do and this one is told none: set "
+                "sampling.attention_temperature to another value than 1, or sampling.guidance to 0"
+            )
         noise_key, label_key = jax.random.split(key)
-        label = conditioning.get("label")
-        if c.classes is not None and label is None:
-            label = jax.random.randint(label_key, (num,), 0, c.classes)
+        label = sampling_labels(label_key, given.get("label"), c.classes, num)
         z = temperature * jax.random.normal(noise_key, (num, *patches(c)))
-        x = unpatchify(module.apply(variables, z, label, method="invert"), c.patch_size, c.channels)
+        x = unpatchify(module.apply(variables, z, label, sampling, method="invert"), c.patch_size, c.channels)
         if c.noise is None:
             return from_symmetric(x, c.levels)
         # The mean of the image given the noisy one, by Tweedie's formula (section 2.4 of the paper).
@@ -240,9 +296,11 @@ def build(config: Config) -> Model:
         loss=loss,
         rules=rules,
         log_likelihood=log_weight if c.noise is None else None,
+        count=subpixels if c.noise is None else None,
         bound="lower" if c.noise is None else None,
         dequantisation="uniform" if c.noise is None else None,
         log_weight=log_weight if c.noise is None else None,
         conditions=conditions,
+        sampling=Sampling(),
         sample=sample,
     )

@@ -25,6 +25,7 @@ from vlm_jax.objectives.likelihood import (
     mixture_channels,
     nats_to_bits_per_dim,
     sample_logistic_mixture,
+    subpixels,
     to_unit_range,
 )
 from vlm_jax.sharding import constrain
@@ -210,22 +211,26 @@ def build(config: Config) -> Model:
         log_prob, log_ratio, _ = module.apply(variables, batch["image"], noise_like(batch["image"], key))
         return log_prob + log_ratio
 
-    def reconstruct(variables: Variables, image: Int[Array, "B H W C"]) -> Int[Array, "B H W C"]:
-        """The decoder's mean at the posterior's mean."""
-        mean, _ = module.apply(variables, image, method="encode")
-        outputs = module.apply(variables, mean, method="decode")
+    def encode(variables: Variables, image: Int[Array, "B H W C"], key: Array | None = None) -> Float[Array, "B Z"]:
+        """The posterior's mean, or a draw from it."""
+        mean, log_variance = module.apply(variables, image, method="encode")
+        return mean if key is None else mean + jnp.exp(0.5 * log_variance) * noise_like(image, key)
+
+    def decode(variables: Variables, latents: Float[Array, "B Z"]) -> Int[Array, "B H W C"]:
+        """The mean of each pixel's mixture."""
+        outputs = module.apply(variables, latents, method="decode")
         return from_unit_range(logistic_mixture_mean(outputs, config.channels), config.levels)
 
     def sample(
-        variables: Variables, key: Array, conditioning: Batch, *, num: int, temperature: float = 1.0
+        variables: Variables, key: Array, given: Batch, *, num: int, temperature: float = 1.0
     ) -> Int[Array, "num H W C"]:
         """The temperature is that of the pixels given the latent vector; at 0 they are the decoder's mean."""
-        del conditioning
+        del given
         latent_key, pixel_key = jax.random.split(key)
-        latent = module.apply(variables, latent_key, num, method="draw_latent")
-        outputs = module.apply(variables, latent, method="decode")
+        latents = module.apply(variables, latent_key, num, method="draw_latent")
         if temperature == 0:
-            return from_unit_range(logistic_mixture_mean(outputs, config.channels), config.levels)
+            return decode(variables, latents)
+        outputs = module.apply(variables, latents, method="decode")
         return sample_logistic_mixture(pixel_key, outputs, config.channels, config.levels, temperature)
 
     rules = (
@@ -243,8 +248,11 @@ def build(config: Config) -> Model:
         loss=loss,
         rules=rules,
         log_likelihood=log_likelihood,
+        count=subpixels,
         bound="lower",
         log_weight=log_weight,
-        reconstruct=reconstruct,
+        latents=Input((config.latent,), "float32"),
+        encode=encode,
+        decode=decode,
         sample=sample,
     )

@@ -19,11 +19,10 @@ from vlm_jax.nn.denoiser import (
     Denoiser,
     Network,
     check_network,
-    class_input,
+    check_steps,
     network_rules,
-    sampling_labels,
-    training_labels,
 )
+from vlm_jax.nn.labels import label_input, sampling_labels, training_labels
 from vlm_jax.nn.schedule import MONOTONE_SCHEDULE_RULES, MonotoneSchedule
 from vlm_jax.objectives.diffusion import (
     Level,
@@ -37,8 +36,8 @@ from vlm_jax.objectives.diffusion import (
     to_data,
     variance_preserving,
 )
-from vlm_jax.objectives.likelihood import nats_to_bits_per_dim, to_unit_range
-from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep
+from vlm_jax.objectives.likelihood import nats_to_bits_per_dim, subpixels, to_unit_range
+from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, SolverName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +57,26 @@ class Config:
     """-log SNR between its ends: a line, or a network that only rises and is trained to lessen the loss's variance."""
     fourier: tuple[int, ...] = (6, 7)
     """The network also sees sin and cos of 2 pi 2^n x for these n: fine detail, by which levels are told apart."""
-    solver: Literal["ancestral", "ddim", "dpm_solver", "euler", "heun"] = "ancestral"
-    sampling_steps: int = 250
-    guidance: float = 1.0
-    """In sampling, above 1: away from the prediction without a class."""
 
     def __post_init__(self) -> None:
-        check_network(self.network, self.image_size, self.guidance)
-        if self.sampling_steps < 1:
-            raise UserError(f"sampling_steps is {self.sampling_steps}: it must be at least 1")
+        check_network(self.network, self.image_size)
         if self.gamma_min >= self.gamma_max:
             raise UserError(
                 f"gamma_min={self.gamma_min} must be below gamma_max={self.gamma_max}: noise grows with time"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are drawn."""
+
+    solver: SolverName = "ancestral"
+    steps: int = 250
+    guidance: float = 1.0
+    """Above 1: away from the prediction without a class; at 0 that prediction itself (2207.12598)."""
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps, self.guidance)
 
 
 class Terms(NamedTuple):
@@ -132,7 +138,7 @@ class VDM(nn.Module):
 def build(config: Config) -> Model:
     """A bound on the likelihood, and samples by undoing the noise step by step."""
     module: Any = VDM(config)  # linen types what `apply` returns as a union
-    shape = (config.image_size, config.image_size, config.channels)
+    shape, network = (config.image_size, config.image_size, config.channels), config.network
 
     def init(key: Array, batch: Batch) -> Variables:
         image = batch["image"]
@@ -176,7 +182,9 @@ def build(config: Config) -> Model:
         """
         del step
         label_key, key = jax.random.split(key)
-        label = training_labels(config.network, label_key, batch.get("label")) if train else batch.get("label")
+        label = batch.get("label")
+        if train:
+            label = training_labels(label_key, label, network.classes, network.class_dropout)
         log_prob, diffusion, prior, t = terms(variables, batch, key, label, train=train)
         nats = {"reconstruction": log_prob, "diffusion": -diffusion, "prior": -prior}
         metrics = {f"{name}_bits_per_dim": nats_to_bits_per_dim(jnp.mean(value), shape) for name, value in nats.items()}
@@ -193,15 +201,16 @@ def build(config: Config) -> Model:
     def sample(
         variables: Variables,
         key: Array,
-        conditioning: Batch,
+        given: Batch,
         *,
         num: int,
         temperature: float = 1.0,
+        sampling: Sampling,
         on_step: OnStep | None = None,
     ) -> Int[Array, "num H W C"]:
         """The temperature scales all noise; at 0 pixels are the likeliest levels. `on_step` sees the states."""
         label_key, noise_key, solver_key, level_key = jax.random.split(key, 4)
-        label = sampling_labels(config.network, label_key, conditioning.get("label"), num)
+        label = sampling_labels(label_key, given.get("label"), network.classes, num)
         first, last = module.apply(variables, method="ends")
 
         def gamma(t: Array) -> Array:
@@ -211,18 +220,18 @@ def build(config: Config) -> Model:
             return variance_preserving(gamma(t))
 
         def denoise(x: Array, t: Array) -> Denoised:
-            return Denoised(module.apply(variables, x, gamma(t), label, guidance=config.guidance))
+            return Denoised(module.apply(variables, x, gamma(t), label, guidance=sampling.guidance))
 
-        times = jnp.linspace(1.0, 0.0, config.sampling_steps + 1)
+        times = jnp.linspace(1.0, 0.0, sampling.steps + 1)
         x = temperature * jax.random.normal(noise_key, (num, *shape))
-        solve = SOLVERS[config.solver]
+        solve = SOLVERS[sampling.solver]
         x = solve(denoise, schedule, times, x, solver_key, temperature=temperature, on_step=on_step)
         logits = level_logits(x, first, config.levels)
         if temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
         return jax.random.categorical(level_key, logits / temperature).astype(jnp.uint8)
 
-    conditions = class_input(config.network)
+    conditions = label_input(network.classes)
     return Model(
         inputs={"image": Input(shape, "uint8", config.levels), **conditions},
         init=init,
@@ -233,8 +242,9 @@ def build(config: Config) -> Model:
             *network_rules(config.network),
         ),
         log_likelihood=log_likelihood,
+        count=subpixels,
         bound="lower",
         conditions=conditions,
+        sampling=Sampling(),
         sample=sample,
-        sampling_steps=config.sampling_steps,
     )

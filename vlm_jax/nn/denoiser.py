@@ -4,50 +4,45 @@ import math
 from dataclasses import dataclass
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.contract import Input, Rule
+from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
 from vlm_jax.nn.dit import DiT, DiTTower, dit_rules
+from vlm_jax.nn.labels import check_classes
 from vlm_jax.nn.unet import UNet, UNetTower, check_unet, unet_rules
 from vlm_jax.nn.vision import check_patches
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """Either backbone, and the classes that it may be told."""
+    """A backbone, and the classes that it may be told."""
 
-    unet: UNet | None = None
-    dit: DiT | None = None
+    backbone: UNet | DiT
     classes: int | None = None
     """None: it is told no class."""
     class_dropout: float = 0.1
     """Share of training examples whose class is not told, for guidance (2207.12598)."""
 
     def __post_init__(self) -> None:
-        if (self.unet is None) == (self.dit is None):
-            raise UserError(
-                "a diffusion model's network is either a unet or a dit: set one of them, and the other None"
-            )
-        if self.classes is not None and self.classes < 1:
-            raise UserError(f"a network that is told classes has at least 1, not classes={self.classes}")
+        check_classes(self.classes)
 
 
-def class_input(config: Network) -> dict[str, Input]:
-    """The field that tells classes; none of a network without."""
-    return {} if config.classes is None else {"label": Input((), "int32", config.classes)}
+def check_network(config: Network, image_size: int) -> None:
+    """Refuses an image that the backbone cannot take."""
+    if isinstance(config.backbone, UNet):
+        check_unet(config.backbone, image_size)
+    else:
+        check_patches(image_size, config.backbone.patch_size)
 
 
-def check_network(config: Network, image_size: int, guidance: float) -> None:
-    """Refuses an image that the backbone cannot take, and guidance that is no share."""
+def check_steps(steps: int, guidance: float) -> None:
+    """Refuses what no solver can take."""
+    if steps < 1:
+        raise UserError(f"sampling.steps is {steps}: it must be at least 1")
     if not 0 <= guidance < math.inf:
-        raise UserError(f"guidance is {guidance}: it must be a number, at least 0, and 1 is for none")
-    if config.unet is not None:
-        check_unet(config.unet, image_size)
-    if config.dit is not None:
-        check_patches(image_size, config.dit.patch_size)
+        raise UserError(f"sampling.guidance is {guidance}: it must be a number, at least 0, and 1 is for none")
 
 
 class Denoiser(nn.Module):
@@ -77,11 +72,15 @@ class Denoiser(nn.Module):
         c = self.config
         time = jnp.broadcast_to(time, (len(x),))
         tower: UNetTower | DiTTower
-        if c.dit is not None:
-            tower = DiTTower(c.dit, self.channels, c.classes, name="dit")
+        if isinstance(c.backbone, UNet):
+            tower = UNetTower(c.backbone, self.channels, c.classes, name="backbone")
         else:
-            assert c.unet is not None
-            tower = UNetTower(c.unet, self.channels, c.classes, name="unet")
+            tower = DiTTower(c.backbone, self.channels, c.classes, name="backbone")
+        if c.classes is None and guidance != 1:
+            raise UserError(
+                f"guidance goes away from the prediction without a class and this network is told none: leave "
+                f"sampling.guidance at 1, not {guidance}"
+            )
         if label is None or c.classes is None or guidance == 1:
             return tower(x, time, label, train=train)
         both = jnp.concatenate([label, jnp.full_like(label, c.classes)])
@@ -91,21 +90,6 @@ class Denoiser(nn.Module):
         return jnp.concatenate([with_guidance[..., :guided], told[..., guided:]], axis=-1) if guided else with_guidance
 
 
-def training_labels(config: Network, key: Array, label: Int[Array, " B"] | None) -> Int[Array, " B"] | None:
-    """The labels, a random share of them replaced by the one that tells nothing."""
-    if label is None or config.classes is None:
-        return None
-    dropped = jax.random.bernoulli(key, config.class_dropout, label.shape)
-    return jnp.where(dropped, config.classes, label)
-
-
-def sampling_labels(config: Network, key: Array, label: Int[Array, " N"] | None, num: int) -> Int[Array, " N"] | None:
-    """The labels to draw images of: those asked for, else uniform ones; None of a network that is told no class."""
-    if config.classes is None or label is not None:
-        return label if config.classes is not None else None
-    return jax.random.randint(key, (num,), 0, config.classes)
-
-
 def network_rules(config: Network) -> tuple[Rule, ...]:
     """Sharding rules of a `Denoiser`."""
-    return unet_rules(config.classes) if config.unet is not None else dit_rules(config.classes)
+    return unet_rules(config.classes) if isinstance(config.backbone, UNet) else dit_rules(config.classes)

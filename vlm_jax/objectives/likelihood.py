@@ -1,6 +1,7 @@
 """Log-likelihoods of images and the divergences between Gaussians. Everything is in nats and in fp32."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,12 @@ MIN_LOG_SCALE = -7.0
 def nats_to_bits_per_dim(nats: Float[Array, "*B"], image_shape: tuple[int, ...]) -> Float[Array, "*B"]:
     """A log-likelihood of whole images -> bits per sub-pixel, positive."""
     return -nats / (math.prod(image_shape) * math.log(2))
+
+
+def subpixels(batch: Mapping[str, Array]) -> Int[Array, " B"]:
+    """How many each image has: what a likelihood of images is of."""
+    image = batch["image"]
+    return jnp.full(len(image), math.prod(image.shape[1:]), jnp.int32)
 
 
 def to_unit_range(image: Int[Array, "*B"], levels: int) -> Float[Array, "*B"]:

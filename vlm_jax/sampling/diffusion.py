@@ -7,7 +7,7 @@ be 0. With n + 1 times there are n steps.
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -229,7 +229,8 @@ def ode_log_density(
     return jnp.sum(log_noise, axis=axes) + divergence
 
 
-SOLVERS: dict[str, Solver] = {
+SolverName = Literal["ancestral", "ddim", "dpm_solver", "euler", "heun"]
+SOLVERS: dict[SolverName, Solver] = {
     "ancestral": ancestral,
     "ddim": ddim,
     "dpm_solver": dpm_solver,
