@@ -142,8 +142,8 @@ def test_a_uniform_model_evaluates_to_the_logarithm_of_its_levels(name: str):
         jax.eval_shape(model.init, KEY, abstract_batch(model.inputs, BATCH)),
     )
     batch = random_batch(model)
-    batches = lambda: iter([(batch, BATCH), (batch, 1)])  # noqa: E731
-    subject = Subject(model=model, variables=variables, batches=batches, examples=BATCH + 1)
+    parts = [(batch, BATCH), (batch, 1)]
+    subject = Subject(model=model, variables=variables, batches=lambda: iter(parts), examples=BATCH + 1)
     assert likelihood.run(subject)["bits_per_dim"] == pytest.approx(math.log2(3), rel=1e-6)
 
 
