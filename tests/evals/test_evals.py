@@ -29,8 +29,7 @@ def model(inputs: dict[str, Input] | None = None, **capabilities: object) -> Mod
         init=lambda *_: {},
         loss=lambda *_, **__: None,
         rules=(),
-        count=subpixels,
-        **capabilities,
+        **{"count": subpixels, **capabilities},
     )
 
 
