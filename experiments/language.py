@@ -19,7 +19,7 @@ def language_tiny() -> Experiment:
             eos_id=2,
             tied=True,
             decoder=DecoderConfig(
-                width=96, depth=3, heads=4, kv_heads=2, head_width=24, mlp=256, dropout=0.2, scan=False
+                width=96, depth=3, heads=4, kv_heads=2, head_width=24, mlp=256, dropout=0.3, scan=False
             ),
         ),
         data=Data(
@@ -32,9 +32,9 @@ def language_tiny() -> Experiment:
             text=Text(vocab_size=512),
         ),
         training=Training(
-            optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50, weight_decay=0.1, b2=0.98, eps=1e-6),
+            optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50, weight_decay=0.3, b2=0.98, eps=1e-6),
             ema_decay=0.99,
-            steps=1000,
+            steps=900,
             batch_size=16,
             checkpoint_every=100,
         ),

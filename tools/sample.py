@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from vlm_jax.commandline import command, require_one_process
 from vlm_jax.contract import Model
-from vlm_jax.data import Source, example, open_source
+from vlm_jax.data import Source, example, open_source, prompts
 from vlm_jax.errors import UserError, check_seed
 from vlm_jax.experiment import Experiment, from_record
 from vlm_jax.files import check_writable
@@ -27,7 +27,7 @@ from vlm_jax.sheets import Cell, write_sheet
 from vlm_jax.workdir import Loaded, load, read_record
 
 PROGRAM = "python -m tools.sample"
-PURPOSE = "Writes a contact sheet of what the model of a run draws, completes, reconstructs or finds."
+PURPOSE = "Writes a sheet of what the model of a run draws, completes, reconstructs or finds, or prints its texts."
 COLUMNS = 8
 NEAREST = 5
 
@@ -41,7 +41,7 @@ class Options:
     num: int = 16
     """Samples to draw, or captions to find images for."""
     prompt: tuple[str, ...] = ()
-    """Texts to draw images of, in turn, or to find images for; none: the held-out captions are found."""
+    """Texts to draw images of, in turn, to find images for, or to go on from; none: the held-out captions are found."""
     label: tuple[str, ...] = ()
     """Classes to draw, by number or name, in turn; none: they are drawn too."""
     out: Path | None = None
@@ -93,7 +93,8 @@ def main() -> None:
         args=flags,
         config=(tyro.conf.AvoidSubcommands,),
     )
-    print(sample(Path(workdir), options))
+    shown = sample(Path(workdir), options)
+    print("\n".join(shown) if isinstance(shown, list) else shown)
 
 
 def settings(experiment: Experiment, model: Model) -> Any:
@@ -101,8 +102,11 @@ def settings(experiment: Experiment, model: Model) -> Any:
     return model.sampling if experiment.sampling is None else experiment.sampling
 
 
-def sample(workdir: Path, options: Options = Options()) -> Path:
+def sample(workdir: Path, options: Options = Options()) -> Path | list[str]:
     """Writes a labelled contact sheet of samples, of reconstructions, or of the images nearest to captions.
+
+    Returns:
+      The sheet; of a model of text alone, the texts.
 
     Raises:
       UserError: the directory is no run, or what is asked for does not exist, is beyond the model or cannot be written.
@@ -120,6 +124,8 @@ def sample(workdir: Path, options: Options = Options()) -> Path:
 
     compares = model.embed_image is not None and model.embed_text is not None
     check_told(workdir, model, options, compares)
+    if model.generate is not None and "image" not in model.inputs:
+        return continuations(loaded, options)
     rows: list[Row] = []
     if model.sample is not None:
         rows += samples(loaded, options, source)
@@ -140,7 +146,8 @@ def sample(workdir: Path, options: Options = Options()) -> Path:
 def check_told(workdir: Path, model: Model, options: Options, compares: bool) -> None:
     """Refuses to tell a model what it cannot be told."""
     flags = {"tokens": "--prompt", "label": "--label"}
-    can = [flag for field, flag in flags.items() if field in model.conditions or (field == "tokens" and compares)]
+    reads = compares or model.generate is not None
+    can = [flag for field, flag in flags.items() if field in model.conditions or (field == "tokens" and reads)]
     for flag, value in (("--prompt", options.prompt), ("--label", options.label)):
         if value and flag not in can:
             rest = f"it can be told {can[0]}" if can else "it can be told nothing"
@@ -162,6 +169,18 @@ def samples(loaded: Loaded, options: Options, source: Callable[[], Source]) -> l
         jax.effects_barrier()
     cells = list(zip(images, titles, strict=True))
     return [(f"samples, step {loaded.step}", cells[i : i + COLUMNS]) for i in range(0, num, COLUMNS)]
+
+
+def continuations(loaded: Loaded, options: Options) -> list[str]:
+    """`num` texts that begin with each prompt; without one, with anything."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    assert model.generate is not None and tokenizer is not None
+    sampling = settings(loaded.experiment, model) if options.sampling is None else options.sampling
+    beginnings = [prompt for prompt in options.prompt or ("",) for _ in range(options.num)]
+    generate = jax.jit(partial(model.generate, temperature=options.temperature, sampling=sampling))
+    batch = generate(loaded.variables, jax.random.key(options.seed), prompts(beginnings, tokenizer))
+    texts = zip(np.asarray(batch["tokens"]), np.asarray(batch["segment"]), strict=True)
+    return [tokenizer.decode(tokens[segment > 0]) for tokens, segment in texts]
 
 
 def told(loaded: Loaded, options: Options, source: Callable[[], Source]) -> tuple[list[str], dict[str, np.ndarray]]:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlm_jax.contract import Batch
+from vlm_jax.evals.likelihood import mean_and_error
 from vlm_jax.evals.ngram import Document, KneserNey
 from vlm_jax.evals.subject import Evaluation, Subject
 
@@ -51,14 +52,6 @@ def text_bytes(documents: Iterable[Document], subject: Subject) -> int:
     if subject.tokenizer is None:
         return 0
     return sum(len(subject.tokenizer.decode(targets(document)).encode()) for document in documents)
-
-
-def mean_and_error(nats: Float[np.ndarray, " N"], count: Int[np.ndarray, " N"]) -> tuple[float, float | None]:
-    """Bits for each of what the rows count, and the standard error over rows, that of a ratio of means."""
-    bits, size = -np.asarray(nats, np.float64) / math.log(2), float(np.mean(count))
-    mean = float(bits.mean()) / size
-    spread = bits - mean * count
-    return mean, float(spread.std(ddof=1) / math.sqrt(len(bits)) / size) if len(bits) > 1 else None
 
 
 def summary(rows: Rows) -> dict[str, float | None]:
