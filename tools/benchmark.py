@@ -23,11 +23,10 @@ from vlm_jax.data import make_tokenizer, open_training_data, rows_of, train_batc
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import build
 from vlm_jax.paths import local_path
-from vlm_jax.sharding import check_batch_size, make_mesh, process_rows, replicated, to_global
+from vlm_jax.sharding import check_batch_size, make_mesh, process_rows, to_global
 from vlm_jax.train.flops import count_flops, model_flops
-from vlm_jax.train.optim import make_optimizer
+from vlm_jax.train.layout import programs
 from vlm_jax.train.plan import Training
-from vlm_jax.train.step import TrainState, init_train_state, make_train_step, train_state_shardings
 from vlm_jax.trees import count_parameters
 
 Results = dict[str, float | int | str | None]
@@ -143,21 +142,14 @@ def pipeline_rate(model: Model, experiment: Experiment, mesh: Mesh) -> float:
 
 def time_step(model: Model, training: Training, mesh: Mesh) -> dict[str, Any]:
     """Compiles the train step as training does and runs it again and again on one random batch."""
-    optimizer, key = make_optimizer(training.optimizer, training.steps), jax.random.key(training.seed)
-    step = make_train_step(model, optimizer, micro_steps=training.micro_steps, ema_decay=training.ema_decay)
-
-    def init(key: jax.Array, batch: Any) -> TrainState:
-        return init_train_state(model, optimizer, key, batch, ema_decay=training.ema_decay)
-
+    key = jax.random.key(training.seed)
     rows = process_rows(training.batch_size, mesh)
     batch = to_global(random_batch(model.inputs, len(rows), training.seed), training.batch_size, mesh)
-    abstract = jax.eval_shape(init, key, batch)
-    shardings = train_state_shardings(model, optimizer, abstract, mesh)
-    state = jax.jit(init, out_shardings=shardings)(key, batch)
+    abstract, init, step = programs(model, training, mesh)
+    state = init(key, batch)
 
     since = time.perf_counter()
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-    compiled = jitted.lower(state, batch, key).compile()
+    compiled = step.lower(state, batch, key).compile()
     compile_seconds = time.perf_counter() - since
     times = []
     for _ in range(WARM_UP + training.steps):

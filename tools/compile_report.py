@@ -18,10 +18,10 @@ from vlm_jax.contract import Model, abstract_batch
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import build
-from vlm_jax.sharding import batch_sharding, check_batch_size, make_mesh, placed, replicated
-from vlm_jax.train.optim import make_optimizer
+from vlm_jax.sharding import batch_sharding, make_mesh, placed, replicated
+from vlm_jax.train.layout import programs
 from vlm_jax.train.plan import Training
-from vlm_jax.train.step import TrainState, init_train_state, make_train_step, train_state_shardings
+from vlm_jax.train.step import TrainState
 from vlm_jax.trees import count_parameters
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -98,21 +98,12 @@ def compile_report(experiment: Experiment, devices: list[jax.Device]) -> dict[st
 
 def lower_step(model: Model, training: Training, mesh: Mesh) -> tuple[TrainState, jax.stages.Lowered]:
     """The train step as training compiles it, without a single array; and the shapes of the state."""
-    check_batch_size(training.batch_size, mesh, training.micro_steps)
-    optimizer = make_optimizer(training.optimizer, training.steps)
-    step = make_train_step(model, optimizer, micro_steps=training.micro_steps, ema_decay=training.ema_decay)
-
-    def init(key: jax.Array, batch: Any) -> TrainState:
-        return init_train_state(model, optimizer, key, batch, ema_decay=training.ema_decay)
-
-    key, batch = jax.eval_shape(lambda: jax.random.key(0)), abstract_batch(model.inputs, training.batch_size)
+    batch = placed(abstract_batch(model.inputs, training.batch_size), batch_sharding(mesh))
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     # Abstract, for what is computed while tracing would have to run on the mesh's devices.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        state = jax.eval_shape(init, key, batch)
-        shardings = train_state_shardings(model, optimizer, state, mesh)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-        batch = placed(batch, batch_sharding(mesh))
-        return state, jitted.lower(placed(state, shardings), batch, placed(key, replicated(mesh)))
+        state, _, step = programs(model, training, mesh)
+        return state, step.lower(state, batch, key)
 
 
 def collectives(program: str) -> tuple[Counter[str], Counter[str]]:

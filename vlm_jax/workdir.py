@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from filelock import Timeout
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from vlm_jax.contract import Model, Variables, abstract_batch
 from vlm_jax.data import Tokenizer, load_tokenizer
@@ -21,8 +22,9 @@ from vlm_jax.identity import changes, identity, listed
 from vlm_jax.locks import exclusive
 from vlm_jax.models import build
 from vlm_jax.paths import local_path
-from vlm_jax.sharding import parameter_shardings, placed, replicated
+from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.layout import laid_out
 from vlm_jax.train.saved import check_path, saved_steps
 from vlm_jax.trees import merge, partition
 
@@ -71,20 +73,15 @@ def restore_variables(
     checkpoints: Checkpoints, model: Model, experiment: Experiment, step: int | None, mesh: Mesh | None
 ) -> tuple[int, Variables]:
     """What `load` returns of a run's checkpoints, of which there is one at least."""
-    batch = abstract_batch(model.inputs, experiment.training.batch_size)
-    collections = dict(jax.eval_shape(model.init, jax.random.key(0), batch))
-    params = collections.pop("params")
-    if mesh is None:
-        device = SingleDeviceSharding(jax.local_devices()[0])
-        params, collections = placed((params, collections), device)
-    else:
-        params = placed(params, parameter_shardings(params, model.rules, mesh))
-        collections = placed(collections, replicated(mesh))
-    frozen, live = partition(params, model.frozen)
-    items = {"params": params, "state": collections}
-    if experiment.training.ema_decay is not None:
+    mesh = make_mesh(MeshShape(), jax.local_devices()[:1]) if mesh is None else mesh
+    training = experiment.training
+    batch = abstract_batch(model.inputs, training.batch_size)
+    abstract, _ = laid_out(model, optax.identity(), batch, mesh, ema_decay=training.ema_decay)
+    frozen, _ = partition(abstract.params, model.frozen)
+    items = {"params": abstract.params, "state": abstract.state}
+    if abstract.ema:
         # The average covers the live parameters; the frozen ones stand among the parameters only.
-        items = {"ema": live, "state": collections} if not frozen else {**items, "ema": live}
+        items = {"ema": abstract.ema, "state": abstract.state} if not frozen else {**items, "ema": abstract.ema}
     restored = checkpoints.restore(items, checkpoints.best_step() if step is None else step)
     assert restored is not None
     step, values = restored

@@ -1,4 +1,4 @@
-"""The training loop: the one place where the step is jitted, and where training meets the disk."""
+"""The training loop: the one place where training meets the disk."""
 
 import contextlib
 import math
@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from vlm_jax.contract import Batch, Model, Variables, abstract_batch, check_batch
+from vlm_jax.contract import Batch, Model, Variables, check_batch
 from vlm_jax.errors import UserError
-from vlm_jax.sharding import batch_sharding, check_batch_size, make_mesh, placed, process_rows, replicated, to_global
+from vlm_jax.sharding import check_batch_size, make_mesh, process_rows, to_global
 from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.layout import programs
 from vlm_jax.train.metrics import MetricsLog
-from vlm_jax.train.optim import learning_rate_schedule, make_optimizer
+from vlm_jax.train.optim import learning_rate_schedule
 from vlm_jax.train.plan import Training
-from vlm_jax.train.step import TrainState, eval_variables, init_train_state, make_train_step, train_state_shardings
+from vlm_jax.train.step import TrainState, eval_variables
 from vlm_jax.train.terminal import StopSignal, progress_bar, say
 
 HostBatch = Mapping[str, np.ndarray]
@@ -63,13 +64,9 @@ def fit(
         stop = stack.enter_context(StopSignal())
         mesh = make_mesh(training.mesh)
         check_batch_size(training.batch_size, mesh, training.micro_steps)
-        optimizer = make_optimizer(training.optimizer, training.steps)
         learning_rate = jax.jit(learning_rate_schedule(training.optimizer, training.steps))
         rows = process_rows(training.batch_size, mesh)
         init_key, step_key, validation_key = jax.random.split(jax.random.key(training.seed), 3)
-
-        def init(key: jax.Array, batch: Any) -> TrainState:
-            return init_train_state(model, optimizer, key, batch, ema_decay=training.ema_decay)
 
         def to_device(batch: HostBatch) -> dict[str, jax.Array]:
             return to_global(check_batch(model.inputs, batch), training.batch_size, mesh)
@@ -77,24 +74,16 @@ def fit(
         stack.enter_context(jax.set_mesh(mesh))
         directory = workdir / "checkpoints"
         checkpoints = stack.enter_context(Checkpoints(directory, keep_last=training.keep_last, identity=identity))
-        # Traced for batches that lie as those to come, so that the initialisation itself need not be traced again.
-        batch = placed(abstract_batch(model.inputs, training.batch_size), batch_sharding(mesh))
-        abstract = jax.jit(init).eval_shape(init_key, batch)
-        shardings = train_state_shardings(model, optimizer, abstract, mesh)
-        state = restore(checkpoints, abstract, shardings)
+        abstract, init, step_function = programs(model, training, mesh)
+        state = restore(checkpoints, abstract)
         if state is None:
             first = to_device(next(train_batches(rows, 0)))  # some families initialise from data
-            state = jax.jit(init, out_shardings=shardings)(init_key, first)
+            state = init(init_key, first)
         start = step = int(state.step)
         if start >= training.steps:
             say(f"{workdir} already holds step {start} of {training.steps}: nothing is left to do")
             return state
 
-        step_function = jax.jit(
-            make_train_step(model, optimizer, micro_steps=training.micro_steps, ema_decay=training.ema_decay),
-            donate_argnums=0,
-            out_shardings=(shardings, replicated(mesh)),
-        )
         loss = validation_loss(model)
         log = stack.enter_context(MetricsLog(workdir, start, enabled=jax.process_index() == 0))
         bar = stack.enter_context(progress_bar(start, training.steps))
@@ -135,9 +124,9 @@ def fit(
     return state
 
 
-def restore(checkpoints: Checkpoints, abstract: TrainState, shardings: TrainState) -> TrainState | None:
-    """The newest good state, laid out on this mesh."""
-    restored = checkpoints.restore(placed(abstract, shardings)._asdict())
+def restore(checkpoints: Checkpoints, abstract: TrainState) -> TrainState | None:
+    """The newest good state, laid out as `abstract` says."""
+    restored = checkpoints.restore(abstract._asdict())
     return None if restored is None else TrainState(**restored[1])
 
 
