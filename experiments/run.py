@@ -112,7 +112,16 @@ def run(preset: str, experiment: Experiment) -> None:
 
             validation = Validation(held_out_batches, size)
 
-        fit(model, training, workdir, batches, validation, identity=read_identity(workdir) if first else None)
+        fit(
+            model,
+            training,
+            workdir,
+            batches,
+            validation,
+            frozen=experiment.frozen,
+            frozen_dtype=experiment.frozen_dtype,
+            identity=read_identity(workdir) if first else None,
+        )
 
 
 if __name__ == "__main__":

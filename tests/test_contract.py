@@ -22,7 +22,7 @@ from vlm_jax.models import FAMILIES, build, family_of
 from vlm_jax.sharding import MeshShape, make_mesh, parameter_shardings
 from vlm_jax.train.optim import make_optimizer
 from vlm_jax.train.step import init_train_state, train_state_shardings
-from vlm_jax.trees import leaves_by_path, partition
+from vlm_jax.trees import leaves_by_path
 
 CONFIGS = {name: experiment.model for name, (_, experiment) in presets().items()}
 TINY = [name for name in CONFIGS if "tiny" in name]
@@ -124,15 +124,14 @@ def test_the_weight_counts_examples_or_tokens(model: Model, variables):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", TINY, indirect=True)
-def test_gradients_reach_every_live_parameter(model: Model, variables):
+def test_gradients_reach_every_parameter(model: Model, variables):
     rest = {collection: tree for collection, tree in variables.items() if collection != "params"}
 
     def loss(params: Any) -> jax.Array:
         return model.loss({"params": params, **rest}, random_batch(model), KEY, jnp.zeros((), jnp.int32), train=True)[0]
 
     gradients = jax.jit(jax.grad(loss))(variables["params"])
-    _, live = partition(gradients, model.frozen)
-    sizes = {path: float(jnp.abs(leaf).max()) for path, leaf in leaves_by_path(live).items()}
+    sizes = {path: float(jnp.abs(leaf).max()) for path, leaf in leaves_by_path(gradients).items()}
     assert all(np.isfinite(size) for size in sizes.values())
     largest = max(sizes.values())
     unreached = {path for path, size in sizes.items() if size < 1e-7 * largest and not re.search(NO_GRADIENT, path)}
@@ -227,7 +226,6 @@ def test_rules_lay_out_every_parameter_and_none_is_left_over(preset: str, shape:
     arrays = {path: leaf for path, leaf in leaves.items() if leaf.ndim}
     held = sum(np.prod(layouts[path].shard_shape(leaf.shape)) for path, leaf in arrays.items())
     assert held < 0.6 * sum(leaf.size for leaf in arrays.values()) or family_of(CONFIGS[preset]) == "kde"
-    assert all(any(re.search(pattern, path) for path in leaves) for pattern in model.frozen)
 
 
 @pytest.mark.parametrize("preset", CONFIGS)
@@ -242,12 +240,11 @@ def test_moments_and_averages_lie_beside_their_parameters(preset: str):
     )
     shardings = train_state_shardings(model, optimizer, abstract, mesh)
     assert jax.tree.structure(shardings) == jax.tree.structure(abstract)
-    params = parameter_shardings(abstract.params, model.rules, mesh)
-    _, live = partition(params, model.frozen)
-    assert leaves_by_path(shardings.params) == leaves_by_path(params)
-    assert leaves_by_path(shardings.ema) == leaves_by_path(live)
+    params = leaves_by_path(parameter_shardings(abstract.params, model.rules, mesh))
+    assert leaves_by_path(shardings.params) == params
+    assert leaves_by_path(shardings.ema) == params
     # Of each leaf of Adam's two moments, the path ends as that of the parameter; a count is everywhere.
-    expected = {f"{moment}/{path}": layout for path, layout in leaves_by_path(live).items() for moment in ("mu", "nu")}
+    expected = {f"{moment}/{path}": layout for path, layout in params.items() for moment in ("mu", "nu")}
     found = {
         re.sub(r"^.*?/(mu|nu)/", r"\1/", path): layout for path, layout in leaves_by_path(shardings.opt_state).items()
     }

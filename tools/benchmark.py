@@ -26,7 +26,7 @@ from vlm_jax.paths import local_path
 from vlm_jax.sharding import check_batch_size, make_mesh, process_rows, to_global
 from vlm_jax.train.flops import count_flops, model_flops
 from vlm_jax.train.layout import programs
-from vlm_jax.train.plan import Training
+from vlm_jax.train.step import eval_variables
 from vlm_jax.trees import count_parameters
 
 Results = dict[str, float | int | str | None]
@@ -109,7 +109,7 @@ def benchmark(experiment: Experiment, *, pipeline: bool = True) -> Results:
     }
     rate = pipeline_rate(model, experiment, mesh) if pipeline else None
     with jax.set_mesh(mesh):
-        step = time_step(model, training, mesh)
+        step = time_step(model, experiment, mesh)
     if rate is not None:
         results["pipeline/examples_per_second"] = rate
         results["pipeline/rate_over_step_rate"] = rate / step["step/examples_per_second"]
@@ -140,13 +140,14 @@ def pipeline_rate(model: Model, experiment: Experiment, mesh: Mesh) -> float:
     return training.steps * training.batch_size / (time.perf_counter() - since)
 
 
-def time_step(model: Model, training: Training, mesh: Mesh) -> dict[str, Any]:
+def time_step(model: Model, experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
     """Compiles the train step as training does and runs it again and again on one random batch."""
+    training, frozen = experiment.training, experiment.frozen
     key = jax.random.key(training.seed)
     rows = process_rows(training.batch_size, mesh)
     batch = to_global(random_batch(model.inputs, len(rows), training.seed), training.batch_size, mesh)
-    abstract, init, step = programs(model, training, mesh)
-    state = init(key, batch)
+    abstract, init, step = programs(model, training, mesh, frozen=frozen, frozen_dtype=experiment.frozen_dtype)
+    state = init(key, batch, {})
 
     since = time.perf_counter()
     compiled = step.lower(state, batch, key).compile()
@@ -161,12 +162,12 @@ def time_step(model: Model, training: Training, mesh: Mesh) -> dict[str, Any]:
     seconds = float(np.median(times))
 
     inputs = abstract_batch(model.inputs, training.batch_size)
-    flops = model_flops(model, {"params": abstract.params, **abstract.state}, inputs)
+    flops = model_flops(model, eval_variables(abstract), inputs, frozen)
     device = mesh.local_devices[0]
     peak = PEAK_FLOPS.get(device.device_kind)
     compiled_for, in_use = compiled.memory_analysis(), device.memory_stats()
     return {
-        "parameters": count_parameters(abstract.params),
+        "parameters": count_parameters((abstract.params, abstract.frozen)),
         "step/compile_seconds": compile_seconds,
         "step/seconds": seconds,
         "step/seconds_min": min(times),
@@ -176,7 +177,7 @@ def time_step(model: Model, training: Training, mesh: Mesh) -> dict[str, Any]:
         "step/hardware_flops": count_flops(step, abstract, inputs, key),
         "step/model_flops_per_second": flops / seconds,
         "step/mfu": None if peak is None else flops / seconds / (mesh.size * peak),
-        "memory/parameters": bytes_per_device(state.params),
+        "memory/parameters": bytes_per_device((state.params, state.frozen)),
         "memory/optimizer": bytes_per_device(state.opt_state),
         "memory/step": None if compiled_for is None else step_bytes(compiled_for),
         "memory/device_peak": None if in_use is None else in_use["peak_bytes_in_use"],

@@ -14,13 +14,12 @@ from jax.sharding import Mesh
 
 from experiments.presets import from_command_line
 from vlm_jax.commandline import command
-from vlm_jax.contract import Model, abstract_batch
+from vlm_jax.contract import abstract_batch
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import build
 from vlm_jax.sharding import batch_sharding, make_mesh, placed, replicated
 from vlm_jax.train.layout import programs
-from vlm_jax.train.plan import Training
 from vlm_jax.train.step import TrainState
 from vlm_jax.trees import count_parameters
 
@@ -70,7 +69,7 @@ def compile_report(experiment: Experiment, devices: list[jax.Device]) -> dict[st
     """
     training = experiment.training
     mesh = make_mesh(training.mesh, devices)
-    state, lowered = lower_step(build(experiment.model), training, mesh)
+    state, lowered = lower_step(experiment, mesh)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -85,7 +84,7 @@ def compile_report(experiment: Experiment, devices: list[jax.Device]) -> dict[st
     results: dict[str, int | str] = {
         "chips": f"{mesh.size} {devices[0].device_kind}, mesh {'x'.join(map(str, mesh.devices.shape))}",
         "batch size": training.batch_size,
-        "parameters": count_parameters(state.params),
+        "parameters": count_parameters((state.params, state.frozen)),
         "bytes/kept between steps, and batch": kept,
         "bytes/temporary": memory.temp_size_in_bytes,
         "bytes/in all": kept + memory.temp_size_in_bytes,
@@ -96,13 +95,16 @@ def compile_report(experiment: Experiment, devices: list[jax.Device]) -> dict[st
     return results
 
 
-def lower_step(model: Model, training: Training, mesh: Mesh) -> tuple[TrainState, jax.stages.Lowered]:
+def lower_step(experiment: Experiment, mesh: Mesh) -> tuple[TrainState, jax.stages.Lowered]:
     """The train step as training compiles it, without a single array; and the shapes of the state."""
-    batch = placed(abstract_batch(model.inputs, training.batch_size), batch_sharding(mesh))
+    model = build(experiment.model)
+    batch = placed(abstract_batch(model.inputs, experiment.training.batch_size), batch_sharding(mesh))
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     # Abstract, for what is computed while tracing would have to run on the mesh's devices.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        state, _, step = programs(model, training, mesh)
+        state, _, step = programs(
+            model, experiment.training, mesh, frozen=experiment.frozen, frozen_dtype=experiment.frozen_dtype
+        )
         return state, step.lower(state, batch, key)
 
 

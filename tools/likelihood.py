@@ -34,7 +34,7 @@ from vlm_jax.paths import local_path
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.flops import model_flops
 from vlm_jax.trees import count_parameters
-from vlm_jax.workdir import Loaded, has_checkpoints, load, read_record
+from vlm_jax.workdir import CHECKPOINTS, Loaded, has_checkpoints, load, read_record
 
 SHOWN = 8
 """Samples of each model in the figure."""
@@ -181,7 +181,7 @@ def complete(path: Path, experiment: Experiment) -> bool:
     """Whether the run's last checkpoint is there; such a run is measured wherever it was trained."""
     if not has_checkpoints(path):
         return False
-    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+    with Checkpoints(path / CHECKPOINTS, read_only=True) as checkpoints:
         return max(checkpoints.steps()) >= experiment.training.steps
 
 
@@ -225,8 +225,9 @@ def measure(path: Path, loaded: Loaded, data_dir: Path, seed: int) -> tuple[Int[
 
 def training_flops(loaded: Loaded) -> float:
     """FLOPs of the steps that led to the checkpoint."""
-    batch = abstract_batch(loaded.model.inputs, loaded.experiment.training.batch_size)
-    return float(loaded.step * model_flops(loaded.model, loaded.variables, batch))
+    experiment = loaded.experiment
+    batch = abstract_batch(loaded.model.inputs, experiment.training.batch_size)
+    return float(loaded.step * model_flops(loaded.model, loaded.variables, batch, experiment.frozen))
 
 
 def timed(call: Callable[[], jax.Array]) -> tuple[np.ndarray, float]:

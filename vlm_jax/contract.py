@@ -68,8 +68,6 @@ class Model:
     """`(variables, batch, key, step, *, train) -> (loss, Aux)`; `step` is there for warm-ups and curricula."""
     rules: tuple[Rule, ...]
     """How parameters lie on the mesh: the first rule whose expression is found in a leaf's path."""
-    frozen: tuple[str, ...] = ()
-    """Regular expressions of the paths of parameters that never train."""
 
     embed_image: Callable[..., jax.Array] | None = None
     """`(variables, image) -> [B, D]`, unit length"""

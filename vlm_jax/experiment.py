@@ -1,9 +1,10 @@
 """All that one run is told, and the record of it."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import tyro
@@ -63,6 +64,10 @@ class Experiment:
     data: Data
     training: Annotated[Training, tyro.conf.arg(name="")]
     """Its fields have no prefix on the command line: `--steps`, `--optimizer.learning-rate`."""
+    frozen: tuple[str, ...] = ()
+    """Regular expressions of the paths of parameters that do not train."""
+    frozen_dtype: Literal["bfloat16"] | None = None
+    """Of these parameters; None: float32, as the others are."""
     sampling: Any = None
     """Settings by which samples are drawn, of the type of `Model.sampling`; None: the family's own."""
     zero_shot: ZeroShot | None = None
@@ -74,6 +79,11 @@ class Experiment:
     distributed: Distributed = Distributed()
 
     def __post_init__(self) -> None:
+        for pattern in self.frozen:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"frozen is {pattern!r}, which is not a regular expression ({error})") from error
         # Of every part: JSON has no such numbers, and with one of them nothing is computed but more of its kind.
         for path, value in leaves_by_path(msgspec.to_builtins(self)).items():
             if isinstance(value, float) and not math.isfinite(value):

@@ -24,9 +24,10 @@ from vlm_jax.models import build
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.frozen import restore_frozen
 from vlm_jax.train.layout import laid_out
 from vlm_jax.train.saved import check_path, saved_steps
-from vlm_jax.trees import merge, partition
+from vlm_jax.train.step import TrainState, eval_variables
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -63,32 +64,32 @@ def load(workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = No
     if not has_checkpoints(workdir):
         raise UserError(f"{workdir} has no checkpoint yet: let the run reach its first one")
     tokenizer = None if experiment.data.text is None else read_tokenizer(workdir)
-    with Checkpoints(workdir / CHECKPOINTS, read_only=True, identity=read_identity(workdir)) as checkpoints:
+    directory, facts = workdir / CHECKPOINTS, read_identity(workdir)
+    with Checkpoints(directory, read_only=True, identity=facts) as checkpoints:
         model = build(experiment.model)
-        step, variables = restore_variables(checkpoints, model, experiment, step, mesh)
-    return Loaded(model=model, variables=variables, tokenizer=tokenizer, experiment=experiment, step=step)
-
-
-def restore_variables(
-    checkpoints: Checkpoints, model: Model, experiment: Experiment, step: int | None, mesh: Mesh | None
-) -> tuple[int, Variables]:
-    """What `load` returns of a run's checkpoints, of which there is one at least."""
-    mesh = make_mesh(MeshShape(), jax.local_devices()[:1]) if mesh is None else mesh
-    training = experiment.training
-    batch = abstract_batch(model.inputs, training.batch_size)
-    abstract, _ = laid_out(model, optax.identity(), batch, mesh, ema_decay=training.ema_decay)
-    frozen, _ = partition(abstract.params, model.frozen)
-    items = {"params": abstract.params, "state": abstract.state}
-    if abstract.ema:
-        # The average covers the live parameters; the frozen ones stand among the parameters only.
-        items = {"ema": abstract.ema, "state": abstract.state} if not frozen else {**items, "ema": abstract.ema}
-    restored = checkpoints.restore(items, checkpoints.best_step() if step is None else step)
+        abstract = abstract_state(model, experiment, mesh)
+        # Where there is an average, it stands for the parameters that it covers.
+        name = "ema" if abstract.ema else "params"
+        items = {name: getattr(abstract, name), "collections": abstract.collections}
+        restored = checkpoints.restore(items, checkpoints.best_step() if step is None else step)
     assert restored is not None
     step, values = restored
-    if "ema" in values:
-        frozen, _ = partition(values.get("params", {}), model.frozen)
-        values["params"] = merge(values["ema"], frozen)
-    return step, {"params": values["params"], **values["state"]}
+    state = abstract._replace(**values, frozen=restore_frozen(directory, abstract.frozen, facts))
+    return Loaded(model, eval_variables(state), tokenizer, experiment, step)
+
+
+def abstract_state(model: Model, experiment: Experiment, mesh: Mesh | None) -> TrainState:
+    """The shapes of a run's state, and where each array lies; without what its optimizer keeps."""
+    state, _ = laid_out(
+        model,
+        optax.identity(),
+        abstract_batch(model.inputs, experiment.training.batch_size),
+        make_mesh(MeshShape(), jax.local_devices()[:1]) if mesh is None else mesh,
+        frozen=experiment.frozen,
+        frozen_dtype=experiment.frozen_dtype,
+        ema_decay=experiment.training.ema_decay,
+    )
+    return state
 
 
 def read_record(workdir: Path) -> dict[str, Any]:

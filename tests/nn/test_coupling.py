@@ -172,11 +172,13 @@ def test_every_actnorm_of_a_stack_sees_what_those_before_it_make_of_the_first_ba
 
 
 def test_an_invertible_convolution_starts_orthogonal_and_not_twice_the_same():
-    variables = jax.jit(Repeated(partial(Step, 8), 2).init)(KEY, X)["params"]["step"]["convolution"]
+    variables = jax.jit(Repeated(partial(Step, 8), 2).init)(KEY, X)
+    convolutions = {collection: tree["step"]["convolution"] for collection, tree in variables.items()}
+    assert set(convolutions["constants"]) == {"permutation"}
     matrices = []
     for layer in range(2):
-        single = jax.tree.map(lambda leaf, layer=layer: leaf[layer], variables)
-        matrices.append(np.asarray(InvertibleConv().apply({"params": single}, jnp.eye(4)[None, None])[0][0, 0]))
+        single = jax.tree.map(lambda leaf, layer=layer: leaf[layer], convolutions)
+        matrices.append(np.asarray(InvertibleConv().apply(single, jnp.eye(4)[None, None])[0][0, 0]))
     for matrix in matrices:
         np.testing.assert_allclose(matrix @ matrix.T, np.eye(4), atol=1e-5)
     assert np.abs(matrices[0] - matrices[1]).max() > 0.1

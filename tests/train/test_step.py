@@ -165,7 +165,7 @@ def test_accumulation_is_exact_with_unequal_masks(micro_steps: int) -> None:
     np.testing.assert_allclose(parts.params["table"], whole.params["table"], atol=1e-6)
     for name, value in whole_metrics.items():
         np.testing.assert_allclose(parts_metrics[name], value, atol=1e-6, err_msg=name)
-    assert parts.state["counts"]["calls"] == micro_steps
+    assert parts.collections["counts"]["calls"] == micro_steps
 
 
 def test_each_part_of_a_batch_draws_for_itself() -> None:
@@ -196,7 +196,7 @@ def test_parts_are_strided() -> None:
     state = init_train_state(model, optax.sgd(1.0), jax.random.key(0), {})
     step = make_train_step(model, optax.sgd(1.0), micro_steps=2)
     state, _ = step(state, {"index": jnp.arange(4)}, jax.random.key(0))
-    assert state.state["counts"]["calls"] == (0 + 2) * 100 + (1 + 3)
+    assert state.collections["counts"]["calls"] == (0 + 2) * 100 + (1 + 3)
 
 
 def test_accumulation_refuses_a_loss_that_spans_the_batch() -> None:
@@ -215,18 +215,58 @@ def test_accumulation_refuses_parts_that_do_not_divide() -> None:
 
 
 def test_frozen_leaves_stay_and_have_no_moments_or_average() -> None:
-    frozen = replace(build(VAE), frozen=("^encoder/",))
-    optimizer = make_optimizer(Optimizer(learning_rate=0.1, weight_decay=0.1), 5)
+    model, optimizer = build(VAE), make_optimizer(Optimizer(learning_rate=0.1, weight_decay=0.1), 5)
     batch = batch_of(VAE, 4, 0)
-    before = jax.jit(lambda key: init_train_state(frozen, optimizer, key, batch, ema_decay=0.5))(jax.random.key(0))
-    after, _ = jax.jit(make_train_step(frozen, optimizer, ema_decay=0.5))(before, batch, jax.random.key(1))
-    jax.tree.map(np.testing.assert_array_equal, after.params["encoder"], before.params["encoder"])
+    init = partial(init_train_state, model, optimizer, frozen=("^encoder/",), ema_decay=0.5)
+    before = jax.jit(init)(jax.random.key(0), batch)
+    after, _ = jax.jit(make_train_step(model, optimizer, ema_decay=0.5))(before, batch, jax.random.key(1))
+    assert set(before.frozen) == {"encoder"} and "encoder" not in before.params
+    jax.tree.map(np.testing.assert_array_equal, after.frozen, before.frozen)
     assert np.any(after.params["decoder"]["latent"]["kernel"] != before.params["decoder"]["latent"]["kernel"])
     kept = [path for path in leaves_by_path((after.opt_state, after.ema)) if "encoder" in path]
     assert kept == []
-    averaged = eval_variables(frozen, after)["params"]
-    jax.tree.map(np.testing.assert_array_equal, averaged["encoder"], before.params["encoder"])
+    averaged = eval_variables(after)["params"]
+    jax.tree.map(np.testing.assert_array_equal, averaged["encoder"], before.frozen["encoder"])
     jax.tree.map(np.testing.assert_array_equal, averaged["decoder"], after.ema["decoder"])
+
+
+def test_frozen_parameters_of_half_the_bits_take_part_and_no_gradient_is_of_them() -> None:
+    """Of two layers, one rounded to bfloat16: the step is that of the other around the rounded one."""
+
+    def loss(variables: dict, batch: dict, key: jax.Array, step: jax.Array, *, train: bool) -> tuple[jax.Array, Aux]:
+        params = variables["params"]
+        return jnp.mean(jnp.square(batch["x"] @ params["below"] @ params["above"])), Aux({}, jnp.float32(4))
+
+    kernels = {name: jax.random.normal(jax.random.key(i), (3, 3)) for i, name in enumerate(("below", "above"))}
+    model = Model(inputs={}, init=lambda key, batch: {"params": kernels}, loss=loss, rules=())
+    batch, optimizer = {"x": jax.random.normal(jax.random.key(2), (4, 3))}, optax.sgd(1.0)
+    state = init_train_state(model, optimizer, jax.random.key(0), batch, frozen=["below"], frozen_dtype="bfloat16")
+    assert state.frozen["below"].dtype == jnp.bfloat16 and state.params["above"].dtype == jnp.float32
+    after, _ = jax.jit(make_train_step(model, optimizer))(state, batch, jax.random.key(0))
+    rounded = np.asarray(kernels["below"].astype(jnp.bfloat16), np.float64)
+    hidden = np.asarray(batch["x"], np.float64) @ rounded
+    gradient = 2 * hidden.T @ hidden @ np.asarray(kernels["above"], np.float64) / 12
+    np.testing.assert_allclose(after.params["above"], kernels["above"] - gradient, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(after.frozen["below"], state.frozen["below"])
+
+
+def test_what_is_given_is_not_drawn_and_the_rest_is_as_ever() -> None:
+    model, optimizer = build(VAE), optax.sgd(1.0)
+    init = jax.jit(partial(init_train_state, model, optimizer, ema_decay=0.5))
+    drawn = init(jax.random.key(0), batch_of(VAE, 4, 0))
+    paths = leaves_by_path(drawn.params)
+    path = next(path for path in paths if path.startswith("decoder/"))
+    state = init(jax.random.key(0), batch_of(VAE, 4, 0), {f"params/{path}": jnp.full_like(paths[path], 7)})
+    for name, leaf in leaves_by_path(state.params).items():
+        np.testing.assert_array_equal(leaf, 7 if name == path else paths[name], err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)
+
+
+def test_a_pattern_of_frozen_parameters_that_none_matches_is_refused() -> None:
+    with pytest.raises(UserError, match=r"frozen names \^encodr/, which no parameter's path matches: .* table$"):
+        init_train_state(
+            language_model(), optax.sgd(1.0), jax.random.key(0), language_batch(), frozen=("table", "^encodr/")
+        )
 
 
 def test_average_follows_its_recursion() -> None:

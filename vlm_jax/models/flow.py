@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
-from vlm_jax.nn.coupling import FLOW_FROZEN, MultiScale, Repeated, Step, flow_rules, squeeze, unsqueeze
+from vlm_jax.nn.coupling import MultiScale, Repeated, Step, flow_rules, squeeze, unsqueeze
 from vlm_jax.nn.masked_flow import MASKED_RULES, MaskedStep
 from vlm_jax.objectives.dequantisation import (
     from_logit,
@@ -154,7 +154,7 @@ def build(config: Config) -> Model:
             variables, image, draw(noise_key, image.shape), train=train, rngs={"dropout": dropout_key}
         )
         value = nats_to_bits_per_dim(jnp.mean(log_p - log_q), shape)
-        return value, Aux({}, weight=jnp.float32(len(image)))
+        return value, Aux({}, jnp.float32(len(image)), {"constants": variables["constants"]})
 
     def log_weight(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
         """log p(x + u) / q(u | x): its mean is the bound, and the mean of its exponential the probability."""
@@ -173,7 +173,6 @@ def build(config: Config) -> Model:
         init=init,
         loss=loss,
         rules=(*(() if config.masked_width is None else MASKED_RULES), *flow_rules(config.scales)),
-        frozen=FLOW_FROZEN,
         log_likelihood=log_weight,
         count=subpixels,
         bound="lower",

@@ -58,7 +58,7 @@ class ActNorm(nn.Module):
 class InvertibleConv(nn.Module):
     """A product of each pixel's channels with P L U: a fixed permutation, unit lower and upper triangular (Glow).
 
-    It starts as a random orthogonal matrix. The permutation must never train: `FLOW_FROZEN`.
+    It starts as a random orthogonal matrix. The permutation is no parameter and stands in the collection `constants`.
     """
 
     @nn.compact
@@ -66,16 +66,19 @@ class InvertibleConv(nn.Module):
         channels = x.shape[-1]
         eye = jnp.eye(channels)
 
-        def rotation(key: Array) -> dict[str, Array]:
+        def factors(key: Array) -> tuple[Array, dict[str, Array]]:
             permutation, lower, upper = jax.scipy.linalg.lu(nn.initializers.orthogonal()(key, (channels, channels)))
             diagonal = jnp.sum(upper * eye, axis=0)
             # Columns change their signs, which keeps it orthogonal, so that the diagonal has a logarithm.
             upper = upper * jnp.sign(diagonal)
             log_diagonal = jnp.log(jnp.abs(diagonal))
-            return {"permutation": permutation, "lower": lower, "upper": upper, "log_diagonal": log_diagonal}
+            return permutation, {"lower": lower, "upper": upper, "log_diagonal": log_diagonal}
 
-        lu = self.param("lu", rotation)
-        permutation, log_diagonal = lu["permutation"], lu["log_diagonal"]
+        # What trains and what does not are of one factorisation, and of one key.
+        key = self.make_rng("params") if self.is_initializing() else jax.random.key(0)
+        lu = self.param("lu", lambda _: factors(key)[1])
+        permutation = self.variable("constants", "permutation", lambda: factors(key)[0]).value
+        log_diagonal = lu["log_diagonal"]
         lower = jnp.tril(lu["lower"], -1) + eye
         upper = jnp.triu(lu["upper"], 1) + eye * jnp.exp(log_diagonal)
         log_det = jnp.full(len(x), x.shape[1] * x.shape[2]) * jnp.sum(log_diagonal)
@@ -259,7 +262,7 @@ class Repeated(nn.Module):
 
         scan = nn.scan(
             body,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "constants": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.depth,
             reverse=inverse,
@@ -320,10 +323,6 @@ class MultiScale(nn.Module):
         return x
 
 
-FLOW_FROZEN = (r"lu/permutation$",)
-"""Of any model with an `InvertibleConv`."""
-
-
 def flow_rules(scales: int) -> tuple[Rule, ...]:
     """Sharding rules of a `MultiScale`. A split's convolution has few channels and lies everywhere."""
     return (
@@ -331,7 +330,7 @@ def flow_rules(scales: int) -> tuple[Rule, ...]:
         *(((r"splits_\d+/parameters/kernel$", (None, None)),) if scales > 1 else ()),
         (r"parameters/kernel$", ("embed", None)),
         (r"parameters/bias$", (None,)),
-        (r"lu/(permutation|lower|upper)$", (None, None)),
+        (r"lu/(lower|upper)$", (None, None)),
         (r"lu/log_diagonal$", (None,)),
         (r"(log_scale|shift)$", (None,)),
     )

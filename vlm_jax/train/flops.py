@@ -4,7 +4,7 @@ Matrix products and convolutions count, two FLOPs a multiply-add; elementwise wo
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,9 @@ def count_flops(function: Callable[..., Any], *args: PyTree) -> int:
     return jaxpr_flops(jaxpr)
 
 
-def model_flops(model: Model, variables: Mapping[str, PyTree], batch: Mapping[str, PyTree]) -> int:
+def model_flops(
+    model: Model, variables: Mapping[str, PyTree], batch: Mapping[str, PyTree], frozen: Sequence[str] = ()
+) -> int:
     """FLOPs that a gradient of the model's loss takes at the least, whatever the implementation computes again.
 
     These are the model FLOPs of PaLM (2204.02311, appendix B), by which MFU is defined: the forward pass, and for
@@ -46,24 +48,25 @@ def model_flops(model: Model, variables: Mapping[str, PyTree], batch: Mapping[st
 
     Args:
       variables, batch: arrays or `jax.ShapeDtypeStruct`.
+      frozen: regular expressions of the paths of parameters that do not train.
 
     Raises:
       ValueError: as `count_flops`.
       TypeError: the loss has a `jax.custom_vjp`, which hides its derivative.
     """
     variables = dict(variables)
-    frozen, live = partition(variables.pop("params"), model.frozen)
+    still, live = partition(variables.pop("params"), frozen)
     key = jax.random.key(0)
 
-    def derivative(live: PyTree, tangents: PyTree, frozen: PyTree, collections: PyTree, batch: PyTree) -> PyTree:
+    def derivative(live: PyTree, tangents: PyTree, still: PyTree, collections: PyTree, batch: PyTree) -> PyTree:
         def loss(live: PyTree) -> PyTree:
-            return model.loss({"params": merge(live, frozen), **collections}, batch, key, np.int32(0), train=True)
+            return model.loss({"params": merge(live, still), **collections}, batch, key, np.int32(0), train=True)
 
         return jax.jvp(loss, (live,), (tangents,), has_aux=True)
 
     # The gradient is the transpose of the forward-mode derivative, and a transpose has the products of its original.
     # Forward mode never computes anything again, so it is counted in the gradient's place.
-    return count_flops(derivative, live, live, frozen, variables, batch)
+    return count_flops(derivative, live, live, still, variables, batch)
 
 
 def jaxpr_flops(jaxpr: core.Jaxpr) -> int:

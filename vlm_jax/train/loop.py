@@ -4,9 +4,9 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,19 @@ from jaxtyping import Float, Int
 
 from vlm_jax.contract import Batch, Model, Variables, check_batch
 from vlm_jax.errors import UserError
+from vlm_jax.identity import listed
 from vlm_jax.sharding import check_batch_size, make_mesh, process_rows, to_global
 from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.frozen import restore_frozen, save_frozen
 from vlm_jax.train.layout import programs
 from vlm_jax.train.metrics import MetricsLog
 from vlm_jax.train.optim import learning_rate_schedule
 from vlm_jax.train.plan import Training
 from vlm_jax.train.step import TrainState, eval_variables
 from vlm_jax.train.terminal import StopSignal, progress_bar, say
+from vlm_jax.trees import leaves_by_path
 
+PyTree = Any
 HostBatch = Mapping[str, np.ndarray]
 Rows = Int[np.ndarray, " rows"]
 TrainBatches = Callable[[Rows, int], Iterator[HostBatch]]
@@ -47,6 +51,9 @@ def fit(
     train_batches: TrainBatches,
     validation: Validation | None = None,
     *,
+    begin: Callable[[TrainState], Mapping[str, jax.Array]] | None = None,
+    frozen: Sequence[str] = (),
+    frozen_dtype: str | None = None,
     identity: Mapping[str, str] | None = None,
 ) -> TrainState:
     """Trains to `training.steps` from the newest good checkpoint in `workdir`, or from the beginning.
@@ -55,10 +62,15 @@ def fit(
     SIGTERM or Ctrl-C saves, without a score, says so and ends the process with status 0; a second Ctrl-C kills it.
 
     Args:
+      begin: called where nothing is saved yet, with the shapes of the state and where each array will lie; what it
+        returns is the beginning of these variables, by their paths, and the others are drawn.
+      frozen: regular expressions of the paths of parameters that do not train, all of which `begin` must give.
+      frozen_dtype: of these parameters; None: the model's.
       identity: what the checkpoints of `workdir` belong to, as `Checkpoints` takes it.
 
     Raises:
-      UserError: the mesh, the batches or the checkpoints do not fit, or the loss or the state is no longer finite.
+      UserError: the mesh, the batches or the checkpoints do not fit, a frozen parameter would be a random number, or
+        the loss or the state is no longer finite.
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
@@ -74,11 +86,16 @@ def fit(
         stack.enter_context(jax.set_mesh(mesh))
         directory = workdir / "checkpoints"
         checkpoints = stack.enter_context(Checkpoints(directory, keep_last=training.keep_last, identity=identity))
-        abstract, init, step_function = programs(model, training, mesh)
+        abstract, init, step_function = programs(model, training, mesh, frozen=frozen, frozen_dtype=frozen_dtype)
         state = restore(checkpoints, abstract)
         if state is None:
+            given = {} if begin is None else begin(abstract)
+            check_given(abstract.frozen, given)
             first = to_device(next(train_batches(rows, 0)))  # some families initialise from data
-            state = init(init_key, first)
+            state = init(init_key, first, given)
+            save_frozen(directory, state.frozen, identity)
+        else:
+            state = state._replace(frozen=restore_frozen(directory, abstract.frozen, identity))
         start = step = int(state.step)
         if start >= training.steps:
             say(f"{workdir} already holds step {start} of {training.steps}: nothing is left to do")
@@ -105,12 +122,12 @@ def fit(
                 values["learning_rate"] = float(learning_rate(step - 1))
                 values["examples_per_second"] = len(pending) * training.batch_size / elapsed
                 if scoring and not stop.noticed and validation is not None:
-                    variables = eval_variables(model, state)
+                    variables = eval_variables(state)
                     values |= validate(model, loss, variables, validation, mesh, validation_key, stop)
                 log.write(step, values)
                 bar.set_postfix_str(f"loss {values['loss']:.4g}, {values['examples_per_second']:.0f} examples/s")
             if saving:
-                checkpoints.save(step, state._asdict(), validation_loss=values.get("validation_loss"))
+                checkpoints.save(step, changing(state), validation_loss=values.get("validation_loss"))
             if logging or step == start + 1:
                 pending.clear()
                 since = time.perf_counter()
@@ -125,9 +142,27 @@ def fit(
 
 
 def restore(checkpoints: Checkpoints, abstract: TrainState) -> TrainState | None:
-    """The newest good state, laid out as `abstract` says."""
-    restored = checkpoints.restore(abstract._asdict())
-    return None if restored is None else TrainState(**restored[1])
+    """The newest good state, laid out as `abstract` says, but for what is frozen."""
+    restored = checkpoints.restore(changing(abstract))
+    return None if restored is None else TrainState(frozen=abstract.frozen, **restored[1])
+
+
+def changing(state: TrainState) -> dict[str, Any]:
+    """What each checkpoint holds of a state: all but the frozen parameters."""
+    return {name: tree for name, tree in state._asdict().items() if name != "frozen"}
+
+
+def check_given(frozen: PyTree, given: Mapping[str, jax.Array]) -> None:
+    """Refuses to train around random numbers that never change.
+
+    Raises:
+      UserError: a frozen parameter is not given.
+    """
+    if drawn := [path for path in leaves_by_path(frozen) if f"params/{path}" not in given]:
+        raise UserError(
+            f"nothing fills {listed(drawn)}, which {'is' if len(drawn) == 1 else 'are'} frozen and would stay random: "
+            f"begin from a run that has them (--init-from, or a start of the preset), or let them train"
+        )
 
 
 def fetch_finite(pending: list[tuple[int, dict[str, jax.Array]]], checkpoints: Checkpoints) -> dict[str, float]:
