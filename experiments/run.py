@@ -2,12 +2,15 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import jax
 import numpy as np
+import tyro
 
 from experiments.presets import from_command_line
+from vlm_jax.begin import beginning, facts_of_starts, tokenizer_of_starts
 from vlm_jax.commandline import command
 from vlm_jax.data import (
     Packed,
@@ -27,14 +30,27 @@ from vlm_jax.experiment import Distributed, Experiment, to_record
 from vlm_jax.models import build
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import batch_shards, check_batch_size, make_mesh
+from vlm_jax.start import Start
 from vlm_jax.train.loop import Rows, Validation, fit
 from vlm_jax.train.terminal import say
 from vlm_jax.workdir import claimed_workdir, has_checkpoints, read_identity, read_tokenizer, write_tokenizer
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A preset, and a run to begin from."""
+
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    init_from: str | None = None
+    """Directory of a run whose whole model is the beginning, in place of the preset's starts; None: those."""
+
+
 def main() -> None:
     purpose = "Trains a preset; the same command again goes on where it stopped."
-    preset, experiment = from_command_line("python -m experiments.run", purpose, lambda preset: preset)
+    preset, options = from_command_line("python -m experiments.run", purpose, lambda preset: Options(experiment=preset))
+    experiment = options.experiment
+    if options.init_from is not None:
+        experiment = replace(experiment, start=(Start(workdir=options.init_from),))
     join(experiment.distributed)
     run(preset, experiment)
 
@@ -70,13 +86,17 @@ def run(preset: str, experiment: Experiment) -> None:
     first = jax.process_index() == 0
     # A run belongs to one version of its data, whatever is prepared beside it later.
     found = replace(experiment, data=versions(data, sources))
-    record = to_record(preset, found, examples(sources))
+    facts = facts_of_starts(experiment, workdir)
+    record = to_record(preset, found, examples(sources), facts)
     with claimed_workdir(workdir, record) if first else contextlib.nullcontext():
         tokenizer: Tokenizer | None = None
         if data.text is not None:
             # A run keeps the tokenizer that it began with, whatever another version would make of the captions.
             begun = has_checkpoints(workdir)
-            tokenizer = read_tokenizer(workdir) if begun else make_tokenizer(data, sources)
+            if begun:
+                tokenizer = read_tokenizer(workdir)
+            else:
+                tokenizer = tokenizer_of_starts(experiment) or make_tokenizer(data, sources)
             if tokenizer is not None and "tokens" in model.inputs:
                 tokens = model.inputs["tokens"]
                 check_tokenizer(tokenizer, vocab_size=tokens.limit, eos_id=tokens.contains)
@@ -118,6 +138,7 @@ def run(preset: str, experiment: Experiment) -> None:
             workdir,
             batches,
             validation,
+            begin=beginning(experiment, facts, mesh),
             frozen=experiment.frozen,
             frozen_dtype=experiment.frozen_dtype,
             identity=read_identity(workdir) if first else None,

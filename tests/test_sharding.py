@@ -1,5 +1,6 @@
 """The mesh, the rules and the batch: what is laid out where, and what is refused with which words."""
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,9 @@ from vlm_jax.sharding import (
     partition_spec,
     process_rows,
     to_global,
+    under,
 )
+from vlm_jax.trees import leaves_by_path
 
 MESH = make_mesh(MeshShape(data=2, fsdp=2, tensor=2))
 RULES = ((r"mlp/up/kernel$", ("embed", "mlp")), (r"kernel$", (None, None)), (r"(bias|scale)$", ()))
@@ -93,6 +96,29 @@ def test_an_unused_rule_is_refused_with_the_paths_that_there_are():
     # One that an earlier rule hides is as unused.
     with pytest.raises(ValueError, match="no parameter matches the sharding rules"):
         parameter_shardings(PARAMS, [*RULES, (r"out/kernel$", ())], MESH)
+
+
+def test_the_rules_of_parts_hold_within_them_alone_in_either_order():
+    """Both have kernels, which lie otherwise; a rule that is anchored begins where its part does."""
+    tower = ((r"^kernel$", ("embed", None)), (r"kernel$", (None, "mlp")), (r"(^|/)bias$", (None,)))
+    other = ((r"kernel$", ("vocab", None)),)
+    kernel = shapes(kernel=(8, 8))
+    part = kernel | {"up": kernel | shapes(bias=(8,))}
+    params = {"vision": part, "lm": kernel | {"vision": kernel}, "visions": kernel}
+    rules = (under("vision", tower), under("lm", other), under("visions", ((r"l$", (None, None)),)))
+    layouts = []
+    for order in itertools.permutations(rules):
+        shardings = leaves_by_path(parameter_shardings(params, sum(order, ()), MESH))
+        layouts.append({path: tuple(sharding.spec) for path, sharding in shardings.items()})
+    assert all(layout == layouts[0] for layout in layouts)
+    assert layouts[0] == {
+        "lm/kernel": ("tensor", None),
+        "lm/vision/kernel": ("tensor", None),
+        "vision/kernel": ("fsdp", None),
+        "vision/up/bias": (None,),
+        "vision/up/kernel": (None, "tensor"),
+        "visions/kernel": (None, None),
+    }
 
 
 def test_a_rule_of_too_many_dimensions_is_refused():

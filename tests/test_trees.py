@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax.trees import count_parameters, leaves_by_path, map_with_path, merge, partition
+from vlm_jax.trees import count_parameters, leaves_by_path, map_with_path, merge, part, partition
 
 TREE = {
     "vision": {"block": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}, "position": np.ones(5)},
@@ -19,6 +19,13 @@ def test_leaves_are_named_by_their_path():
     assert sorted(leaves_by_path(TREE)) == PATHS
     assert leaves_by_path(TREE)["vision/block/kernel"] is TREE["vision"]["block"]["kernel"]
     assert list(leaves_by_path({"layers": [np.ones(1), np.ones(2)]})) == ["layers/0", "layers/1"]
+
+
+def test_a_part_of_variables_is_its_subtree_of_each_collection_that_has_one():
+    variables = {"params": TREE, "constants": {"vision": {"order": 1}}, "data": {"image": 2}}
+    assert part(variables, "vision") == {"params": TREE["vision"], "constants": {"order": 1}}
+    assert part(variables, "lm") == {"params": TREE["lm"]}
+    assert part(variables, "nowhere") == {}
 
 
 def test_mapping_sees_each_path_and_leaf():

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ import tyro
 from vlm_jax.data import Data
 from vlm_jax.errors import UserError
 from vlm_jax.records import from_json, to_json
+from vlm_jax.start import Start
 from vlm_jax.train.plan import Training
 from vlm_jax.trees import leaves_by_path
 
@@ -64,8 +65,10 @@ class Experiment:
     data: Data
     training: Annotated[Training, tyro.conf.arg(name="")]
     """Its fields have no prefix on the command line: `--steps`, `--optimizer.learning-rate`."""
+    start: tuple[Start, ...] = ()
+    """What it begins with of other runs, a later one over the earlier; all else is drawn."""
     frozen: tuple[str, ...] = ()
-    """Regular expressions of the paths of parameters that do not train."""
+    """Regular expressions of the paths of parameters that do not train, all of which a start gives."""
     frozen_dtype: Literal["bfloat16"] | None = None
     """Of these parameters; None: float32, as the others are."""
     sampling: Any = None
@@ -90,17 +93,21 @@ class Experiment:
                 raise UserError(f"{path.replace('/', '.')} is {value}: it must be a finite number")
 
 
-def to_record(preset: str, experiment: Experiment, examples: Mapping[str, Any]) -> dict[str, Any]:
+def to_record(
+    preset: str, experiment: Experiment, examples: Mapping[str, Any], taken: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """The experiment as JSON values, with what its defaults stand for written out.
 
     Args:
       examples: in each split of its data sets, of which `experiment.data` should name the versions.
+      taken: of each of `experiment.start`, the step and the digest of what it gave.
     """
     training = experiment.training
     if training.optimizer.schedule != "constant" and training.optimizer.decay_steps is None:
         optimizer = replace(training.optimizer, decay_steps=training.steps)
         experiment = replace(experiment, training=replace(training, optimizer=optimizer))
-    return {"preset": preset, "examples": dict(examples), **to_json(experiment)}
+    found = {"examples": dict(examples), "taken": [*map(dict, taken)]}
+    return {"preset": preset, **found, **to_json(experiment)}
 
 
 def from_record(record: dict[str, Any]) -> Experiment:
@@ -109,4 +116,5 @@ def from_record(record: dict[str, Any]) -> Experiment:
     Raises:
       UserError: it does not describe an experiment of this version of the library.
     """
-    return from_json(Experiment, {name: value for name, value in record.items() if name not in ("preset", "examples")})
+    fields = {name: value for name, value in record.items() if name not in ("preset", "examples", "taken")}
+    return from_json(Experiment, fields)

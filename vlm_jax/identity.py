@@ -1,6 +1,7 @@
 """What makes a run this run and no other: facts by their names, such as "model.levels" and "data.name"."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,19 +11,28 @@ RUN_FIELDS = (
     "distributed",
     "zero_shot",
     "sampling",
+    "start.*.workdir",
+    "start.*.step",
     "training.mesh",
     "training.steps",
     "training.log_every",
     "training.checkpoint_every",
     "training.keep_last",
 )
-"""Dotted paths of what may change between one start of a run and the next: none of it changes the value of any step."""
+"""Dotted paths, * for any number, of what may change between one start of a run and the next.
+
+None of it changes the value of any step: of what another run gave, the digest is a fact, not the place.
+"""
 
 
 def identity(record: Mapping[str, Any]) -> dict[str, str]:
     """The facts of a run's record, as dotted paths to JSON texts."""
-    facts = flatten(record)
-    return {path: fact for path, fact in facts.items() if not any(f"{path}.".startswith(f"{f}.") for f in RUN_FIELDS)}
+
+    def changes_nothing(path: str) -> bool:
+        numbered = re.sub(r"\.\d+(?=\.)", ".*", path) + "."
+        return any(numbered.startswith(f"{field}.") for field in RUN_FIELDS)
+
+    return {path: fact for path, fact in flatten(record).items() if not changes_nothing(path)}
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
@@ -40,7 +50,9 @@ def listed(items: Sequence[str], most: int = 5) -> str:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """JSON objects as dotted paths to JSON texts."""
+    """JSON objects, and arrays of objects by their indices, as dotted paths to JSON texts."""
+    if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+        value = {str(index): each for index, each in enumerate(value)}
     if not isinstance(value, Mapping):
         return {prefix: json.dumps(value)}
     leaves: dict[str, str] = {}

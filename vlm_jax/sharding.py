@@ -167,6 +167,15 @@ def parameter_shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> Py
     return shardings
 
 
+def under(prefix: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """The rules of a part, of its parameters alone where they lie in a model's subtree of that name."""
+    anchored = rf"^{re.escape(prefix)}(?=/)"
+    return tuple(
+        (anchored + (f"/(?:{pattern[1:]})" if pattern.startswith("^") else f".*(?:{pattern})"), axes)
+        for pattern, axes in rules
+    )
+
+
 def divided(path: str, shape: tuple[int, ...], axes: Sequence[Axis], mesh: Mesh) -> PartitionSpec:
     """The mesh axes of a parameter's trailing dimensions; refuses what they do not divide evenly."""
     spec: list[Any] = [None] * (len(shape) - len(axes))

@@ -50,6 +50,11 @@ def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+def part(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part's own variables: of each collection that has one, the subtree of that name."""
+    return {collection: tree[name] for collection, tree in variables.items() if name in tree}
+
+
 def unstack(tree: Mapping[str, Any], stacked: str, layer: str) -> dict[str, Any]:
     """`tree` with what a scan over layers runs through, `stacked/...` [L, ...], as `layer_0/...` to `layer_{L-1}/...`.
 

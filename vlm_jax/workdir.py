@@ -24,7 +24,8 @@ from vlm_jax.models import build
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.train.frozen import restore_frozen
+from vlm_jax.train.checksums import MANIFEST
+from vlm_jax.train.frozen import FROZEN, restore_frozen
 from vlm_jax.train.layout import laid_out
 from vlm_jax.train.saved import check_path, saved_steps
 from vlm_jax.train.step import TrainState, eval_variables
@@ -144,6 +145,27 @@ def read_tokenizer(workdir: Path) -> Tokenizer:
     if not (workdir / TOKENIZER).exists():
         raise UserError(f"{workdir} has lost its {TOKENIZER}, which gives its tokens their meaning: copy it back")
     return load_tokenizer(workdir / TOKENIZER)
+
+
+def taken_from(workdir: Path, step: int | None) -> dict[str, Any]:
+    """The step of a run that another one begins with, as `load` chooses it, and the digest of what is saved there.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is damaged.
+    """
+    directory = workdir / CHECKPOINTS
+    if not has_checkpoints(workdir):
+        raise UserError(f"{workdir} has no checkpoint yet: let the run reach its first one")
+    with Checkpoints(directory, read_only=True, identity=read_identity(workdir)) as checkpoints:
+        step = checkpoints.best_step() if step is None else step
+        step = checkpoints.steps()[-1] if step is None else step
+    manifests = [directory / str(step) / MANIFEST, directory / FROZEN / "0" / MANIFEST]
+    try:
+        there = [manifest.read_bytes() for manifest in manifests[: 2 if manifests[1].exists() else 1]]
+    except OSError as error:
+        raise UserError(f"{manifests[0]} cannot be read ({error.strerror}): choose another start.step") from error
+    # A manifest holds the checksum of every file, and what run it is of.
+    return {"step": step, "digest": hashlib.blake2b(b"".join(there), digest_size=16).hexdigest()}
 
 
 def has_checkpoints(workdir: Path) -> bool:

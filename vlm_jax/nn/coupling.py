@@ -66,18 +66,18 @@ class InvertibleConv(nn.Module):
         channels = x.shape[-1]
         eye = jnp.eye(channels)
 
-        def factors(key: Array) -> tuple[Array, dict[str, Array]]:
+        permutations: list[Array] = []  # of the factorisation that is drawn, whose other part trains
+
+        def rotation(key: Array) -> dict[str, Array]:
             permutation, lower, upper = jax.scipy.linalg.lu(nn.initializers.orthogonal()(key, (channels, channels)))
+            permutations.append(permutation)
             diagonal = jnp.sum(upper * eye, axis=0)
             # Columns change their signs, which keeps it orthogonal, so that the diagonal has a logarithm.
             upper = upper * jnp.sign(diagonal)
-            log_diagonal = jnp.log(jnp.abs(diagonal))
-            return permutation, {"lower": lower, "upper": upper, "log_diagonal": log_diagonal}
+            return {"lower": lower, "upper": upper, "log_diagonal": jnp.log(jnp.abs(diagonal))}
 
-        # What trains and what does not are of one factorisation, and of one key.
-        key = self.make_rng("params") if self.is_initializing() else jax.random.key(0)
-        lu = self.param("lu", lambda _: factors(key)[1])
-        permutation = self.variable("constants", "permutation", lambda: factors(key)[0]).value
+        lu = self.param("lu", rotation)
+        permutation = self.variable("constants", "permutation", lambda: permutations[-1]).value
         log_diagonal = lu["log_diagonal"]
         lower = jnp.tril(lu["lower"], -1) + eye
         upper = jnp.triu(lu["upper"], 1) + eye * jnp.exp(log_diagonal)

@@ -4,7 +4,7 @@ Nothing is allocated, and the mesh's devices need not be there. Callers trace un
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -31,7 +31,7 @@ class Programs(NamedTuple):
 def laid_out(
     model: Model,
     optimizer: optax.GradientTransformation,
-    batch: Batch,
+    batch: Mapping[str, Any],
     mesh: Mesh,
     *,
     frozen: Sequence[str] = (),
