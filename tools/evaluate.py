@@ -136,6 +136,7 @@ def evaluate(
             records=source.strings,
             training=None if loaded.experiment.data is None else training,
             labelled=labelled,
+            sampling=loaded.experiment.sampling,
             judge=None if judge is None else load_judge(judge, mesh),
         )
         chosen = choose(subject, only)

@@ -4,7 +4,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from tools.data import OtherData, choose_data
 from vlm_jax.commandline import command, require_one_process
 from vlm_jax.contract import Model
-from vlm_jax.data import Source, example, open_source, prompts
+from vlm_jax.data import Source, example, open_data, prompts
 from vlm_jax.errors import UserError, check_seed
 from vlm_jax.experiment import Experiment, from_record
 from vlm_jax.files import check_writable
@@ -46,8 +47,9 @@ class Options:
     """Classes to draw, by number or name, in turn; none: they are drawn too."""
     out: Path | None = None
     """The PNG to write; None: WORKDIR/samples.png."""
+    data: OtherData = OtherData()
     split: str | None = None
-    """Part of the run's data set to show; None: the run's test split."""
+    """Part of the data set to show; None: the run's test split."""
     checkpoint_step: int | None = None
     """Step of a checkpoint; None: the best by validation loss, else the newest."""
     data_dir: str | None = None
@@ -115,14 +117,20 @@ def sample(workdir: Path, options: Options = Options()) -> Path | list[str]:
     out = workdir / "samples.png" if options.out is None else options.out
     loaded = load(workdir, step=options.checkpoint_step)
     check_writable(out)
-    model, data = loaded.model, loaded.experiment.data
+    model = loaded.model
+    compares = model.embed_image is not None and model.embed_text is not None
+    if options.data.name is not None:
+        other = replace(loaded.experiment, data=choose_data(workdir, loaded, options.data))
+        loaded = replace(loaded, experiment=other)
 
     @cache
     def source() -> Source:  # samples alone need no data
+        data = choose_data(workdir, loaded, options.data)
+        read = ("image", "tokens") if compares else ("image",)
+        shown = {name: spec for name, spec in model.inputs.items() if name in read}
         directory = local_path(options.data_dir or loaded.experiment.data_dir)
-        return open_source(data.name, options.split or data.test, directory)
+        return open_data(data, options.split or data.test, shown, directory)
 
-    compares = model.embed_image is not None and model.embed_text is not None
     check_told(workdir, model, options, compares)
     if model.generate is not None and "image" not in model.inputs:
         return continuations(loaded, options)

@@ -115,6 +115,12 @@ def test_rows_hold_the_documents_of_the_records_one_after_the_other(sources, set
     assert answers <= {strings["answer"] for strings in sources[1].strings()}
 
 
+def test_the_rows_follow_from_the_seed(sources, sets, tokenizer) -> None:
+    again, other = (rows_of(sources[0], DATA, INPUTS, tokenizer, seed=seed) for seed in (3, 4))
+    np.testing.assert_array_equal(again[0]["tokens"], sets[0][0]["tokens"])
+    assert (other[0]["tokens"] != sets[0][0]["tokens"]).any()
+
+
 def test_an_epoch_has_each_document_once(sets) -> None:
     """The first data set alone, whose rows fill no whole number of batches."""
     rows, alone = len(sets[0]), Data(name="openmoji", pack=True)

@@ -1,5 +1,6 @@
 """The distance of two sets of images in the eyes of a judge: Gaussians in closed form, and what the judge is shown."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -57,15 +58,29 @@ def test_a_judge_is_shown_images_of_its_size_colours_and_range(channels: int, se
     np.testing.assert_array_equal(judge.embeddings(shown, 17), np.repeat([[255.0], [255.0], [128.0]], seen, axis=1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of sampling."""
+
+    brighter: int = 0
+
+
 def sampling(images: np.ndarray, valid: int, value: int) -> Subject:
     """A model all of whose samples have one value."""
 
-    def sample(_: Any, key: jax.Array, given: Any, *, num: int, temperature: float = 1.0) -> jax.Array:
-        return jnp.full((num, 2, 2, 1), value, jnp.uint8)
+    def sample(_: Any, key: jax.Array, given: Any, *, num: int, temperature: float, sampling: Any) -> jax.Array:
+        return jnp.full((num, 2, 2, 1), value + sampling.brighter, jnp.uint8)
 
     inputs = {"image": Input((2, 2, 1), "uint8", 256)}
     return Subject(
-        model=Model(inputs=inputs, init=lambda *_: {}, loss=lambda *_, **__: None, rules=(), sample=sample),
+        model=Model(
+            inputs=inputs,
+            init=lambda *_: {},
+            loss=lambda *_, **__: None,
+            rules=(),
+            sampling=Settings(),
+            sample=sample,
+        ),
         variables={},
         batches=lambda: iter([({"image": images}, len(images)), ({"image": images}, valid)]),
         examples=len(images) + valid,
@@ -79,6 +94,8 @@ def test_as_many_samples_are_drawn_as_there_are_held_out_images() -> None:
     subject = sampling(images, 2, 40)
     # Of 0, 20, 0, 20 and 0, 20 the mean is 10 and the variance 120; samples of one value have none.
     assert frechet.run(subject) == {"distance_of_embeddings": pytest.approx(30**2 + 120), "samples": 6}
+    told = replace(subject, sampling=Settings(brighter=10))  # as the run's settings say
+    assert frechet.run(told)["distance_of_embeddings"] == pytest.approx(40**2 + 120)
 
 
 def test_what_a_judge_cannot_look_at_is_told() -> None:

@@ -47,7 +47,7 @@ def run(subject: Subject) -> dict[str, float]:
         draw = None
         for index, (batch, valid) in enumerate(subject.batches()):
             images = np.asarray(batch["image"])
-            draw = draw or jax.jit(partial(model.sample, num=len(images)))
+            draw = draw or jax.jit(partial(model.sample, num=len(images), sampling=subject.sampling))
             draws.append(np.asarray(draw(subject.variables, jax.random.fold_in(key, index), {}))[:valid])
             yield images[:valid]
 

@@ -40,6 +40,8 @@ class Subject:
     """What the model was trained on, all of it once, as `batches`."""
     labelled: Labelled | None = None
     """For zero-shot classification."""
+    sampling: Any = None
+    """The settings by which the model samples; None: its family's."""
     judge: Judge | None = None
     """For evaluations of images by what another model sees in them."""
 
