@@ -2,19 +2,31 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import smallest
+import vlm_jax
+from experiments.run import run
 from vlm_jax.contract import Model
 from vlm_jax.errors import UserError
-from vlm_jax.lora import LoRA, adapted, merged
+from vlm_jax.experiment import Experiment, from_record
+from vlm_jax.lora import BASE, LoRA, adapted, merged
 from vlm_jax.models import build
+from vlm_jax.sharding import MeshShape, make_mesh, to_global
+from vlm_jax.start import Start
+from vlm_jax.train.layout import programs
+from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
+from vlm_jax.train.step import TrainState
 from vlm_jax.trees import leaves_by_path, map_with_path, unstack
+from vlm_jax.workdir import read_record
 
 KEY = jax.random.key(0)
 CONFIG = LoRA(rank=2, alpha=6.0)
@@ -194,3 +206,90 @@ def test_a_pattern_that_finds_no_kernel_is_refused() -> None:
         adapted(model, LoRA(rank=2, pattern="querry"))
     with pytest.raises(UserError, match=r"finds .*bias of shape \[.*\], which is no kernel: narrow it"):
         adapted(model, LoRA(rank=2, pattern="final_norm/bias"))
+
+
+def trajectory(mesh: MeshShape, devices: int) -> TrainState:
+    """Three steps of the adapters alone, their base frozen, from one initialisation."""
+    model = adapted(build(CONFIGS["clip"]), CONFIG)
+    optimizer = Optimizer(learning_rate=0.1, schedule="constant", eps=1e-3)
+    training = Training(optimizer=optimizer, steps=3, batch_size=8)
+    on = make_mesh(mesh, jax.devices()[:devices])
+    with jax.set_mesh(on):
+        _, init, step = programs(model, training, on, frozen=(BASE,))
+        state = init(KEY, to_global(batch_of(model), 8, on), {})
+        for _ in range(3):
+            state, _ = step(state, to_global(batch_of(model), 8, on), jax.random.key(1))
+    return state
+
+
+@pytest.fixture(scope="module")
+def sharded() -> TrainState:
+    return trajectory(MeshShape(data=2, fsdp=2, tensor=2), 8)
+
+
+def test_only_adapters_move_and_have_moments(sharded: TrainState) -> None:
+    model = adapted(build(CONFIGS["clip"]), CONFIG)
+    drawn = leaves_by_path(jax.jit(model.init)(KEY, batch_of(model))["params"])
+    for path, leaf in leaves_by_path(sharded.frozen).items():
+        np.testing.assert_array_equal(leaf, drawn[path], err_msg=path)
+    live = leaves_by_path(sharded.params)
+    assert live.keys() | leaves_by_path(sharded.frozen).keys() == drawn.keys()
+    assert all(path.startswith("lora/") and np.any(leaf != drawn[path]) for path, leaf in live.items())
+    moments = [path for path in leaves_by_path(sharded.opt_state) if "kernel" in path]
+    assert len(moments) == 2 * len(live) and all("/lora/" in path for path in moments)
+
+
+def test_adapters_lie_as_the_dimension_of_the_kernel_that_they_keep(sharded: TrainState) -> None:
+    layouts = {path: leaf.sharding.spec for path, leaf in leaves_by_path((sharded.params, sharded.frozen)).items()}
+    block = "image/transformer/blocks"
+    assert layouts[f"1/{block}/attention/query/kernel"] == PartitionSpec(None, "fsdp", "tensor")
+    assert layouts[f"0/lora/{block}/attention/query/kernel/a"] == PartitionSpec(None, "fsdp", None)
+    assert layouts[f"0/lora/{block}/attention/query/kernel/b"] == PartitionSpec(None, None, "tensor")
+    assert layouts[f"0/lora/{block}/mlp/down/kernel/a"] == PartitionSpec(None, "tensor", None)
+    assert layouts[f"0/lora/{block}/mlp/down/kernel/b"] == PartitionSpec(None, None, "fsdp")
+
+
+def test_one_trajectory_on_one_and_eight_devices(sharded: TrainState) -> None:
+    expected = leaves_by_path(trajectory(MeshShape(), 1).params)
+    for path, leaf in leaves_by_path(sharded.params).items():
+        np.testing.assert_allclose(leaf, expected[path], atol=1e-4, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def tuned(clip_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path]:
+    """A run of adapters on another run's model, saved twice."""
+    workdir, old = tmp_path_factory.mktemp("lora") / "run", from_record(read_record(clip_run))
+    training = replace(old.training, steps=2, checkpoint_every=1, ema_decay=0.5)
+    data = replace(old.data, name="openmoji", validation=None)
+    begun = replace(old, training=training, data=data, workdir=str(workdir), start=(Start(workdir=str(clip_run)),))
+    experiment = replace(begun, lora=CONFIG)
+    run("clip-tiny", experiment)
+    return experiment, workdir
+
+
+def test_a_run_of_adapters_saves_them_alone_and_loads_as_a_plain_model(tuned: tuple, clip_run: Path) -> None:
+    experiment, workdir = tuned
+    assert experiment.frozen == (BASE,)
+    assert {path.name for path in (workdir / "checkpoints" / "2").iterdir()} >= {"params", "ema"}
+    loaded, base = vlm_jax.load(workdir), vlm_jax.load(clip_run)
+    found, before = leaves_by_path(loaded.variables), leaves_by_path(base.variables)
+    assert found.keys() == before.keys()
+    for path, leaf in found.items():
+        assert np.any(leaf != before[path]) == bool(re.search(CONFIG.pattern, path)), path
+        moved = np.asarray(leaf - before[path]).reshape(-1, *leaf.shape[-2:])
+        assert all(np.linalg.matrix_rank(layer, tol=1e-5) <= 2 for layer in moved)
+    image = np.zeros((1, *loaded.model.inputs["image"].shape), np.uint8)
+    assert (
+        loaded.model.embed_image(loaded.variables, image).shape == base.model.embed_image(base.variables, image).shape
+    )
+
+
+def test_a_run_of_adapters_goes_on_and_needs_a_base(tuned: tuple, tmp_path: Path) -> None:
+    experiment, workdir = tuned
+    run("clip-tiny", replace(experiment, training=replace(experiment.training, steps=3)))
+    assert vlm_jax.load(workdir).step == 3
+    with pytest.raises(UserError, match="which are frozen and would stay random"):
+        run("clip-tiny", replace(experiment, start=(), workdir=str(tmp_path / "run")))
+    other = replace(experiment, lora=replace(CONFIG, rank=3))
+    with pytest.raises(UserError, match=r"belongs to another configuration \(lora.rank: 2 -> 3\)"):
+        run("clip-tiny", other)

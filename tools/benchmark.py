@@ -20,8 +20,7 @@ from tools.peers import compare
 from vlm_jax.commandline import command
 from vlm_jax.contract import Input, Model, abstract_batch, check_batch
 from vlm_jax.data import make_tokenizer, open_training_data, rows_of, train_batches
-from vlm_jax.experiment import Experiment
-from vlm_jax.models import build
+from vlm_jax.experiment import Experiment, model_of
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import check_batch_size, make_mesh, process_rows, to_global
 from vlm_jax.train.flops import count_flops, model_flops
@@ -101,7 +100,7 @@ def benchmark(experiment: Experiment, *, pipeline: bool = True) -> Results:
     training = experiment.training
     mesh = make_mesh(training.mesh)
     check_batch_size(training.batch_size, mesh, training.micro_steps)
-    model = build(experiment.model)
+    model = model_of(experiment)
     results: Results = {
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,

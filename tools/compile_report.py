@@ -16,8 +16,7 @@ from experiments.presets import from_command_line
 from vlm_jax.commandline import command
 from vlm_jax.contract import abstract_batch
 from vlm_jax.errors import UserError
-from vlm_jax.experiment import Experiment
-from vlm_jax.models import build
+from vlm_jax.experiment import Experiment, model_of
 from vlm_jax.sharding import batch_sharding, make_mesh, placed, replicated
 from vlm_jax.train.layout import programs
 from vlm_jax.train.step import TrainState
@@ -97,7 +96,7 @@ def compile_report(experiment: Experiment, devices: list[jax.Device]) -> dict[st
 
 def lower_step(experiment: Experiment, mesh: Mesh) -> tuple[TrainState, jax.stages.Lowered]:
     """The train step as training compiles it, without a single array; and the shapes of the state."""
-    model = build(experiment.model)
+    model = model_of(experiment)
     batch = placed(abstract_batch(model.inputs, experiment.training.batch_size), batch_sharding(mesh))
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     # Abstract, for what is computed while tracing would have to run on the mesh's devices.

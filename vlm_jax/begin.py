@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from vlm_jax.data import Tokenizer, load_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment, from_record
+from vlm_jax.lora import without_adapters
 from vlm_jax.paths import local_path
 from vlm_jax.start import check_configs, part_of, reads_tokens, taken
 from vlm_jax.train.step import TrainState, eval_variables
@@ -78,9 +79,8 @@ def beginning(
         given: dict[str, jax.Array] = {}
         for start, fact in zip(experiment.start, facts, strict=True):
             loaded = load(start.workdir, step=fact["step"], mesh=mesh)
-            values, told = taken(
-                start, loaded.experiment.model, loaded.variables, experiment.model, eval_variables(abstract)
-            )
+            places = without_adapters(eval_variables(abstract))
+            values, told = taken(start, loaded.experiment.model, loaded.variables, experiment.model, places)
             what = f"{start.take or 'all'} of {start.workdir}, step {loaded.step}"
             say("; ".join([f"{start.into or 'the model'} begins as {what}", *told]))
             given |= values

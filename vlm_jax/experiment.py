@@ -9,8 +9,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 import tyro
 
+from vlm_jax.contract import Model
 from vlm_jax.data import Data
 from vlm_jax.errors import UserError
+from vlm_jax.lora import BASE, LoRA, adapted
+from vlm_jax.models import build
 from vlm_jax.records import from_json, to_json
 from vlm_jax.start import Start
 from vlm_jax.train.plan import Training
@@ -73,6 +76,8 @@ class Experiment:
     """Of these parameters; None: float32, as the others are."""
     sampling: Any = None
     """Settings by which samples are drawn, of the type of `Model.sampling`; None: the family's own."""
+    lora: LoRA = LoRA()
+    """Adapters that train in place of the kernels; with them all else is frozen, unless `frozen` says what."""
     zero_shot: ZeroShot | None = None
     """What `tools.evaluate` classifies without training on it; None: nothing."""
     workdir: str | None = None
@@ -82,6 +87,8 @@ class Experiment:
     distributed: Distributed = Distributed()
 
     def __post_init__(self) -> None:
+        if self.lora.rank is not None and not self.frozen:
+            object.__setattr__(self, "frozen", (BASE,))
         for pattern in self.frozen:
             try:
                 re.compile(pattern)
@@ -91,6 +98,12 @@ class Experiment:
         for path, value in leaves_by_path(msgspec.to_builtins(self)).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{path.replace('/', '.')} is {value}: it must be a finite number")
+
+
+def model_of(experiment: Experiment) -> Model:
+    """What a run trains: its family's model, with adapters where it has them."""
+    model = build(experiment.model)
+    return model if experiment.lora.rank is None else adapted(model, experiment.lora)
 
 
 def to_record(

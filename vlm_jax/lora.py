@@ -84,14 +84,20 @@ def merged(variables: Variables, config: LoRA) -> dict[str, Any]:
     """The variables of the plain model that computes the same: each adapter is added to its kernel."""
     assert config.rank is not None
     scale = config.alpha / config.rank
-    params = dict(variables["params"])
-    adapters = leaves_by_path(params.pop(LORA))
+    adapters = leaves_by_path(variables["params"][LORA])
 
     def kernel(path: str, leaf: jax.Array) -> jax.Array:
         # In the adapter's float32 also where the kernel, which is frozen, is kept in bfloat16: it would not notice.
         return leaf + scale * adapters[f"{path}/a"] @ adapters[f"{path}/b"] if f"{path}/a" in adapters else leaf
 
-    return {**variables, "params": map_with_path(kernel, params)}
+    base = without_adapters(variables)
+    return {**base, "params": map_with_path(kernel, base["params"])}
+
+
+def without_adapters(variables: Variables) -> dict[str, Any]:
+    """Those of the base alone."""
+    params = {name: branch for name, branch in variables["params"].items() if name != LORA}
+    return {**variables, "params": params}
 
 
 def adapted_kernels(model: Model, config: LoRA) -> tuple[dict[str, Any], tuple[Rule, ...]]:

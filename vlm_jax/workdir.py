@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from jax.sharding import Mesh
 from vlm_jax.contract import Model, Variables, abstract_batch
 from vlm_jax.data import Tokenizer, load_tokenizer
 from vlm_jax.errors import UserError
-from vlm_jax.experiment import Experiment, from_record
+from vlm_jax.experiment import Experiment, from_record, model_of
 from vlm_jax.files import replace_file
 from vlm_jax.identity import changes, identity, listed
 from vlm_jax.locks import exclusive
+from vlm_jax.lora import merged, without_adapters
 from vlm_jax.models import build
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import MeshShape, make_mesh
@@ -42,7 +44,7 @@ class Loaded:
 
     model: Model
     variables: Variables
-    """With averaged parameters where the run kept an average."""
+    """With averaged parameters where the run kept an average, and adapters merged into the kernels."""
     tokenizer: Tokenizer | None
     experiment: Experiment
     step: int
@@ -67,7 +69,7 @@ def load(workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = No
     tokenizer = None if experiment.data.text is None else read_tokenizer(workdir)
     directory, facts = workdir / CHECKPOINTS, read_identity(workdir)
     with Checkpoints(directory, read_only=True, identity=facts) as checkpoints:
-        model = build(experiment.model)
+        model = model_of(experiment)
         abstract = abstract_state(model, experiment, mesh)
         # Where there is an average, it stands for the parameters that it covers.
         name = "ema" if abstract.ema else "params"
@@ -76,7 +78,12 @@ def load(workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = No
     assert restored is not None
     step, values = restored
     state = abstract._replace(**values, frozen=restore_frozen(directory, abstract.frozen, facts))
-    return Loaded(model, eval_variables(state), tokenizer, experiment, step)
+    variables = eval_variables(state)
+    if experiment.lora.rank is not None:
+        layout = jax.tree.map(lambda leaf: leaf.sharding, without_adapters(eval_variables(abstract)))
+        variables = jax.jit(partial(merged, config=experiment.lora), out_shardings=layout)(variables)
+        model = build(experiment.model)
+    return Loaded(model, variables, tokenizer, experiment, step)
 
 
 def abstract_state(model: Model, experiment: Experiment, mesh: Mesh | None) -> TrainState:
