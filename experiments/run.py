@@ -12,6 +12,7 @@ import tyro
 from experiments.presets import from_command_line
 from vlm_jax.begin import beginning, facts_of_starts, tokenizer_of_starts
 from vlm_jax.commandline import command
+from vlm_jax.contract import Batch, check_batch
 from vlm_jax.data import (
     Packed,
     Tokenizer,
@@ -28,10 +29,11 @@ from vlm_jax.data import (
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Distributed, Experiment, model_of, to_record
 from vlm_jax.paths import local_path
-from vlm_jax.sharding import batch_shards, check_batch_size, make_mesh
+from vlm_jax.sharding import batch_shards, check_batch_size, make_mesh, process_rows, to_global
 from vlm_jax.start import Start
 from vlm_jax.train.loop import Rows, Validation, fit
 from vlm_jax.train.terminal import say
+from vlm_jax.watch import HeldOut, watchers
 from vlm_jax.workdir import claimed_workdir, has_checkpoints, read_identity, read_tokenizer, write_tokenizer
 
 
@@ -120,7 +122,7 @@ def run(preset: str, experiment: Experiment) -> None:
                 stop=training.steps,
             )
 
-        validation = None
+        validation, seen = None, None
         if held_out is not None:
             # A step's part at most; of a smaller split all of it at once, filled up to what the mesh can split.
             shards, scored = batch_shards(mesh), rows_of(held_out, data, model.inputs, tokenizer)
@@ -129,7 +131,12 @@ def run(preset: str, experiment: Experiment) -> None:
             def held_out_batches(rows: Rows) -> Iterator[tuple[dict[str, np.ndarray], int]]:
                 return evaluation_batches(scored, data, model.inputs, tokenizer, batch_size=size, rows=rows)
 
+            def seen_batches() -> Iterator[tuple[Batch, int]]:
+                for batch, valid in held_out_batches(process_rows(size, mesh)):
+                    yield to_global(check_batch(model.inputs, batch), size, mesh), valid
+
             validation = Validation(held_out_batches, size)
+            seen = HeldOut(batches=seen_batches, examples=len(scored), tokenizer=tokenizer, records=held_out.strings)
 
         fit(
             model,
@@ -137,6 +144,7 @@ def run(preset: str, experiment: Experiment) -> None:
             workdir,
             batches,
             validation,
+            watchers(experiment.watch, model, seen, experiment.sampling),
             begin=beginning(experiment, facts, mesh),
             frozen=experiment.frozen,
             frozen_dtype=experiment.frozen_dtype,

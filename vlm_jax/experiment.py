@@ -18,6 +18,7 @@ from vlm_jax.records import from_json, to_json
 from vlm_jax.start import Start
 from vlm_jax.train.plan import Training
 from vlm_jax.trees import leaves_by_path
+from vlm_jax.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,8 @@ class Experiment:
     """Adapters that train in place of the kernels; with them all else is frozen, unless `frozen` says what."""
     zero_shot: ZeroShot | None = None
     """What `tools.evaluate` classifies without training on it; None: nothing."""
+    watch: Watch = Watch()
+    """What is looked at at each checkpoint, beside the loss of the validation split."""
     workdir: str | None = None
     """Where the run is kept; None: runs/PRESET."""
     data_dir: str = "~/.cache/vlm_jax/data"

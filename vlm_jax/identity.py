@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 RUN_FIELDS = (
+    "watch",
     "workdir",
     "data_dir",
     "distributed",

@@ -19,10 +19,11 @@ from vlm_jax.contract import Aux, Input, Model
 from vlm_jax.errors import UserError
 from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.train.loop import Validation, fit, validate, validation_loss
-from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.loop import Validation, fit, validated
+from vlm_jax.train.optim import Adafactor, Optimizer
 from vlm_jax.train.plan import Training
 from vlm_jax.train.terminal import StopSignal
+from vlm_jax.train.watch import Interrupted, Moment, harmless
 from vlm_jax.trees import leaves_by_path
 
 
@@ -49,8 +50,7 @@ def train_batches(rows: np.ndarray, start: int) -> Iterator[dict[str, np.ndarray
 
 def training(**fields: object) -> Training:
     settings = {"steps": 12, "batch_size": 16, "checkpoint_every": 4, "log_every": 1, "ema_decay": 0.9} | fields
-    optimizer = Optimizer(learning_rate=0.01, decay_steps=12)
-    return Training(optimizer=optimizer, **settings)
+    return Training(**{"optimizer": Optimizer(learning_rate=0.01, decay_steps=12), **settings})
 
 
 def leaves(state: object) -> dict[str, np.ndarray]:
@@ -99,6 +99,18 @@ def test_interrupted_twice_is_bit_identical_and_logs_each_step_once(whole: tuple
     ]
     assert without_timing[0] == without_timing[1]
     assert [line["step"] for line in metrics] == list(range(1, 13))
+
+
+def test_adafactor_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """With momentum in bfloat16 and factored moments in its checkpoints."""
+    settings = training(optimizer=Adafactor(learning_rate=0.01, factored_from=8, decay_steps=12))
+    expected = leaves(fit(noisy_regression(), settings, tmp_path / "whole", train_batches))
+    with pytest.raises(Killed):
+        fit(noisy_regression(), settings, tmp_path / "killed", killed_at(6))
+    actual = leaves(fit(noisy_regression(), settings, tmp_path / "killed", train_batches))
+    assert {leaf.dtype.name for path, leaf in actual.items() if "/ema/" in path} == {"bfloat16"}
+    for path, value in expected.items():
+        np.testing.assert_array_equal(actual[path], value, err_msg=path)
 
 
 def test_goes_on_with_another_mesh_and_longer(whole: tuple, tmp_path: Path) -> None:
@@ -299,7 +311,7 @@ def test_validation_is_the_mean_over_all_items_wherever_they_lie(examples: int, 
         return jnp.sum(jnp.square(batch["x"]), where=batch["mask"] > 0) / jnp.maximum(weight, 1), Aux({}, weight)
 
     inputs = {"x": Input((6,), "float32"), "mask": Input((6,), "int32", 2)}
-    score = validated(replace(noisy_regression(), inputs=inputs, loss=loss), {"x": x, "mask": mask}, devices)
+    score = validation_of(replace(noisy_regression(), inputs=inputs, loss=loss), {"x": x, "mask": mask}, devices)
     assert score == pytest.approx(np.mean(np.square(x[mask], dtype=np.float64)), rel=1e-6)
 
 
@@ -312,10 +324,10 @@ def test_validation_of_a_loss_that_spans_its_batch_weighs_batches_by_their_examp
 
     model = replace(noisy_regression(), inputs={"x": Input((6,), "float32")}, loss=loss)
     expected = (8 * float(x[:8].max()) + 5 * float(x[8:].max())) / 13
-    assert validated(model, {"x": x}, devices) == pytest.approx(expected, rel=1e-6)
+    assert validation_of(model, {"x": x}, devices) == pytest.approx(expected, rel=1e-6)
 
 
-def validated(model: Model, data: dict[str, np.ndarray], devices: int) -> float:
+def validation_of(model: Model, data: dict[str, np.ndarray], devices: int) -> float:
     """Of all of `data`, in batches of 8."""
     examples = len(data["x"])
 
@@ -329,7 +341,59 @@ def validated(model: Model, data: dict[str, np.ndarray], devices: int) -> float:
 
     mesh, key = make_mesh(MeshShape(), jax.devices()[:devices]), jax.random.key(0)
     with jax.set_mesh(mesh), StopSignal() as stop:
-        return validate(model, validation_loss(model), {}, Validation(batches, 8), mesh, key, stop)["validation_loss"]
+        return validated(model, Validation(batches, 8), mesh)(Moment({}, key, stop.poll))["validation_loss"]
+
+
+def test_watchers_are_shown_each_checkpoint_and_what_they_see_is_logged(whole: tuple, tmp_path: Path) -> None:
+    """They change no step."""
+    picture, kernels = np.zeros((2, 3, 3), np.uint8), []
+
+    def norm(moment: Moment) -> dict[str, float | np.ndarray]:
+        kernels.append(np.asarray(moment.variables["params"]["kernel"]))
+        return {"norm": float(np.linalg.norm(kernels[-1])), "picture": picture}
+
+    state = fit(noisy_regression(), training(), tmp_path, train_batches, watchers=(norm,))
+    assert {line["step"]: line["norm"] for line in logged(tmp_path) if "norm" in line} == {
+        step: pytest.approx(np.linalg.norm(kernel)) for step, kernel in zip((4, 8, 12), kernels, strict=True)
+    }
+    np.testing.assert_array_equal(kernels[-1], state.ema["kernel"])
+    assert not any("picture" in line for line in logged(tmp_path))
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"\x89PNG") == 3
+    for path, value in leaves(state).items():
+        np.testing.assert_array_equal(value, whole[0][path], err_msg=path)
+
+
+def test_a_watcher_that_fails_is_told_once_and_stops_no_run(
+    whole: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried again, for what failed may have been the disk or the memory."""
+    calls = []
+
+    def failing(moment: Moment) -> dict[str, float]:
+        calls.append(moment)
+        if len(calls) < 3:
+            raise ValueError("no\nluck")
+        return {"luck": 1.0}
+
+    state = fit(noisy_regression(), training(), tmp_path, train_batches, watchers=(harmless("luck", failing),))
+    assert caplog.messages == ["luck failed (ValueError: no luck): the run goes on without it"]
+    assert [line["step"] for line in logged(tmp_path) if "luck" in line] == [12]
+    for path, value in leaves(state).items():
+        np.testing.assert_array_equal(value, whole[0][path], err_msg=path)
+
+
+def test_a_signal_is_more_urgent_than_what_watchers_see(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    later = []
+
+    def interrupted(moment: Moment) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise Interrupted
+
+    watchers = (harmless("first", interrupted), lambda moment: later.append(moment) or {})
+    with pytest.raises(SystemExit):
+        fit(noisy_regression(), training(), tmp_path, train_batches, watchers=watchers)
+    assert not later and "step 4 of 12 is saved" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from vlm_jax.train.optim import learning_rate_schedule
 from vlm_jax.train.plan import Training
 from vlm_jax.train.step import TrainState, eval_variables
 from vlm_jax.train.terminal import StopSignal, progress_bar, say
+from vlm_jax.train.watch import Moment, Watcher, look
 from vlm_jax.trees import leaves_by_path
 
 PyTree = Any
@@ -50,6 +51,7 @@ def fit(
     workdir: Path,
     train_batches: TrainBatches,
     validation: Validation | None = None,
+    watchers: Sequence[Watcher] = (),
     *,
     begin: Callable[[TrainState], Mapping[str, jax.Array]] | None = None,
     frozen: Sequence[str] = (),
@@ -62,6 +64,7 @@ def fit(
     SIGTERM or Ctrl-C saves, without a score, says so and ends the process with status 0; a second Ctrl-C kills it.
 
     Args:
+      watchers: what else to look at at each checkpoint, after the validation split.
       begin: called where nothing is saved yet, with the shapes of the state and where each array will lie; what it
         returns is the beginning of these variables, by their paths, and the others are drawn.
       frozen: regular expressions of the paths of parameters that do not train, all of which `begin` must give.
@@ -78,7 +81,7 @@ def fit(
         check_batch_size(training.batch_size, mesh, training.micro_steps)
         learning_rate = jax.jit(learning_rate_schedule(training.optimizer, training.steps))
         rows = process_rows(training.batch_size, mesh)
-        init_key, step_key, validation_key = jax.random.split(jax.random.key(training.seed), 3)
+        init_key, step_key, watch_key = jax.random.split(jax.random.key(training.seed), 3)
 
         def to_device(batch: HostBatch) -> dict[str, jax.Array]:
             return to_global(check_batch(model.inputs, batch), training.batch_size, mesh)
@@ -101,7 +104,8 @@ def fit(
             say(f"{workdir} already holds step {start} of {training.steps}: nothing is left to do")
             return state
 
-        loss = validation_loss(model)
+        scored = () if validation is None else (validated(model, validation, mesh),)
+        looking = (*scored, *watchers)
         log = stack.enter_context(MetricsLog(workdir, start, enabled=jax.process_index() == 0))
         bar = stack.enter_context(progress_bar(start, training.steps))
         batches = train_batches(rows, start)
@@ -121,10 +125,11 @@ def fit(
             if logging:
                 values["learning_rate"] = float(learning_rate(step - 1))
                 values["examples_per_second"] = len(pending) * training.batch_size / elapsed
-                if scoring and not stop.noticed and validation is not None:
-                    variables = eval_variables(state)
-                    values |= validate(model, loss, variables, validation, mesh, validation_key, stop)
-                log.write(step, values)
+                pictures: dict[str, np.ndarray] = {}
+                if scoring and looking and not stop.noticed:
+                    numbers, pictures = look(looking, Moment(eval_variables(state), watch_key, stop.poll))
+                    values |= numbers
+                log.write(step, values, pictures)
                 bar.set_postfix_str(f"loss {values['loss']:.4g}, {values['examples_per_second']:.0f} examples/s")
             if saving:
                 checkpoints.save(step, changing(state), validation_loss=values.get("validation_loss"))
@@ -213,15 +218,7 @@ def validation_loss(model: Model) -> ValidationLoss:
     return jax.jit(loss, static_argnames="valid")
 
 
-def validate(
-    model: Model,
-    loss: ValidationLoss,
-    variables: Variables,
-    validation: Validation,
-    mesh: Mesh,
-    key: jax.Array,
-    stop: StopSignal,
-) -> dict[str, float]:
+def validated(model: Model, validation: Validation, mesh: Mesh) -> Watcher:
     """The mean loss over all items of the validation split, with the same noise at each call.
 
     Empty where a signal comes meanwhile: to save what was trained is more urgent than its score.
@@ -229,12 +226,16 @@ def validate(
     A batch counts by its `Aux.weight`. A loss that spans its batch has none and counts by the examples: its value is
     the mean over batches of this size, and a smaller last one, in which there is less to confuse, counts for less.
     """
-    rows = process_rows(validation.batch_size, mesh)
-    parts = []
-    for index, (batch, valid) in enumerate(validation.batches(rows)):
-        if stop.poll():
-            return {}
-        fields = to_global(check_batch(model.inputs, batch), validation.batch_size, mesh)
-        parts.append(loss(variables, fields, jax.random.fold_in(key, index), valid))
-    losses, weights = np.asarray(jax.device_get(parts), np.float64).T
-    return {"validation_loss": float(losses @ weights / np.sum(weights))}
+    loss, rows = validation_loss(model), process_rows(validation.batch_size, mesh)
+
+    def validate(moment: Moment) -> dict[str, float]:
+        parts = []
+        for index, (batch, valid) in enumerate(validation.batches(rows)):
+            if moment.stop():
+                return {}
+            fields = to_global(check_batch(model.inputs, batch), validation.batch_size, mesh)
+            parts.append(loss(moment.variables, fields, jax.random.fold_in(moment.key, index), valid))
+        losses, weights = np.asarray(jax.device_get(parts), np.float64).T
+        return {"validation_loss": float(losses @ weights / np.sum(weights))}
+
+    return validate
