@@ -88,14 +88,14 @@ def mlp(params: Any, x: np.ndarray, activation: str) -> np.ndarray:
 
 
 def transformer(params: Any, x: np.ndarray, config: Any, *, causal: bool = False, temperature: float = 1) -> np.ndarray:
-    """A stack of pre-norm blocks, unrolled, and the final norm."""
+    """A stack of pre-norm blocks, unrolled, and the final norm, where there is one."""
     mask = np.tri(x.shape[1], dtype=bool) if causal else True
     for i in range(config.depth):
         block = params[f"block_{i}"]
         y = layer_norm(block["attention_norm"], x, config.norm_eps)
         x = x + attention(block["attention"], y, y, config.heads, mask, temperature)
         x = x + mlp(block["mlp"], layer_norm(block["mlp_norm"], x, config.norm_eps), config.activation)
-    return layer_norm(params["final_norm"], x, config.norm_eps)
+    return layer_norm(params["final_norm"], x, config.norm_eps) if "final_norm" in params else x
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray:

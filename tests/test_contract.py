@@ -150,6 +150,13 @@ def test_capabilities_return_what_the_contract_says(preset: str):
             field = "image" if capability == "embed_image" else "tokens"
             y = jax.eval_shape(function, variables, batch[field])
             assert (y.ndim, len(y), y.dtype) == (2, BATCH, jnp.float32)
+        elif capability == "image_features":
+            y = jax.eval_shape(function, variables, batch["image"])
+            assert (y.ndim, len(y), y.dtype) == (3, BATCH, jnp.float32)
+        elif capability == "text_features":
+            y, mask = jax.eval_shape(function, variables, batch["tokens"])
+            assert (y.shape[:2], y.ndim, y.dtype) == (batch["tokens"].shape, 3, jnp.float32)
+            assert (mask.shape, mask.dtype) == (batch["tokens"].shape, jnp.bool_)
         elif capability in ("log_likelihood", "log_weight"):
             y = jax.eval_shape(function, variables, batch, KEY)
             assert (y.shape, y.dtype) == ((BATCH,), jnp.float32)

@@ -53,6 +53,7 @@ MODEL = Model(
     rules=(),
     embed_image=lambda _, image: image.reshape(len(image), -1).astype(jnp.float32),
     embed_text=of_tokens,
+    text_features=lambda _, tokens: (jnp.ones((*tokens.shape, 1)), jnp.ones(tokens.shape, bool)),
     log_likelihood=lambda _, batch, key: batch["label"].astype(jnp.float32),
     latents=Input((4,), "float32"),
     encode=lambda _, image, key=None: image.reshape(len(image), 4).astype(jnp.float32) + (0 if key is None else 0.5),
@@ -186,6 +187,9 @@ def test_under_jit_what_is_told_wrongly_is_no_draw_of_something_else() -> None:
     np.testing.assert_array_equal(images[:, 0, 0, 0], [0, 10, 0, 0])
     vectors = jax.jit(MODEL.embed_text)({}, jnp.array([[0, 2, 9], [0, 2, 50], [0, 1, 5], [-1, 2, 0]]))
     np.testing.assert_array_equal(vectors[:, 0], [11, np.nan, np.nan, np.nan])
+    features, mask = jax.jit(MODEL.text_features)({}, jnp.array([[0, 2, 9], [0, 2, 50]]))
+    np.testing.assert_array_equal(features[..., 0], [[1, 1, 1], [np.nan] * 3])
+    np.testing.assert_array_equal(mask, [[True] * 3, [False] * 3])
     values = jax.jit(MODEL.log_likelihood)({}, BATCH | {"label": np.array([10, 3])}, KEY)
     np.testing.assert_array_equal(values, [np.nan, 3])
     levels = jax.jit(MODEL.log_likelihood)({}, BATCH | {"image": IMAGE + np.array([[[[0]]], [[[1]]]], np.uint8)}, KEY)

@@ -73,6 +73,11 @@ class Model:
     """`(variables, image) -> [B, D]`, unit length"""
     embed_text: Callable[..., jax.Array] | None = None
     """`(variables, tokens) -> [B, D]`, unit length"""
+    image_features: Callable[..., jax.Array] | None = None
+    """`(variables, image) -> float32 [B, T, D]`, of each part of the image before pooling, at the layer that the
+    configuration names"""
+    text_features: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    """`(variables, tokens) -> (float32 [B, T, D], bool [B, T])`, of each token, and which belong to the text"""
     log_likelihood: Callable[..., jax.Array] | None = None
     """`(variables, batch, key) -> [B]`, nats"""
     bound: Literal["exact", "lower", "estimate"] | None = None
@@ -119,6 +124,8 @@ class Model:
 CAPABILITIES = (
     "embed_image",
     "embed_text",
+    "image_features",
+    "text_features",
     "log_likelihood",
     "log_weight",
     "encode",
@@ -188,8 +195,8 @@ Fits = jax.Array | None
 
 def _attentive(model: Model, capability: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A capability that checks what it is told."""
-    if capability in ("embed_image", "embed_text", "encode"):
-        name = "tokens" if capability == "embed_text" else "image"
+    if capability in ("embed_image", "embed_text", "image_features", "text_features", "encode"):
+        name = "tokens" if capability in ("embed_text", "text_features") else "image"
 
         def of_field(variables: Variables, value: jax.Array, *rest: Any, **named: Any) -> Any:
             given, fits = _read(model.inputs, {name: value}, (name,))

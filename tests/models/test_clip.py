@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from reference import dense, layer_norm, transformer
+from vlm_jax.errors import UserError
 from vlm_jax.models import clip
 from vlm_jax.nn.transformer import Transformer
-from vlm_jax.nn.vision import VisionTower, VisionTransformer
+from vlm_jax.nn.vision import AttentionPool, VisionTower, VisionTransformer, patchify
 from vlm_jax.objectives.contrastive import info_nce, sigmoid
+from vlm_jax.trees import unstack
 
 BATCH, CONTEXT, EOS, VOCAB = 4, 6, 2, 11
 TRANSFORMER = Transformer(width=8, depth=1, heads=2, mlp=16, scan=False)
@@ -193,3 +196,60 @@ def test_dropout_reaches_each_tower_in_training_alone(tower: str):
     plain, _ = loss_of("clip", variables)
     np.testing.assert_allclose(loss(False), plain, rtol=1e-5)
     assert abs(loss(True) - plain) > 1e-3
+
+
+@pytest.mark.parametrize("left_out", [0, 1, 3])
+@pytest.mark.parametrize("scan", [True, False])
+def test_features_are_those_of_the_layer_that_the_config_names(left_out: int, scan: bool):
+    """Beside the stack run by hand: of all its blocks and the final norm, of those before the last, of none."""
+    stack = Transformer(width=8, depth=3, heads=2, mlp=16, scan=scan)
+    image = replace(CLIP.image, transformer=stack, features=left_out)
+    config = replace(CLIP, image=image, text=replace(CLIP.text, transformer=stack, features=left_out))
+    model, variables = clip.build(config), random_variables(config)
+    batch = {name: np.asarray(values) for name, values in BATCH_OF_PAIRS.items()}
+
+    def run(params: Any, x: np.ndarray, causal: bool) -> np.ndarray:
+        layers = unstack(params, "blocks", "block")
+        if left_out == 0:
+            return transformer(layers, x, stack, causal=causal)
+        del layers["final_norm"]
+        return transformer(layers, x, replace(stack, depth=3 - left_out), causal=causal)
+
+    params = variables["params"]["image"]
+    patches = dense(params["patch"], patchify(np.float64(batch["image"]) * (2 / 255) - 1, image.patch_size))
+    first = np.broadcast_to(params["class_token"], (len(patches), 1, 8))
+    x = np.concatenate([first, patches], axis=1) + params["position"]
+    x = layer_norm(params["pre_norm"], x, stack.norm_eps) if image.pre_norm else x
+    features = jax.jit(model.image_features)(variables, batch["image"])
+    assert features.dtype == jnp.float32
+    np.testing.assert_allclose(features, run(params["transformer"], x, False)[:, 1:], rtol=1e-3, atol=1e-4)
+
+    params = variables["params"]["text"]
+    x = np.float64(params["token"]["embedding"])[batch["tokens"]] + params["position"]
+    features, inside = jax.jit(model.text_features)(variables, batch["tokens"])
+    np.testing.assert_allclose(features, run(params["transformer"], x, True), rtol=1e-3, atol=1e-4)
+    for row, text in zip(inside, batch["tokens"].tolist(), strict=True):
+        assert row.sum() == text.index(config.text.eos_id) + 1 and row[: row.sum()].all()
+
+
+def test_features_before_the_first_block_are_the_last_that_can_be_had():
+    with pytest.raises(UserError, match="features is 2 and there are depth=1 blocks to leave out: choose fewer"):
+        replace(CLIP.image, transformer=replace(CLIP.image.transformer, depth=1), features=2)
+
+
+def test_features_change_no_embedding_and_no_parameter():
+    """What they are read at is no part of what is trained."""
+    config = replace(CLIP, image=replace(CLIP.image, features=1), text=replace(CLIP.text, features=1))
+    variables = random_variables(CLIP)
+    for name, field in (("embed_image", "image"), ("embed_text", "tokens")):
+        expected = getattr(clip.build(CLIP), name)(variables, BATCH_OF_PAIRS[field])
+        np.testing.assert_array_equal(getattr(clip.build(config), name)(variables, BATCH_OF_PAIRS[field]), expected)
+
+
+def test_features_of_an_attention_pooled_tower_are_all_that_its_probe_attends_to():
+    model, variables = clip.build(SIGLIP), random_variables(SIGLIP)
+    features = model.image_features(variables, BATCH_OF_PAIRS["image"])
+    assert features.shape[1] == (SIGLIP.image.image_size // SIGLIP.image.patch_size) ** 2
+    pool = AttentionPool(SIGLIP.image.transformer)
+    pooled = pool.apply({"params": variables["params"]["image"]["pool"]}, features)
+    np.testing.assert_allclose(clip.unit(pooled), model.embed_image(variables, BATCH_OF_PAIRS["image"]), atol=1e-5)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.nn.stack import Remat
@@ -117,6 +117,12 @@ class CLIP(nn.Module):
     def embed_text(self, tokens: Int[Array, "B T"], *, train: bool = False) -> Float[Array, "B D"]:
         return unit(self.text(tokens, train=train))
 
+    def image_features(self, image: Int[Array, "B H W C"]) -> Float[Array, "B T D"]:
+        return self.image(to_unit_range(image, 256), pooled=False).astype(jnp.float32)
+
+    def text_features(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.text.features(tokens).astype(jnp.float32)
+
     def __call__(
         self, image: Int[Array, "B H W C"], tokens: Int[Array, "B T"], *, train: bool = False
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -157,6 +163,18 @@ def build(config: Config) -> Model:
     def embed_text(variables: Variables, tokens: Int[Array, "B T"]) -> Float[Array, "B D"]:
         return module.apply(variables, tokens, method="embed_text")
 
+    def image_features(variables: Variables, image: Int[Array, "B H W C"]) -> Float[Array, "B T D"]:
+        """Of each patch in raster order."""
+        return module.apply(variables, image, method="image_features")
+
+    def text_features(
+        variables: Variables, tokens: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T"]]:
+        """A text goes to its first end token, that included."""
+        ends = tokens == text.eos_id
+        inside = jnp.cumsum(ends, axis=1) - ends == 0
+        return module.apply(variables, tokens, method="text_features"), inside
+
     inputs: Mapping[str, Input] = {
         "image": Input((image.image_size, image.image_size, image.channels), "uint8", 256),
         "tokens": Input(
@@ -171,4 +189,13 @@ def build(config: Config) -> Model:
         *(((r"logit_bias$", ()),) if config.objective == "sigmoid" else ()),
         *vision_rules(image),
     )
-    return Model(inputs=inputs, init=init, loss=loss, rules=rules, embed_image=embed_image, embed_text=embed_text)
+    return Model(
+        inputs=inputs,
+        init=init,
+        loss=loss,
+        rules=rules,
+        embed_image=embed_image,
+        embed_text=embed_text,
+        image_features=image_features,
+        text_features=text_features,
+    )

@@ -47,6 +47,7 @@ def stack(
     x: Float[Array, "B T D"],
     *settings: Any,
     cache: tuple[Any, ...] | None = None,
+    layers: int | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Any, ...] | None]:
     """`depth` layers within the module that calls it, and what they leave in the cache.
 
@@ -55,8 +56,10 @@ def stack(
         it returns what the layer has made of it.
       settings: the same for all layers: arrays, or bools that the layer branches on.
       cache: one part for each layer; the layers are `unrolled` then.
+      layers: the first so many run alone, of those whose parameters there are; None: all.
     """
     assert cache is None or not config.scan
+    depth = config.depth if layers is None else layers
     if config.remat != "none":
         static = tuple(i for i, setting in enumerate(settings, start=2) if isinstance(setting, bool))
         # prevent_cse guards rematerialisation against being undone outside a loop; inside one it only costs.
@@ -67,12 +70,14 @@ def stack(
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
-            length=config.depth,
+            length=depth,
         )
+        if depth < config.depth:
+            scanned = nn.map_variables(scanned, "params", lambda tree: jax.tree.map(lambda leaf: leaf[:depth], tree))
         x, _ = scanned(config, name="blocks")(x, *settings)
         return x, None
     if cache is None:
-        for i in range(config.depth):
+        for i in range(depth):
             x, _ = block(config, name=f"block_{i}")(x, *settings)
         return x, None
     filled = []

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.nn.transformer import Transformer, TransformerStack
+from vlm_jax.nn.transformer import Transformer, TransformerStack, feature_layers
 from vlm_jax.sharding import constrain
 
 
@@ -21,7 +21,13 @@ class TextTransformer:
     """The token that ends a text."""
     pool: Literal["eos", "last"] = "eos"
     """Read the text at its first end token, under a causal mask as CLIP does, or at the last position, without one."""
+    features: int = 0
+    """Of how many blocks, counted from the last, features know nothing. 0: of none; they come from after the final norm
+    (SigLIP, Stable Diffusion). 1: before the last block, without a norm (LLaVA)."""
     transformer: Transformer
+
+    def __post_init__(self) -> None:
+        feature_layers(self.transformer, self.features)
 
 
 class TextTower(nn.Module):
@@ -38,18 +44,21 @@ class TextTower(nn.Module):
         self.transformer = TransformerStack(t)
         self.projection = nn.Dense(self.embedding, use_bias=self.projection_bias, dtype=t.dtype)
 
-    def features(self, tokens: Int[Array, "B T"], *, train: bool = False) -> Float[Array, "B T D"]:
-        """One vector a token."""
+    def features(
+        self, tokens: Int[Array, "B T"], *, pooled: bool = False, train: bool = False
+    ) -> Float[Array, "B T D"]:
+        """One vector a token; `pooled`: those that the pooling reads."""
         c = self.config
+        layers = None if pooled else feature_layers(c.transformer, c.features)
         table = self.token.embedding.astype(c.transformer.dtype)
         # Its width is gathered before the lookup: of a table split by width the partitioner would look up the tokens of
         # the whole batch on every device.
         x = constrain(constrain(table, "vocab", None)[tokens], "batch", None, None) + self.position
-        x, _ = self.transformer(x, causal=c.pool == "eos", train=train)
+        x, _ = self.transformer(x, causal=c.pool == "eos", layers=layers, train=train)
         return x
 
     def __call__(self, tokens: Int[Array, "B T"], *, train: bool = False) -> Float[Array, "B E"]:
-        x = self.features(tokens, train=train)
+        x = self.features(tokens, pooled=True, train=train)
         if self.config.pool == "eos":
             end = jnp.argmax(tokens == self.config.eos_id, axis=1)
             x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]

@@ -47,6 +47,17 @@ class Transformer:
             )
 
 
+def feature_layers(config: Transformer, left_out: int) -> int | None:
+    """`layers` of a stack whose last blocks features know nothing of.
+
+    Raises:
+      UserError: there are not so many blocks.
+    """
+    if left_out > config.depth:
+        raise UserError(f"features is {left_out} and there are depth={config.depth} blocks to leave out: choose fewer")
+    return config.depth - left_out if left_out else None
+
+
 class MLP(nn.Module):
     """Two layers with an activation between them."""
 
@@ -106,11 +117,17 @@ class TransformerStack(nn.Module):
         causal: bool = False,
         cache: tuple[Cache, ...] | None = None,
         slot: Slot = 0,
+        layers: int | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...] | None]:
-        """With a `cache` of `depth` layers, `x` are the tokens from `slot` on; the layers are then `unrolled`."""
+        """With a `cache` of `depth` layers, `x` are the tokens from `slot` on; the layers are then `unrolled`.
+
+        With `layers` it ends after the first so many, before any norm.
+        """
         c = self.config
-        x, cache = stack(Block, c, x.astype(c.dtype), mask, slot, causal, train, cache=cache)
+        x, cache = stack(Block, c, x.astype(c.dtype), mask, slot, causal, train, cache=cache, layers=layers)
+        if layers is not None:
+            return x, cache
         return nn.LayerNorm(c.norm_eps, dtype=c.dtype, name="final_norm")(constrain(x, "batch", None, None)), cache
 
 

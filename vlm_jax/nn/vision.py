@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Num
 from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Attention
-from vlm_jax.nn.transformer import MLP, TRANSFORMER_RULES, Transformer, TransformerStack
+from vlm_jax.nn.transformer import MLP, TRANSFORMER_RULES, Transformer, TransformerStack, feature_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,14 @@ class VisionTransformer:
     pre_norm: bool = False
     """Normalise the embedded patches before the first block, as CLIP does."""
     patch_bias: bool = True
+    features: int = 0
+    """Of how many blocks, counted from the last, features know nothing. 0: of none; they come from after the final norm
+    (SigLIP, Stable Diffusion). 1: before the last block, without a norm (LLaVA)."""
     transformer: Transformer
 
     def __post_init__(self) -> None:
         check_patches(self.image_size, self.patch_size)
+        feature_layers(self.transformer, self.features)
 
 
 def check_patches(image_size: int, patch_size: int) -> None:
@@ -57,12 +61,14 @@ def unpatchify(patches: Num[Array, "B T D"], size: int, channels: int) -> Num[Ar
 
 
 class VisionTower(nn.Module):
-    """Image in [-1, 1] -> one vector."""
+    """Image in [-1, 1] -> one vector, or one for each patch."""
 
     config: VisionTransformer
 
     @nn.compact
-    def __call__(self, image: Float[Array, "B H W C"], *, train: bool = False) -> Float[Array, "B D"]:
+    def __call__(
+        self, image: Float[Array, "B H W C"], *, pooled: bool = True, train: bool = False
+    ) -> Float[Array, "B *T D"]:
         c, t = self.config, self.config.transformer
         # A reshape and a product: the gradient of the equivalent strided convolution takes twice as long on the CPU.
         x = nn.Dense(t.width, use_bias=c.patch_bias, dtype=t.dtype, name="patch")(patchify(image, c.patch_size))
@@ -72,7 +78,10 @@ class VisionTower(nn.Module):
         x = x + self.param("position", nn.initializers.normal(t.width**-0.5), (1, x.shape[1], t.width))
         if c.pre_norm:
             x = nn.LayerNorm(t.norm_eps, dtype=t.dtype, name="pre_norm")(x)
-        x, _ = TransformerStack(t, name="transformer")(x, train=train)
+        layers = None if pooled else feature_layers(t, c.features)
+        x, _ = TransformerStack(t, name="transformer")(x, layers=layers, train=train)
+        if not pooled:
+            return x[:, 1:] if c.pool == "class" else x
         return x[:, 0] if c.pool == "class" else AttentionPool(t, name="pool")(x)
 
 
