@@ -20,8 +20,9 @@ from vlm_jax.errors import UserError
 from vlm_jax.identity import listed
 from vlm_jax.trees import leaves_by_path, part
 
-COMPUTED = ("scan", "remat", "dtype", "dropout", "class_dropout")
-"""Settings that may differ: they say how a function is computed, to its rounding, or what training leaves out of it."""
+COMPUTED = ("scan", "remat", "dtype", "dropout", "class_dropout", "features")
+"""Settings that may differ: they say how a function is computed, to its rounding, what training leaves out of it, or
+where features are read."""
 SIZED = ("vocab_size", "context_length", "classes", "embedding")
 """Settings that may differ where some paths are left: shapes tell of them, and shapes are compared."""
 RESIZED = ("image_size",)
