@@ -96,6 +96,9 @@ def test_the_three_gram_counts_the_training_texts_and_is_measured_on_the_same_to
     nats = [-value for text in held_out for value in model.log_probs(text)]
     assert found["perplexity"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-9)
     assert found["tokens"] == len(nats)
+    assert found["bits_more_than_the_model"] == pytest.approx(
+        np.mean(nats) / math.log(2), rel=1e-6
+    )  # of one that knows
     assert found["training_tokens"] == sum(len(text.tokens) - 1 for text in texts)
 
 
