@@ -32,7 +32,7 @@ from vlm_jax.data import (
 from vlm_jax.data.fields import Inputs
 from vlm_jax.errors import UserError, check_seed
 from vlm_jax.evals import EVALUATIONS, Evaluation, Judge, Labelled, Subject
-from vlm_jax.experiment import ZeroShot
+from vlm_jax.experiment import ZeroShot, data_of
 from vlm_jax.files import check_writable, write_output
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import MeshShape, batch_sharding, make_mesh
@@ -96,7 +96,7 @@ def evaluate(
     failures: dict[str, Exception] = {}
     with jax.set_mesh(mesh):
         loaded = load(workdir, step=checkpoint_step, mesh=mesh)
-        read = choose_data(workdir, loaded, data)
+        read = choose_data(loaded, data)
         split = split or read.test
         directory = local_path(data_dir or loaded.experiment.data_dir)
         inputs = loaded.model.inputs
@@ -109,7 +109,7 @@ def evaluate(
             return lambda: on_device(rows, data, loaded, batch_size, inputs, batch_sharding(mesh))
 
         def training() -> Iterator[tuple[Batch, int]]:
-            own = loaded.experiment.data
+            own = data_of(loaded.experiment)
             for source in open_training_data(own, inputs, directory):
                 yield from batches(rows_of(source, own, inputs, loaded.tokenizer), own, inputs)()
 

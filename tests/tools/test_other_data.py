@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.data import OtherData
+import vlm_jax
+from tools.data import OtherData, choose_data
 from tools.evaluate import evaluate, results_name
 from tools.sample import Options, sample
+from vlm_jax.data import Data
 from vlm_jax.errors import UserError
+from vlm_jax.experiment import from_record, to_record
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -34,6 +38,17 @@ def test_another_data_set_s_results_have_a_file_of_their_own(vae_run: Path, tmp_
 def test_another_data_set_needs_what_the_model_reads(clip_run: Path) -> None:
     with pytest.raises(UserError, match="the model reads 'tokens', which is made of text, and digits has image, label"):
         evaluate(clip_run, OtherData(name="digits"))
+
+
+def test_a_run_without_data_asks_for_them(vae_run: Path) -> None:
+    """As that of a model which was trained elsewhere."""
+    loaded = vlm_jax.load(vae_run)
+    foreign = replace(loaded, experiment=replace(loaded.experiment, data=None))
+    assert from_record(to_record("vae-tiny", foreign.experiment, {})) == foreign.experiment
+    with pytest.raises(UserError, match=r"trained on no data set that is known here: give --data\.name"):
+        choose_data(foreign, OtherData())
+    assert choose_data(foreign, OtherData(name="digits")) == Data(name="digits")
+    assert choose_data(loaded, OtherData(name="openmoji")) == replace(loaded.experiment.data, name="openmoji")
 
 
 def test_what_is_shown_may_be_of_another_data_set(vae_run: Path, clip_run: Path, tmp_path: Path) -> None:
