@@ -156,6 +156,13 @@ def test_constrain_lays_an_activation_out_as_said():
     assert y.sharding.is_equivalent_to(NamedSharding(MESH, PartitionSpec(("data", "fsdp"), None, "tensor")), 3)
 
 
+def test_constrain_leaves_keys_and_values_whole_whose_heads_the_mesh_does_not_divide():
+    with jax.set_mesh(MESH):
+        for heads, axis in ((3, None), (4, "tensor")):
+            y = jax.jit(lambda x: constrain(x, "batch", None, "kv_heads"))(np.ones((8, 3, heads)))
+            assert y.sharding.is_equivalent_to(NamedSharding(MESH, PartitionSpec(("data", "fsdp"), None, axis)), 3)
+
+
 @pytest.mark.parametrize("axes", [("batch",), ("batch", None, None)])
 def test_constrain_refuses_another_number_of_axes(axes: tuple[str | None, ...]):
     with pytest.raises(ValueError, match=rf"{len(axes)} logical axes .* shape \(4, 3\)"):

@@ -14,7 +14,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
@@ -156,5 +156,5 @@ def build(config: Config) -> Model:
     )
 
 
-def flat(image: Int[Array, "N H W C"]) -> Int[Array, "N D"]:
+def flat(image: Num[Array, "N H W C"]) -> Num[Array, "N D"]:
     return image.reshape(len(image), -1)

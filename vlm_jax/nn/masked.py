@@ -17,14 +17,14 @@ from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
 from vlm_jax.sharding import constrain, platform
 
-Rows = Float[Array, "B H+k W D"]
+Rows = Float[Array, "B Hk W D"]
 """What a layer's vertical convolution reads: the rows so far, below a margin of zeros."""
 
 
 class Pixels(NamedTuple):
     """What a layer's horizontal convolution reads in a row: the pixels so far, and what the vertical stack tells."""
 
-    pixels: Float[Array, "B 1 W+k D"]
+    pixels: Float[Array, "B 1 Wk D"]
     link: Float[Array, "B 1 W 2D"]
 
 
@@ -85,7 +85,7 @@ class GatedLayer(nn.Module):
             self.label = self.param("label", nn.initializers.normal(0.02), (self.classes, 2 * double))
 
     def vertical(
-        self, window: Float[Array, "B R+k W D"], label: Int[Array, " B"] | None, *, train: bool = False
+        self, window: Float[Array, "B Rk W D"], label: Int[Array, " B"] | None, *, train: bool = False
     ) -> tuple[Float[Array, "B R W D"], Float[Array, "B R W 2D"]]:
         """Rows below a margin -> the rows of the next layer, and what they tell the horizontal stack."""
         margin = self.kernel // 2
@@ -97,7 +97,7 @@ class GatedLayer(nn.Module):
 
     def horizontal(
         self,
-        window: Float[Array, "B R W+k D"],
+        window: Float[Array, "B R Wk D"],
         link: Float[Array, "B R W 2D"],
         label: Int[Array, " B"] | None,
         *,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.nn.transformer import Transformer, TransformerStack, feature_layers
-from vlm_jax.sharding import constrain
+from vlm_jax.nn.vocabulary import look_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +50,7 @@ class TextTower(nn.Module):
         """One vector a token; `pooled`: those that the pooling reads."""
         c = self.config
         layers = None if pooled else feature_layers(c.transformer, c.features)
-        table = self.token.embedding.astype(c.transformer.dtype)
-        # Its width is gathered before the lookup: of a table split by width the partitioner would look up the tokens of
-        # the whole batch on every device.
-        x = constrain(constrain(table, "vocab", None)[tokens], "batch", None, None) + self.position
+        x = look_up(self.token.embedding, tokens, c.transformer.dtype) + self.position
         x, _ = self.transformer(x, causal=c.pool == "eos", layers=layers, train=train)
         return x
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from vlm_jax.objectives.likelihood import gaussian_kl, to_unit_range
 
@@ -25,7 +25,7 @@ class Level(NamedTuple):
     sigma: Float[Array, "*B"]
 
 
-def spread(values: Float[Array, " B"], like: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+def spread(values: Num[Array, " B"], like: Num[Array, "B ..."]) -> Num[Array, "B ..."]:
     """One value an image, shaped to multiply images."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 

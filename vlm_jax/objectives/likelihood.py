@@ -33,7 +33,7 @@ def from_unit_range(x: Float[Array, "*B"], levels: int) -> Int[Array, "*B"]:
 
 
 def gaussian_log_density(
-    x: Float[Array, "*B"], mean: Float[Array, "*B"], log_variance: Float[Array, "*B"]
+    x: Float[Array, "*#B"], mean: Float[Array, "*#B"], log_variance: Float[Array, "*#B"]
 ) -> Float[Array, "*B"]:
     """log N(x; mean, exp(log_variance)), elementwise."""
     return -0.5 * (math.log(2 * math.pi) + log_variance + jnp.square(x - mean) * jnp.exp(-log_variance))
