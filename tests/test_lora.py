@@ -34,6 +34,8 @@ CONFIG = LoRA(rank=2, alpha=6.0)
 
 def scanned(config: Any) -> Any:
     """The same with a scan over two layers, without dropout, whose masks a scan draws otherwise."""
+    if hasattr(config, "decoder"):
+        return replace(config, decoder=replace(config.decoder, depth=2, scan=True, dropout=0.0))
     if hasattr(config, "transformer"):
         return replace(config, transformer=replace(config.transformer, depth=2, scan=True, dropout=0.0))
     return replace(config, image=scanned(config.image), text=scanned(config.text))
@@ -47,7 +49,7 @@ def unscanned(config: Any) -> Any:
 
 CONFIGS = {
     "clip": scanned(smallest.CLIP),
-    "autoregressive": scanned(smallest.CONFIGS["autoregressive"]),
+    "language": scanned(smallest.CONFIGS["language"]),
     "clip, unrolled": unscanned(scanned(smallest.CLIP)),
 }
 
@@ -56,7 +58,9 @@ def batch_of(model: Model, size: int = 8) -> dict[str, jax.Array]:
     random = np.random.default_rng(0)
     batch = {}
     for name, spec in model.inputs.items():
-        values = random.integers(0, spec.limit, (size, *spec.shape))
+        values = random.integers(0, spec.limit or 2, (size, *spec.shape))
+        if name in ("segment", "target"):
+            values[:] = 1  # one document a row, all of which is to be predicted
         if spec.contains is not None:
             values[:, -1] = spec.contains
         batch[name] = jnp.asarray(values, spec.dtype)
@@ -78,7 +82,7 @@ def outputs(model: Model, variables: Any, batch: Any) -> dict[str, Any]:
     return jax.jit(every)(variables)
 
 
-@pytest.fixture(scope="module", params=["clip", "autoregressive"])
+@pytest.fixture(scope="module", params=["clip", "language"])
 def base(request: Any) -> Model:
     return build(CONFIGS[request.param])
 
@@ -92,7 +96,8 @@ def trained(variables: Any) -> Any:
     """As if the adapters had trained: B is no longer zero."""
     random = np.random.default_rng(1)
     return map_with_path(
-        lambda path, leaf: jnp.float32(random.normal(size=leaf.shape)) if path.endswith("/b") else leaf, variables
+        lambda path, leaf: jnp.float32(random.normal(scale=5, size=leaf.shape)) if path.endswith("/b") else leaf,
+        variables,
     )
 
 
@@ -125,7 +130,7 @@ def test_the_plain_model_computes_the_same_of_merged_weights(base: Model, variab
     expected = outputs(adapted(base, CONFIG), variables, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), actual, expected)
     start = outputs(base, jax.jit(base.init)(KEY, batch), batch)
-    assert abs(start["loss"][0] - expected["loss"][0]) > 1e-3  # the adapters do count
+    assert abs(start["loss"][0] - expected["loss"][0]) > 1e-4  # the adapters do count, beyond what is let pass
 
 
 def test_what_draws_sees_merged_weights_too() -> None:
@@ -148,7 +153,10 @@ def test_attention_and_feed_forward_layers_have_adapters_and_nothing_else(base: 
     adapters = leaves_by_path(variables["params"]["lora"])
     kernels = {path.rpartition("/")[0] for path in adapters}
     assert kernels == {path for path in leaves_by_path(variables["params"]) if re.search(CONFIG.pattern, path)} - {""}
-    assert {path.split("/")[-2] for path in kernels} == {"query", "key", "value", "out", "up", "down"}
+    names = {path.split("/")[-2] for path in kernels}
+    assert names - {"gate"} == {"query", "key", "value", "out", "up", "down"} and ("gate" in names) == (
+        base.generate is not None
+    )
     assert not any("head" in path.replace("heads", "") or "projection" in path for path in kernels)
     for path in kernels:
         *layers, inputs, outputs = leaves_by_path(variables["params"])[path].shape
