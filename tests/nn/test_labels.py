@@ -25,6 +25,8 @@ def test_labels_that_are_not_told_are_drawn_uniformly():
     drawn = sampling_labels(KEY, None, 3, 30_000)
     np.testing.assert_allclose(np.bincount(drawn) / 30_000, np.full(3, 1 / 3), atol=0.01)
     np.testing.assert_array_equal(sampling_labels(KEY, LABEL, 3, 30_000), LABEL)
+    nothing = inferred_labels(KEY, lambda label: jnp.zeros(len(label)), 3, 30_000)
+    np.testing.assert_array_equal(nothing, drawn)
     assert sampling_labels(KEY, None, None, 5) is None
 
 

@@ -37,9 +37,10 @@ def sampling_labels(
     key: Array, label: Int[Array, " N"] | None, classes: int | None, num: int
 ) -> Int[Array, " N"] | None:
     """The labels to draw images of: those asked for, else uniform ones; None of a model that is told no class."""
-    if classes is None:
-        return None
-    return jax.random.randint(key, (num,), 0, classes) if label is None else label
+    if classes is None or label is not None:
+        return None if classes is None else label
+    # As those inferred from nothing, so that to complete an image of which nothing is known is to draw one.
+    return jax.random.categorical(key, jnp.zeros((num, classes)))
 
 
 def inferred_labels(
