@@ -12,7 +12,7 @@ import tyro
 from experiments.presets import from_command_line
 from vlm_jax.begin import beginning, facts_of_starts, tokenizer_of_starts
 from vlm_jax.commandline import command
-from vlm_jax.contract import Batch, check_batch
+from vlm_jax.contract import Batch, check_batch, check_sampling
 from vlm_jax.data import (
     Packed,
     Tokenizer,
@@ -81,6 +81,7 @@ def run(preset: str, experiment: Experiment) -> None:
     check_batch_size(training.batch_size, mesh, training.micro_steps)
     workdir, data_dir = (local_path(path) for path in (experiment.workdir or f"runs/{preset}", experiment.data_dir))
     model, data = model_of(experiment), data_of(experiment)
+    check_sampling(model, experiment.sampling)
     sources = open_training_data(data, model.inputs, data_dir)
     held_out = None if data.validation is None else open_data(data, data.validation, model.inputs, data_dir)
     # The first process alone claims the directory; where it is refused, it ends and the others with it.

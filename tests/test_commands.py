@@ -23,6 +23,7 @@ from tools.sample import sample
 from vlm_jax.data import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
+from vlm_jax.models import vdm
 from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.workdir import read_record
 
@@ -221,3 +222,10 @@ def test_a_newer_version_of_its_data_is_another_run(
     with pytest.raises(UserError, match=r"belongs to another .*\(examples\.train: 1257 -> 1256\)"):
         train("mine:1.0.9")
     assert len(trained) == 3
+
+
+def test_settings_of_sampling_of_another_family_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    experiment = replace(presets()["vae-tiny"][1], sampling=vdm.Sampling(), workdir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"are vlm_jax\.models\.vdm\.Sampling and the model has none"):
+        run.run("vae-tiny", experiment)
+    assert not list(tmp_path.iterdir())
