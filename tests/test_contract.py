@@ -43,6 +43,8 @@ def random_batch(model: Model, size: int = BATCH) -> dict[str, np.ndarray]:
     for name, spec in model.inputs.items():
         shape = (size, *spec.shape)
         values = random.normal(size=shape) if spec.limit is None else random.integers(0, spec.limit, shape)
+        if name == "segment":
+            values = np.sort(values % 3)  # documents of several tokens, for there to be something to attend to
         batch[name] = values.astype(spec.dtype)
         if spec.contains is not None:
             batch[name][..., -1] = spec.contains
