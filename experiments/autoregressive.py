@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, FLIPPED, OPENMOJI, TINY_OPTIMIZER
+from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, FLIPPED, OPENMOJI, TINY, TINY_OPTIMIZER
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import autoregressive
 from vlm_jax.nn.transformer import Transformer
@@ -20,12 +20,8 @@ def autoregressive_tiny() -> Experiment:
             transformer=Transformer(width=96, depth=3, heads=4, mlp=384, dropout=0.1, scan=False),
         ),
         data=DIGITS,
-        training=Training(
-            optimizer=replace(TINY_OPTIMIZER, weight_decay=0.05),
-            ema_decay=0.995,
-            steps=600,
-            batch_size=64,
-            checkpoint_every=100,
+        training=replace(
+            TINY, optimizer=replace(TINY_OPTIMIZER, weight_decay=0.05), steps=600, batch_size=64, checkpoint_every=100
         ),
     )
 

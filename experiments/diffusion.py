@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, FLIPPED, TINY_OPTIMIZER
+from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, FLIPPED, TINY
 from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import diffusion, probability_flow, vdm
@@ -31,13 +31,7 @@ def diffusion_tiny() -> Experiment:
         ),
         sampling=vdm.Sampling(steps=100),
         data=DIGITS,
-        training=Training(
-            optimizer=TINY_OPTIMIZER,
-            ema_decay=0.995,
-            steps=1000,
-            batch_size=128,
-            checkpoint_every=200,
-        ),
+        training=TINY,
     )
 
 
@@ -56,13 +50,7 @@ def diffusion_tiny_ddpm() -> Experiment:
         ),
         sampling=diffusion.Sampling(steps=100, guidance=1.5),
         data=DIGITS,
-        training=Training(
-            optimizer=TINY_OPTIMIZER,
-            ema_decay=0.995,
-            steps=1000,
-            batch_size=128,
-            checkpoint_every=200,
-        ),
+        training=TINY,
     )
 
 
@@ -78,13 +66,7 @@ def diffusion_tiny_flow() -> Experiment:
         ),
         sampling=probability_flow.Sampling(guidance=1.5),
         data=DIGITS,
-        training=Training(
-            optimizer=TINY_OPTIMIZER,
-            ema_decay=0.995,
-            steps=2000,
-            batch_size=128,
-            checkpoint_every=200,
-        ),
+        training=replace(TINY, steps=2000),
     )
 
 

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
-from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, TINY_OPTIMIZER
+from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, TINY, TINY_OPTIMIZER
 from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import flow
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
+
+DIGITS_TRAINING = replace(TINY, optimizer=replace(TINY_OPTIMIZER, weight_decay=0.05), steps=600, checkpoint_every=100)
 
 
 def flow_tiny() -> Experiment:
@@ -27,13 +29,7 @@ def flow_tiny() -> Experiment:
             dropout=0.3,
         ),
         data=DIGITS,
-        training=Training(
-            optimizer=replace(TINY_OPTIMIZER, weight_decay=0.05),
-            ema_decay=0.995,
-            steps=600,
-            batch_size=128,
-            checkpoint_every=100,
-        ),
+        training=DIGITS_TRAINING,
     )
 
 
@@ -52,13 +48,7 @@ def flow_tiny_macow() -> Experiment:
             dropout=0.3,
         ),
         data=DIGITS,
-        training=Training(
-            optimizer=replace(TINY_OPTIMIZER, weight_decay=0.05),
-            ema_decay=0.995,
-            steps=600,
-            batch_size=128,
-            checkpoint_every=100,
-        ),
+        training=DIGITS_TRAINING,
     )
 
 

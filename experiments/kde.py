@@ -7,18 +7,17 @@ from vlm_jax.models import kde
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
 
+DIGITS_TRAINING = Training(
+    optimizer=Optimizer(learning_rate=0.1, eps=1e-6), steps=40, batch_size=1256, checkpoint_every=10
+)
+
 
 def kde_tiny() -> Experiment:
     """Handwritten digits, 8x8, 17 levels, an exact probability; one minute on a CPU."""
     return Experiment(
         model=kde.Config(image_size=8, channels=1, levels=17, kernel="discretised"),
         data=DIGITS,
-        training=Training(
-            optimizer=Optimizer(learning_rate=0.1, eps=1e-6),
-            steps=40,
-            batch_size=1256,
-            checkpoint_every=10,
-        ),
+        training=DIGITS_TRAINING,
     )
 
 
@@ -27,12 +26,7 @@ def kde_tiny_gaussian() -> Experiment:
     return Experiment(
         model=kde.Config(image_size=8, channels=1, levels=17, kernel="gaussian"),
         data=DIGITS,
-        training=Training(
-            optimizer=Optimizer(learning_rate=0.1, eps=1e-6),
-            steps=40,
-            batch_size=1256,
-            checkpoint_every=10,
-        ),
+        training=DIGITS_TRAINING,
     )
 
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, TINY_OPTIMIZER
+from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, TINY
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import ladder_vae
 from vlm_jax.train.optim import Optimizer
@@ -27,13 +27,7 @@ def ladder_vae_tiny() -> Experiment:
             dropout=0.1,
         ),
         data=DIGITS,
-        training=Training(
-            optimizer=TINY_OPTIMIZER,
-            ema_decay=0.995,
-            steps=1000,
-            batch_size=128,
-            checkpoint_every=200,
-        ),
+        training=TINY,
     )
 
 

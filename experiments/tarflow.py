@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from experiments.data import DIGITS, FLIPPED, TINY_OPTIMIZER
+from experiments.data import DIGITS, FLIPPED, TINY, TINY_OPTIMIZER
 from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import tarflow
@@ -24,13 +24,7 @@ def tarflow_tiny() -> Experiment:
             transformer=Transformer(width=64, depth=2, heads=4, mlp=256, dropout=0.1),
         ),
         data=DIGITS,
-        training=Training(
-            optimizer=replace(TINY_OPTIMIZER, weight_decay=0.05),
-            ema_decay=0.995,
-            steps=1500,
-            batch_size=128,
-            checkpoint_every=100,
-        ),
+        training=replace(TINY, optimizer=replace(TINY_OPTIMIZER, weight_decay=0.05), steps=1500, checkpoint_every=100),
     )
 
 

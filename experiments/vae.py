@@ -1,6 +1,6 @@
 """Variational autoencoders."""
 
-from experiments.data import DIGITS, FASHION_MNIST, OPENMOJI, TINY_OPTIMIZER
+from experiments.data import DIGITS, FASHION_MNIST, OPENMOJI, TINY
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import vae
 from vlm_jax.train.optim import Optimizer
@@ -12,13 +12,7 @@ def vae_tiny() -> Experiment:
     return Experiment(
         model=vae.Config(image_size=8, channels=1, levels=17, latent=16, widths=(32, 64), dropout=0.1),
         data=DIGITS,
-        training=Training(
-            optimizer=TINY_OPTIMIZER,
-            ema_decay=0.995,
-            steps=1000,
-            batch_size=128,
-            checkpoint_every=200,
-        ),
+        training=TINY,
     )
 
 

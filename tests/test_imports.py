@@ -64,7 +64,7 @@ FOUNDATION = ("vlm_jax.contract", "vlm_jax.errors", "vlm_jax.sharding", "vlm_jax
         ("vlm_jax.contract", ("vlm_jax.errors",), ("jax", "numpy")),
         ("vlm_jax.sharding", FOUNDATION, ("jax", "jaxtyping", "numpy")),
         ("vlm_jax.objectives", ("vlm_jax.objectives",), ("jax", "jaxtyping")),
-        ("vlm_jax.sampling", ("vlm_jax.sampling",), ("jax", "jaxtyping")),
+        ("vlm_jax.sampling", ("vlm_jax.sampling", "vlm_jax.errors"), ("jax", "jaxtyping")),
         ("vlm_jax.nn", ("vlm_jax.nn", *FOUNDATION), ("jax", "jaxtyping", "flax")),
     ],
 )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlm_jax.contract import Batch
+from vlm_jax.contract import Batch, Variables
 from vlm_jax.evals.subject import Evaluation, Subject
 
 NOISE_DRAWS = 4096
@@ -32,12 +32,12 @@ def draws(subject: Subject, function: Callable[..., jax.Array], repeats: int) ->
     assert subject.model.count is not None
 
     @jax.jit
-    def repeat(batch: Batch, key: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda key: function(subject.variables, batch, key), jax.random.split(key, repeats))
+    def repeat(variables: Variables, batch: Batch, key: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda key: function(variables, batch, key), jax.random.split(key, repeats))
 
     columns, counts = [], []
     for index, (batch, valid) in enumerate(subject.batches()):
-        columns.append(np.asarray(repeat(batch, jax.random.fold_in(key, index)))[:, :valid])
+        columns.append(np.asarray(repeat(subject.variables, batch, jax.random.fold_in(key, index)))[:, :valid])
         counts.append(np.asarray(subject.model.count(batch))[:valid])
     return Draws(np.concatenate(columns, axis=1), np.concatenate(counts))
 

@@ -19,7 +19,6 @@ from vlm_jax.nn.denoiser import (
     Denoiser,
     Network,
     check_network,
-    check_steps,
     network_rules,
 )
 from vlm_jax.nn.labels import label_input, sampling_labels, training_labels
@@ -47,7 +46,7 @@ from vlm_jax.objectives.likelihood import (
     subpixels,
     to_unit_range,
 )
-from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, SolverName
+from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, Solving
 
 BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
@@ -82,16 +81,10 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Solving):
     """How images are drawn."""
 
-    solver: SolverName = "ancestral"
     steps: int = 1000
-    guidance: float = 1.0
-    """Above 1: away from the prediction without a class; at 0 that prediction itself (2207.12598)."""
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps, self.guidance)
 
 
 class Prediction(NamedTuple):

@@ -18,7 +18,6 @@ from vlm_jax.nn.denoiser import (
     Denoiser,
     Network,
     check_network,
-    check_steps,
     network_rules,
 )
 from vlm_jax.nn.labels import label_input, sampling_labels, training_labels
@@ -32,7 +31,7 @@ from vlm_jax.objectives.diffusion import (
     variance_exploding,
 )
 from vlm_jax.objectives.likelihood import subpixels
-from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, SolverName, ode_log_density, probability_flow
+from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, SolverName, Solving, ode_log_density, probability_flow
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 """EDM's range of noise (2206.00364, table 1)."""
@@ -63,16 +62,11 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Solving):
     """How images are drawn."""
 
     solver: SolverName = "heun"
     steps: int = 50
-    guidance: float = 1.0
-    """Above 1: away from the prediction without a class; at 0 that prediction itself (2207.12598)."""
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps, self.guidance)
 
 
 def karras_times(steps: int) -> Float[Array, " N"]:

@@ -19,7 +19,6 @@ from vlm_jax.nn.denoiser import (
     Denoiser,
     Network,
     check_network,
-    check_steps,
     network_rules,
 )
 from vlm_jax.nn.labels import label_input, sampling_labels, training_labels
@@ -37,7 +36,7 @@ from vlm_jax.objectives.diffusion import (
     variance_preserving,
 )
 from vlm_jax.objectives.likelihood import nats_to_bits_per_dim, subpixels, to_unit_range
-from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, SolverName
+from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, Solving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +66,10 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Solving):
     """How images are drawn."""
 
-    solver: SolverName = "ancestral"
     steps: int = 250
-    guidance: float = 1.0
-    """Above 1: away from the prediction without a class; at 0 that prediction itself (2207.12598)."""
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps, self.guidance)
 
 
 class Terms(NamedTuple):

@@ -1,6 +1,5 @@
 """The network of a diffusion model: a U-Net or a diffusion transformer behind one signature, with guidance."""
 
-import math
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -35,14 +34,6 @@ def check_network(config: Network, image_size: int) -> None:
         check_unet(config.backbone, image_size)
     else:
         check_patches(image_size, config.backbone.patch_size)
-
-
-def check_steps(steps: int, guidance: float) -> None:
-    """Refuses what no solver can take."""
-    if steps < 1:
-        raise UserError(f"sampling.steps is {steps}: it must be at least 1")
-    if not 0 <= guidance < math.inf:
-        raise UserError(f"sampling.guidance is {guidance}: it must be a number, at least 0, and 1 is for none")
 
 
 class Denoiser(nn.Module):

@@ -5,13 +5,17 @@
 be 0. With n + 1 times there are n steps.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from vlm_jax.errors import UserError
 
 Schedule = Callable[[Array], tuple[Array, Array]]
 
@@ -237,3 +241,19 @@ SOLVERS: dict[SolverName, Solver] = {
     "euler": euler,
     "heun": heun,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solving:
+    """How a family draws images by a solver; each states its own number of steps."""
+
+    solver: SolverName = "ancestral"
+    steps: int
+    guidance: float = 1.0
+    """Above 1: away from the prediction without a class; at 0 that prediction itself (2207.12598)."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"sampling.steps is {self.steps}: it must be at least 1")
+        if not 0 <= self.guidance < math.inf:
+            raise UserError(f"sampling.guidance is {self.guidance}: it must be a number, at least 0, and 1 is for none")

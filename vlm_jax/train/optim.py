@@ -30,7 +30,8 @@ class Rates:
     decay_steps: int | None = None
     """Step at which a falling schedule reaches zero; None: the last one. State it to train on past that."""
     multiples: tuple[tuple[str, float], ...] = ()
-    """Regular expressions of paths, and by how much the rate is multiplied where one is found; the first counts."""
+    """Regular expressions of paths, and by how much the rate is multiplied where one is found; the first counts. The
+    layers of a scanned stack are one leaf: rates that differ from layer to layer take `scan=False`."""
     weight_decay: float = 0.0
     """Decoupled, times the leaf's rate."""
     decay_pattern: str = r"(kernel|embedding)$"
