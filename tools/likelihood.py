@@ -143,8 +143,8 @@ def choose(names: tuple[str, ...], data: str) -> dict[str, Experiment]:
         own = data_of(known[name]).name
         if own != data:
             raise UserError(f"{name} trains on {own}, not on {data}: leave it out, or change --data")
-        if build(known[name].model).log_likelihood is None:
-            raise UserError(f"{name} has no likelihood: leave it out")
+        if not has_likelihood(known[name]):
+            raise UserError(f"{name} has no likelihood of images: leave it out")
     return {name: known[name] for name in names}
 
 
@@ -188,7 +188,13 @@ def complete(path: Path, experiment: Experiment) -> bool:
 
 def on_data(experiment: Experiment, data: str) -> bool:
     """Whether a preset belongs in the ledger of a data set."""
-    return data_of(experiment).name == data and build(experiment.model).log_likelihood is not None
+    return data_of(experiment).name == data and has_likelihood(experiment)
+
+
+def has_likelihood(experiment: Experiment) -> bool:
+    """Whether a preset's model says how probable an image is."""
+    model = build(experiment.model)
+    return model.log_likelihood is not None and "image" in model.inputs
 
 
 def measure(path: Path, loaded: Loaded, data_dir: Path, seed: int) -> tuple[Int[np.ndarray, "n H W C"] | None, Row]:

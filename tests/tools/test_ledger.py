@@ -110,7 +110,10 @@ def test_every_preset_on_the_data_that_has_a_likelihood_is_chosen() -> None:
     tiny = {name for name, (_, experiment) in presets().items() if experiment.data.name == "digits"}
     assert chosen.keys() == tiny
     assert {"kde-tiny", "flow-tiny", "diffusion-tiny", "autoregressive-tiny", "vae-tiny"} <= chosen.keys()
-    assert choose((), "openmoji").keys() == {"autoregressive-tiny-openmoji", "vae-tiny-openmoji"}  # and no clip
+    assert choose((), "openmoji").keys() == {
+        "autoregressive-tiny-openmoji",
+        "vae-tiny-openmoji",
+    }  # neither clip nor texts
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,8 @@ def test_every_preset_on_the_data_that_has_a_likelihood_is_chosen() -> None:
     [
         (("vae-tny",), "digits", "vae-tiny"),
         (("vae-tiny-openmoji",), "digits", "vae-tiny-openmoji trains on openmoji, not on digits"),
-        (("clip-tiny",), "openmoji", "clip-tiny has no likelihood"),
+        (("language-tiny",), "openmoji", "language-tiny has no likelihood of images"),
+        (("clip-tiny",), "openmoji", "clip-tiny has no likelihood of images"),
         ((), "easy_vqa", "no preset that has a likelihood trains on easy_vqa"),
     ],
 )
