@@ -257,6 +257,7 @@ def test_adapters_lie_as_the_dimension_of_the_kernel_that_they_keep(sharded: Tra
     assert layouts[f"0/lora/{block}/mlp/down/kernel/b"] == PartitionSpec(None, None, "fsdp")
 
 
+@pytest.mark.slow
 def test_one_trajectory_on_one_and_eight_devices(sharded: TrainState) -> None:
     expected = leaves_by_path(trajectory(MeshShape(), 1).params)
     for path, leaf in leaves_by_path(sharded.params).items():

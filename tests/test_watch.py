@@ -143,6 +143,7 @@ def test_several_processes_are_told_that_they_watch_nothing(
     assert "in a run of several processes tools.evaluate and tools.sample do that" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_watches_what_it_is_told(data_dir: Path, tmp_path: Path) -> None:
     preset = presets()["vae-tiny"][1]
     model = replace(preset.model, latent=4, widths=(16,), mixtures=2)

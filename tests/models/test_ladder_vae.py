@@ -246,6 +246,7 @@ def test_sizes_that_are_no_powers_of_two():
     assert (sample.shape, sample.dtype) == ((3, 28, 28, 3), jnp.uint8)
 
 
+@pytest.mark.slow
 def test_reconstructions_become_their_originals():
     """Trained on two images alone, the model tells them apart and copies them."""
     model = ladder_vae.build(replace(CONFIG, mixtures=1, kl_warmup_steps=10**6))  # latents cost nothing

@@ -69,7 +69,7 @@ def test_a_split_is_undone_given_its_noise_and_knows_its_determinant():
     np.testing.assert_allclose(log_det[0], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_scales_are_undone_and_know_their_determinant(dtype: str):
     """In bfloat16 the networks round, and their input that the inverse has recovered rounds otherwise now and then."""
     module = MultiScale(partial(Step, 8, 2, dtype=dtype), 2, 2)

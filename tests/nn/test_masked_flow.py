@@ -37,7 +37,7 @@ def test_a_layer_is_undone_by_its_inverse_and_knows_its_determinant(name: str):
     np.testing.assert_allclose(log_det[0], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_scales_of_masked_steps_are_undone(dtype: str):
     """In bfloat16 the networks round, and their input that the inverse has recovered rounds otherwise now and then."""
     module = MultiScale(partial(MaskedStep, 8, 8, dtype=dtype), 2, 2)

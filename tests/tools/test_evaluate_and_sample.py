@@ -284,6 +284,7 @@ def asked(workdir: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> np.nda
     return pixels(out)
 
 
+@pytest.mark.slow
 def test_settings_of_sampling_are_asked_for_by_the_command_and_change_no_run(
     told_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
