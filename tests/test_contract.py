@@ -3,6 +3,7 @@
 What has to be compiled is held for the smallest configurations (`smallest.py`), and for the presets as a slow test.
 """
 
+import math
 import re
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
@@ -76,8 +77,9 @@ def init(model: Model) -> Any:
 @pytest.fixture(scope="module")
 def variables(init) -> Any:
     """As initialised, each parameter moved at random, so that none that starts at zero hides another."""
-    random = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: leaf + 0.02 * random.normal(size=leaf.shape).astype(leaf.dtype), init(KEY))
+    random, variables = np.random.default_rng(0), init(KEY)
+    moved = jax.tree.map(lambda x: x + 0.02 * random.normal(size=x.shape).astype(x.dtype), variables["params"])
+    return {**variables, "params": moved}
 
 
 def test_every_family_has_a_tiny_preset_and_a_smallest_configuration():
@@ -199,7 +201,8 @@ def test_capabilities_return_what_the_contract_says(preset: str):
 def test_a_likelihood_says_of_how_many_sub_pixels_or_tokens_it_is(model: Model):
     assert (model.count is None) == (model.log_likelihood is None)
     if model.count is not None and "tokens" not in model.inputs:
-        np.testing.assert_array_equal(model.count(random_batch(model)), np.full(BATCH, 2 * 2 * 3), strict=False)
+        size = math.prod(model.inputs["image"].shape)
+        np.testing.assert_array_equal(model.count(random_batch(model)), np.full(BATCH, size), strict=False)
 
 
 def test_settings_of_sampling_are_a_frozen_dataclass_that_belongs_to_no_config(config: Any, model: Model):
