@@ -188,6 +188,12 @@ def test_tokens_are_drawn_by_their_probabilities_given_the_last_document_alone()
     assert nucleus == likeliest
 
 
+def test_a_text_of_no_stated_length_fills_the_context():
+    batch = left_padded(PROMPTS, 4)
+    drawn = jax.eval_shape(lambda: MODEL.generate(VARIABLES, KEY, batch))
+    assert {name: field.shape[1] for name, field in drawn.items()} == dict.fromkeys(batch, LENGTH)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -206,6 +212,8 @@ def test_what_cannot_be_continued_is_refused():
     batch = left_padded(PROMPTS, 4)
     with pytest.raises(UserError, match=r"4 tokens and 9 more are 13, and the model's context_length is 12: shorten"):
         MODEL.generate(VARIABLES, KEY, batch, sampling=language.Sampling(length=9))
+    with pytest.raises(UserError, match=r"12 tokens and 1 more are 13, and the model's context_length is 12: shorten"):
+        MODEL.generate(VARIABLES, KEY, left_padded(PROMPTS, LENGTH))
     with pytest.raises(UserError, match=r"a language model writes one text: make it \('text',\)"):
         MODEL.generate(VARIABLES, KEY, batch, order=("text", "image"))
     ended = {name: np.flip(field, axis=1) for name, field in batch.items()}

@@ -46,15 +46,15 @@ class Config:
 class Sampling:
     """How a text is continued."""
 
-    length: int = 64
-    """Tokens to draw, at most."""
+    length: int | None = None
+    """Tokens to draw, at most; None: 64, or as many as there is room for in the context."""
     top_k: int | None = None
     """Draw from so many of the likeliest tokens; None: from all."""
     top_p: float = 1.0
     """Draw from the fewest of the likeliest that have this share of the probability (1904.09751); 1: from all."""
 
     def __post_init__(self) -> None:
-        if self.length < 1:
+        if self.length is not None and self.length < 1:
             raise UserError(f"sampling.length is {self.length}: at least 1 token must be drawn")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"sampling.top_k is {self.top_k}: it must be at least 1, or None: all")
@@ -219,7 +219,7 @@ def build(config: Config) -> Model:
         """Continues the last document of each row, which is padded on the left, until `eos_id` or `sampling.length`.
 
         Returns:
-          The fields with `sampling.length` further places: what was drawn is their target, and what follows the end
+          The fields with as many further places as are drawn: what was drawn is their target, and what follows the end
           of a text is padding.
 
         Raises:
@@ -227,12 +227,14 @@ def build(config: Config) -> Model:
             in padding.
         """
         tokens, segment = batch["tokens"], batch["segment"]
-        room = tokens.shape[1] + sampling.length
+        left = config.context_length - tokens.shape[1]
+        more = max(1, min(64, left)) if sampling.length is None else sampling.length
+        room = tokens.shape[1] + more
         if order != ("text",):
             raise UserError(f"`order` is {order} and a language model writes one text: make it ('text',)")
-        if room > config.context_length:
+        if more > left:
             raise UserError(
-                f"{tokens.shape[1]} tokens and {sampling.length} more are {room}, and the model's context_length is "
+                f"{tokens.shape[1]} tokens and {more} more are {room}, and the model's context_length is "
                 f"{config.context_length}: shorten the prompts, or sampling.length"
             )
         if not isinstance(segment, jax.core.Tracer) and not segment[:, -1].all():
@@ -240,7 +242,7 @@ def build(config: Config) -> Model:
         d, stack = unrolled(config.decoder, variables["params"]["decoder"])
         writer: Any = Language(replace(config, decoder=d))
         variables = {"params": {**variables["params"], "decoder": stack}}
-        segment = jnp.pad(segment, ((0, 0), (0, sampling.length)), mode="edge")
+        segment = jnp.pad(segment, ((0, 0), (0, more)), mode="edge")
         document, position = documents(segment), positions(segment)
         cache = empty_cache(len(tokens), room, d.kv_heads, d.head_width, layers=d.depth, dtype=d.dtype)
 
