@@ -287,6 +287,7 @@ def test_latents_decode_to_what_the_posteriors_means_become(variables: Any):
     np.testing.assert_array_equal(np.where(near, 0, MODEL.decode(variables, latents)), np.where(near, 0, pixels))
 
 
+@pytest.mark.slow
 def test_drawn_latents_have_the_mean_and_variance_of_the_coarsest_posterior(variables: Any):
     """It is given nothing but the image: the noise of one draw more, added to its mean, by the ratio of deviations."""
     draws = mapped(lambda key: MODEL.encode(variables, IMAGES[:9], key)["size_1"][:, 0], jax.random.split(KEY, 8192))

@@ -137,7 +137,11 @@ def first_known(c: Config, count: int) -> np.ndarray:
     return np.arange(c.image_size**2).reshape(c.image_size, c.image_size) < count
 
 
-@pytest.mark.parametrize("settings", [{}, {"classes": 2, "mixtures": 2}], ids=["softmax", "classes_and_mixture"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"classes": 2, "mixtures": 2}, marks=pytest.mark.slow)],
+    ids=["softmax", "classes_and_mixture"],
+)
 def test_a_completion_is_a_sample_that_began_with_what_is_known(settings: dict[str, Any]):
     """Nothing known: a sample. The beginning of a sample known: the same sample again, with the same key."""
     c = replace(SMALL, image_size=3, channels=2, **settings)
