@@ -1,5 +1,7 @@
 """What the user did wrong, told in one sentence."""
 
+import re
+
 
 class UserError(Exception):
     """The input, not the code, is at fault: a file, a field, a batch, a directory.
@@ -17,3 +19,12 @@ def check_seed(seed: int) -> None:
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"the seed is {seed}: it must lie in [0, 2^32)")
+
+
+def pattern_fault(pattern: str) -> str | None:
+    """Why this is not a regular expression; None: it is one."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None

@@ -1,7 +1,6 @@
 """All that one run is told, and the record of it."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -11,7 +10,7 @@ import tyro
 
 from vlm_jax.contract import Model
 from vlm_jax.data import Data
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, pattern_fault
 from vlm_jax.lora import BASE, LoRA, adapted
 from vlm_jax.models import build
 from vlm_jax.records import from_json, to_json
@@ -94,10 +93,8 @@ class Experiment:
         if self.lora.rank is not None and not self.frozen:
             object.__setattr__(self, "frozen", (BASE,))
         for pattern in self.frozen:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"frozen is {pattern!r}, which is not a regular expression ({error})") from error
+            if fault := pattern_fault(pattern):
+                raise UserError(f"frozen is {pattern!r}, which is not a regular expression ({fault})")
         # Of every part: JSON has no such numbers, and with one of them nothing is computed but more of its kind.
         for path, value in leaves_by_path(msgspec.to_builtins(self)).items():
             if isinstance(value, float) and not math.isfinite(value):

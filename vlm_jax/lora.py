@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.contract import CAPABILITIES, Batch, Model, Rule, Variables, abstract_batch
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, pattern_fault
 from vlm_jax.sharding import batch_shards
 from vlm_jax.trees import leaves_by_path, map_with_path, partition
 
@@ -40,10 +40,8 @@ class LoRA:
             raise UserError(f"lora.rank is {self.rank}: it must be at least 1, or None for no adapters")
         if not self.alpha > 0:
             raise UserError(f"lora.alpha is {self.alpha}: it must be above 0")
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise UserError(f"lora.pattern {self.pattern!r} is no regular expression ({error})") from error
+        if fault := pattern_fault(self.pattern):
+            raise UserError(f"lora.pattern {self.pattern!r} is no regular expression ({fault})")
 
 
 def adapted(model: Model, config: LoRA) -> Model:

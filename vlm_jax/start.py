@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.contract import Variables
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, pattern_fault
 from vlm_jax.identity import listed
-from vlm_jax.trees import leaves_by_path, part
+from vlm_jax.trees import leaves_by_path, part, unmatched
 
 COMPUTED = ("scan", "remat", "dtype", "dropout", "class_dropout", "features")
 """Settings that may differ: they say how a function is computed, to its rounding, what training leaves out of it, or
@@ -46,10 +46,8 @@ class Start:
 
     def __post_init__(self) -> None:
         for pattern in self.leave:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"start.leave {pattern!r} is not a regular expression ({error})") from error
+            if fault := pattern_fault(pattern):
+                raise UserError(f"start.leave {pattern!r} is not a regular expression ({fault})")
 
 
 def part_of(config: Any, name: str) -> Any:
@@ -131,9 +129,8 @@ def taken(
             raise UserError(f"{whose} has no part {name}: correct start.{'take' if there is found else 'into'}")
     found = relaid(found, places)
     names = {path: path.partition("/")[2] for path in sorted(places.keys() | found.keys())}
-    for pattern in start.leave:
-        if not any(re.search(pattern, name) for name in names.values()):
-            raise UserError(f"start.leave names {pattern}, which no path matches: {listed([*names.values()])}")
+    if unused := unmatched(start.leave, names.values()):
+        raise UserError(f"start.leave names {unused[0]}, which no path matches: {listed([*names.values()])}")
     told, given = [], {}
     for path, name in names.items():
         if any(re.search(pattern, name) for pattern in start.leave):

@@ -1,7 +1,7 @@
 """Trees of parameters addressed by path: `"image/blocks/attention/query/kernel"`."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,11 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
 def map_with_path(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
     """`tree` with each leaf replaced by `function(path, leaf)`."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_string(path), leaf), tree)
+
+
+def unmatched(patterns: Iterable[str], paths: Collection[str]) -> list[str]:
+    """The patterns that are found in none of the paths."""
+    return [pattern for pattern in patterns if not any(re.search(pattern, path) for path in paths)]
 
 
 def partition(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from vlm_jax.errors import UserError
-from vlm_jax.trees import leaves_by_path, map_with_path
+from vlm_jax.errors import UserError, pattern_fault
+from vlm_jax.trees import leaves_by_path, map_with_path, unmatched
 
 PyTree = Any
 
@@ -51,10 +51,8 @@ class Rates:
             ("decay_pattern", self.decay_pattern),
             *(("multiples", one) for one, _ in self.multiples),
         ]:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                self.require(name, False, f"a regular expression, which {pattern!r} is not ({error})")
+            fault = pattern_fault(pattern)
+            self.require(name, fault is None, f"a regular expression, which {pattern!r} is not ({fault})")
         positive = all(0 < multiple < math.inf for _, multiple in self.multiples)
         self.require("multiples", positive, "finite numbers above 0; what must not train at all is --frozen")
 
@@ -147,7 +145,7 @@ def multiply_rates(multiples: tuple[tuple[str, float], ...]) -> optax.GradientTr
 
     def init(params: PyTree) -> optax.EmptyState:
         paths = leaves_by_path(params)
-        unused = [pattern for pattern, _ in multiples if not any(re.search(pattern, path) for path in paths)]
+        unused = unmatched([pattern for pattern, _ in multiples], paths)
         if unused and paths:  # optax also asks for the state of a tree without leaves
             raise UserError(
                 f"the optimizer's multiples have {unused[0]!r}, which is found in the path of no parameter that "

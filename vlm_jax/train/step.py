@@ -1,6 +1,5 @@
 """The train step: one function for every family and every objective."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from vlm_jax.identity import listed
 from vlm_jax.sharding import parameter_shardings, replicated
 from vlm_jax.train.finite import all_finite
 from vlm_jax.train.optim import optimizer_shardings
-from vlm_jax.trees import leaves_by_path, map_with_path, merge, partition
+from vlm_jax.trees import leaves_by_path, map_with_path, merge, partition, unmatched
 
 PyTree = Any
 Step = Callable[["TrainState", Batch, jax.Array], tuple["TrainState", dict[str, jax.Array]]]
@@ -62,8 +61,8 @@ def init_train_state(
     variables = map_with_path(lambda path, leaf: given.get(path, leaf), dict(model.init(key, batch)))
     params = variables.pop("params")
     paths = leaves_by_path(params)
-    if unmatched := [pattern for pattern in frozen if not any(re.search(pattern, path) for path in paths)]:
-        raise UserError(f"frozen names {unmatched[0]}, which no parameter's path matches: there are {listed([*paths])}")
+    if unused := unmatched(frozen, paths):
+        raise UserError(f"frozen names {unused[0]}, which no parameter's path matches: there are {listed([*paths])}")
     still, live = partition(params, frozen)
     if frozen_dtype is not None:
         still = jax.tree.map(lambda leaf: leaf.astype(frozen_dtype), still)
