@@ -4,7 +4,6 @@ from functools import partial
 
 import jax
 import numpy as np
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from vlm_jax.evals.subject import Evaluation, Subject
 
@@ -17,6 +16,8 @@ def run(subject: Subject) -> dict[str, float]:
 
     The PSNR of an image that comes back as it was is infinite. SSIM needs images of at least its window.
     """
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity  # loads scipy.stats: 0.7 s of every start
+
     spec = subject.model.inputs["image"]
     encode, decode = subject.model.encode, subject.model.decode
     assert spec.limit is not None and encode is not None and decode is not None
