@@ -269,6 +269,7 @@ INPUTS = {
     "image": Input((2, 2, 1), "uint8", 17),
     "tokens": Input((3,), "int32", 10, contains=2),
     "x": Input((), "float32"),
+    "image_at": Input((2,), "int32", 10, span=3),
 }
 
 
@@ -277,6 +278,7 @@ def host_batch(**changes: Any) -> dict[str, np.ndarray]:
         "image": np.full((2, 2, 2, 1), 16, np.uint8),
         "tokens": np.array([[0, 2, 9], [2, 2, 1]], np.int32),
         "x": np.array([-np.inf, 1e9], np.float32),
+        "image_at": np.array([[6, 3], [9, 9]], np.int32),
         "label": np.zeros(2),
     }
     return {name: value for name, value in (batch | changes).items() if value is not None}
@@ -285,22 +287,28 @@ def host_batch(**changes: Any) -> dict[str, np.ndarray]:
 def test_a_batch_that_fits_passes_without_the_fields_that_nobody_reads():
     batch = host_batch()
     checked = check_batch(INPUTS, batch)
-    assert list(checked) == ["image", "tokens", "x"]
+    assert list(checked) == list(INPUTS)
     assert all(checked[name] is batch[name] for name in checked)
 
 
 @pytest.mark.parametrize(
     ("field", "values", "message"),
     [
-        ("tokens", None, "the model reads the field 'tokens' and the data have ['image', 'label', 'x']: choose"),
+        (
+            "tokens",
+            None,
+            "the model reads the field 'tokens' and the data have ['image', 'image_at', 'label', 'x']: choose",
+        ),
         ("image", np.zeros((2, 2, 3, 1), np.uint8), "uint8[2, 3, 1] an example and the model expects uint8[2, 2, 1]"),
         ("image", np.zeros((2, 2, 2, 1), np.int32), "int32[2, 2, 1] an example and the model expects uint8[2, 2, 1]"),
         ("image", np.full((2, 2, 2, 1), 17, np.uint8), "the field 'image' holds the value 17, outside [0, 17)"),
         ("tokens", np.array([[0, 2, 10]], np.int32), "the field 'tokens' holds the value 10, outside [0, 10)"),
         ("tokens", np.array([[-1, 2, 9]], np.int32), "the field 'tokens' holds the value -1, outside [0, 10)"),
         ("tokens", np.array([[0, 2, 1], [0, 1, 3]], np.int32), "an example's field 'tokens' lacks the value 2"),
+        ("image_at", np.array([[0, 3], [3, 5]], np.int32), "'image_at' holds [3, 5], where each image takes 3 places"),
+        ("image_at", np.array([[9, 7]], np.int32), "must not overlap, nor end beyond the 9 that there are"),
     ],
-    ids=["missing", "shape", "dtype", "level", "high", "negative", "lacking"],
+    ids=["missing", "shape", "dtype", "level", "high", "negative", "lacking", "overlapping", "cut off"],
 )
 def test_a_batch_that_does_not_fit_is_refused(field: str, values: np.ndarray | None, message: str):
     with pytest.raises(UserError, match=re.escape(message)):

@@ -37,6 +37,8 @@ class Input(NamedTuple):
     """Values are integers in `[0, limit)`; None: any value."""
     contains: int | None = None
     """Every example has this value somewhere, such as the token that ends a text; None: it need not."""
+    span: int | None = None
+    """Values are places of the sequence, of so many of which each is the first, or limit - 1: of none."""
 
 
 class Aux(NamedTuple):
@@ -181,6 +183,20 @@ def _check_values(name: str, spec: Input, array: np.ndarray) -> None:
             f"an example's field {name!r} lacks the value {spec.contains}, by which the model finds the end: the "
             f"tokenizer's end token must be the model's eos_id"
         )
+    if spec.span is not None and not (apart := _apart(spec, array)).all():
+        raise UserError(
+            f"the field {name!r} holds {array[int(np.argmin(apart))].tolist()}, where each image takes {spec.span} "
+            f"places: they must not overlap, nor end beyond the {(spec.limit or 0) - 1} that there are"
+        )
+
+
+def _apart(spec: Input, array: Any) -> Any:
+    """bool [B]: whether the images that begin at [B, N] end within the sequence, and no two share a place."""
+    none, span = (spec.limit or 0) - 1, spec.span or 0
+    ends = (array == none) | (array + span <= none)
+    both = (array[:, :, None] < none) & (array[:, None] < none) & ~np.eye(array.shape[1], dtype=bool)
+    shared = both & (abs(array[:, :, None] - array[:, None]) < span)
+    return ends.all(axis=1) & ~shared.any(axis=(1, 2))
 
 
 MODALITIES = ("text", "image")
@@ -291,7 +307,8 @@ def _beginning(specs: Mapping[str, Input], batch: Batch) -> dict[str, Input]:
     if "tokens" not in specs or len(shape) != 2 or shape[1] > specs["tokens"].shape[0]:
         return dict(specs)
     sequence = {name: specs[name]._replace(shape=shape[1:]) for name in SEQUENCE if name in specs}
-    return {**specs, **sequence}
+    places = {name: spec._replace(limit=shape[1] + 1) for name, spec in specs.items() if spec.span is not None}
+    return {**specs, **sequence, **places}
 
 
 def _read(
@@ -336,6 +353,8 @@ def _fit(spec: Input, array: Any) -> jax.Array:
         fits &= jnp.all(array < spec.limit, axis=pixels)
     if spec.contains is not None:
         fits &= jnp.any(array == spec.contains, axis=pixels)
+    if spec.span is not None:
+        fits &= _apart(spec, array)
     return fits
 
 
