@@ -9,6 +9,9 @@ from vlm_jax.nn.vision import VisionTransformer
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
 
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+"""Of the shapes in `easy_vqa`."""
+
 
 def clip_tiny() -> Experiment:
     """Emoji and their names, 32x32, trained on a CPU in minutes; the main job of the README."""
@@ -34,6 +37,69 @@ def clip_tiny() -> Experiment:
         ),
         zero_shot=ZeroShot(name="easy_vqa/color", prompts=("{}", "{} circle", "{} square", "{} triangle")),
     )
+
+
+def small(data: Data, *, width: int = 128, depth: int = 4, steps: int = 800, seed: int = 0) -> Experiment:
+    """Drawings of 64x64 pixels in patches of 8 and their captions, trained on a CPU in a quarter of an hour."""
+    return Experiment(
+        model=clip.Config(
+            image=VisionTransformer(
+                image_size=64,
+                patch_size=8,
+                transformer=Transformer(width=width, depth=depth, heads=width // 32, mlp=4 * width, scan=False),
+            ),
+            text=clip.TextTransformer(
+                vocab_size=2048,
+                context_length=16,
+                eos_id=2,
+                transformer=Transformer(width=width, depth=2, heads=width // 32, mlp=4 * width, scan=False),
+            ),
+            embedding=128,
+        ),
+        data=data,
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50, weight_decay=0.1, b2=0.98, eps=1e-6),
+            steps=steps,
+            batch_size=128,
+            checkpoint_every=100,
+            seed=seed,
+        ),
+        zero_shot=ZeroShot(name="easy_vqa/shape", prompts=tuple(f"a {color} {{}}" for color in COLORS)),
+    )
+
+
+def captioned(name: str, *mixture: tuple[str, float]) -> Data:
+    """Whole drawings or nearly so, for what is cut off is not seen, and captions."""
+    fields = (Image(crop_min_area=0.8), Caption())
+    return Data(name=name, mixture=mixture, fields=fields, text=Text(vocab_size=2048))
+
+
+def clip_small() -> Experiment:
+    """Emoji and their names, and coloured shapes ("a teal circle"), 64x64: a tower for `llava` to see by."""
+    return small(captioned("openmoji", ("easy_vqa/captions", 0.3)))
+
+
+def clip_small_styles() -> Experiment:
+    """`clip-small` with the same emoji as two other artists draw them, Twemoji and Fluent.
+
+    Needs `emoji_styles/twemoji` and `emoji_styles/fluent_flat`, prepared as TFDS prepares data sets (--data-dir).
+    """
+    styles = (("emoji_styles/twemoji", 1.0), ("emoji_styles/fluent_flat", 0.85))
+    return small(captioned("openmoji", ("easy_vqa/captions", 0.5), *styles), steps=1200)
+
+
+def clip_judge_a() -> Experiment:
+    """Looks at drawings that other models make: never saw one of OpenMoji's, whose test split shows what it is worth.
+
+    Needs what `clip-small-styles` does. `python -m tools.evaluate runs/clip-judge-a --data.name openmoji`.
+    """
+    return small(captioned("emoji_styles/twemoji", ("emoji_styles/fluent_flat", 0.85)), steps=1200)
+
+
+def clip_judge_b() -> Experiment:
+    """`clip-judge-a` of another width and seed: what both say is of the drawings, not of one judge."""
+    data = captioned("emoji_styles/twemoji", ("emoji_styles/fluent_flat", 0.85))
+    return small(data, width=96, depth=6, steps=1200, seed=1)
 
 
 def published(
@@ -93,4 +159,14 @@ def siglip_vit_b16() -> Experiment:
     return published(clip.SIGLIP_VIT_B16, learning_rate=1e-3, weight_decay=1e-4, b2=0.95, eps=1e-8, steps=305_000)
 
 
-PRESETS = (clip_tiny, clip_vit_b32, clip_vit_b16, clip_vit_l14, siglip_vit_b16)
+PRESETS = (
+    clip_tiny,
+    clip_small,
+    clip_small_styles,
+    clip_judge_a,
+    clip_judge_b,
+    clip_vit_b32,
+    clip_vit_b16,
+    clip_vit_l14,
+    siglip_vit_b16,
+)

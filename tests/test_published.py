@@ -21,7 +21,7 @@ from vlm_jax.sharding import MeshShape, make_mesh, placed
 from vlm_jax.trees import count_parameters
 
 PRESETS = {name: experiment for name, (_, experiment) in presets().items()}
-OURS = r"tiny|fashion-mnist"
+OURS = r"tiny|small|judge|fashion-mnist"
 """Presets of sizes that nobody published."""
 PUBLISHED = {name: experiment for name, experiment in PRESETS.items() if not re.search(OURS, name)}
 CLIP = [name for name in PUBLISHED if re.match(r"clip|siglip", name)]

@@ -9,7 +9,7 @@ import msgspec
 import tyro
 
 from vlm_jax.contract import Model
-from vlm_jax.data import Data
+from vlm_jax.data import CACHE, Data
 from vlm_jax.errors import UserError, pattern_fault
 from vlm_jax.lora import BASE, LoRA, adapted
 from vlm_jax.models import build
@@ -85,7 +85,7 @@ class Experiment:
     """What is looked at at each checkpoint, beside the loss of the validation split."""
     workdir: str | None = None
     """Where the run is kept; None: runs/PRESET."""
-    data_dir: str = "~/.cache/vlm_jax/data"
+    data_dir: str = CACHE
     """Where prepared data sets are."""
     distributed: Distributed = Distributed()
 

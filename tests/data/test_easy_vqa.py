@@ -35,6 +35,20 @@ def test_sizes(data_dir, config, train, test):
     assert len(open_source(f"easy_vqa/{config}", "test", data_dir)) == test
 
 
+def test_captions_name_the_color_and_the_shape_that_the_labels_are(data_dir):
+    for split, size in (("train", 3542), ("test", 880)):
+        assert len(open_source("easy_vqa/captions", split, data_dir)) == size
+    labels = []
+    for name in ("color", "shape"):
+        source = open_source(f"easy_vqa/{name}", "test[:20%]", data_dir)
+        labels.append({record["image"].pixels(3).tobytes(): source.label_names[record["label"]] for record in source})
+    captioned = open_source("easy_vqa/captions", "test[:20%]", data_dir)
+    told = {record["image"].pixels(3).tobytes(): record["text"] for record in captioned}
+    both = told.keys() & labels[0].keys() & labels[1].keys()
+    assert len(both) > 100
+    assert all(told[image] == (f"a {labels[0][image]} {labels[1][image]}",) for image in both)
+
+
 def test_no_image_is_in_both_splits(data_dir):
     train, test = (
         {record["image"].pixels(3).tobytes() for record in open_source("easy_vqa/shape", split, data_dir)}

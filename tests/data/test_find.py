@@ -65,7 +65,10 @@ def test_another_version_of_ours_is_found_where_it_was_prepared(tmp_path):
             "openmoji:2.0.0",
             r"openmoji:2\.0\.0 is not prepared in .*, and this vlm_jax makes openmoji:1\.0\.0: choose that",
         ),
-        ("easy_vqa/colour", r"no data set 'easy_vqa/colour': those .* are \['easy_vqa/questions', 'easy_vqa/color', "),
+        (
+            "easy_vqa/colour",
+            r"no data set 'easy_vqa/colour': those .* are \['easy_vqa/questions', 'easy_vqa/captions', ",
+        ),
         ("imagenet_resized", r"several configurations in .*: choose one of \['imagenet_resized/32x32', 'imagenet_"),
         (
             "fashion_mnist",

@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import filelock
 import pytest
+import tensorflow_datasets as tfds
 
+from made import build
 from vlm_jax.data import open_source
 from vlm_jax.data.digits import Digits
 from vlm_jax.data.prepare import own_names, prepare
@@ -49,7 +51,14 @@ def generated(monkeypatch):
 
 
 def test_own_names():
-    assert own_names() == ["openmoji", "easy_vqa/questions", "easy_vqa/color", "easy_vqa/shape", "digits"]
+    assert own_names() == [
+        "openmoji",
+        "easy_vqa/questions",
+        "easy_vqa/captions",
+        "easy_vqa/color",
+        "easy_vqa/shape",
+        "digits",
+    ]
 
 
 def test_a_data_set_is_prepared_once(tmp_path, generated):
@@ -83,6 +92,24 @@ def test_a_data_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"digits cannot be prepared in .*/file \(.*\): choose another data directory"):
         prepare("digits", tmp_path / "file")
+
+
+def test_beside_a_read_only_directory_of_others_data_sets_ours_are_in_the_cache(tmp_path, monkeypatch):
+    """One `data_dir` serves for both, and by the full name the same is found again."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shared = tmp_path / "shared"
+    build(shared, {"text": tfds.features.Text()}, {"text": "a"})
+    shared.chmod(0o555)
+    source = open_source("digits", "test", shared)
+    assert source.directory == tmp_path / ".cache" / "vlm_jax" / "data" / "digits" / "1.0.0"
+    assert source.full_name == "digits:1.0.0"
+    assert open_source(source.full_name, "test", shared).directory == source.directory
+    assert list(open_source("made", "train", shared).texts()) == ["a"]
+    assert not (shared / "digits").exists()
+    shared.chmod(0o755)
+    assert prepare("digits", shared) == shared / "digits" / "1.0.0"
+    shared.chmod(0o555)
+    assert prepare("digits", shared) == shared / "digits" / "1.0.0"  # where it is there already
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])

@@ -6,10 +6,12 @@ from vlm_jax.data.fields import Caption, Dialogue, Document, Image, Label, Laten
 from vlm_jax.data.loader import evaluation_batches, example, train_batches
 from vlm_jax.data.mixture import examples, make_tokenizer, open_data, open_training_data, rows_of, versions
 from vlm_jax.data.packing import Packed
+from vlm_jax.data.prepare import CACHE
 from vlm_jax.data.source import Source, open_source
 from vlm_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
+    "CACHE",
     "Caption",
     "Data",
     "Dialogue",

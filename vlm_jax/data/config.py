@@ -22,7 +22,7 @@ class Data:
     """A data set and how its records become examples, of the size and length that the model reads."""
 
     name: str
-    """openmoji, easy_vqa, easy_vqa/color, easy_vqa/shape, digits, or a data set that TFDS has prepared."""
+    """One of ours, such as openmoji, easy_vqa/captions or digits, or a data set that TFDS has prepared."""
     mixture: tuple[tuple[str, float], ...] = ()
     """Other data sets to train on with it, and how many of their examples for one of its own."""
     train: str = "train"

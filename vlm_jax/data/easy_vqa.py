@@ -12,6 +12,9 @@ import easy_vqa
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+Questions = tuple[list[str], list[str], list[int]]
+"""Each question, its answer and the number of its image, as the package gives them."""
+
 LABELS = {
     "color": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
     "shape": ("circle", "rectangle", "triangle"),
@@ -24,6 +27,8 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
     Configurations:
       `questions` (the default): one record a question (38,575 train, 9,673 test), with `image`, `question` such as
         "what color is the triangle?" and `answer`, one of 13 words.
+      `captions`: one record an image of which both are asserted (3,542 train, 880 test), with `image` and the one of
+        `captions`, such as "a teal circle".
       `color`, `shape`: one record an image, with `image` and its `label`. The package gives no labels; they are
         what the questions and answers assert ("what is the red shape?", "triangle"; "is there no circle?", "no").
         Images that nothing is asserted of are left out, which leaves of 4,000 and 1,000 images 3,710 train and
@@ -34,6 +39,7 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own declaration)
         tfds.core.BuilderConfig(name="questions", description="One record a question"),
+        tfds.core.BuilderConfig(name="captions", description="One record an image, with its colour and shape in words"),
         tfds.core.BuilderConfig(name="color", description="One record an image, labelled with its colour"),
         tfds.core.BuilderConfig(name="shape", description="One record an image, labelled with its shape"),
     ]
@@ -43,6 +49,8 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config.name
         if config == "questions":
             features |= {"question": tfds.features.Text(), "answer": tfds.features.Text()}
+        elif config == "captions":
+            features |= {"captions": tfds.features.Sequence(tfds.features.Text())}
         else:
             features |= {"label": tfds.features.ClassLabel(names=LABELS[config])}
         return tfds.core.DatasetInfo(
@@ -60,7 +68,7 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(
-        self, questions: tuple[list[str], list[str], list[int]], paths: Mapping[int, str]
+        self, questions: Questions, paths: Mapping[int, str]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config.name
         if config == "questions":
@@ -68,12 +76,21 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
             progress = tqdm(records, total=len(questions[0]), desc="Preparing easy_vqa", unit=" questions", leave=False)
             for key, (question, answer, image) in progress:
                 yield key, {"image": Path(paths[image]).read_bytes(), "question": question, "answer": answer}
+        elif config == "captions":
+            for image, (color, shape) in things(questions).items():
+                yield image, {"image": Path(paths[image]).read_bytes(), "captions": [f"a {color} {shape}"]}
         else:
             for image, label in _labels(questions, LABELS[config]).items():
                 yield image, {"image": Path(paths[image]).read_bytes(), "label": label}
 
 
-def _labels(questions: tuple[list[str], list[str], list[int]], names: tuple[str, ...]) -> dict[int, str]:
+def things(questions: Questions) -> dict[int, tuple[str, str]]:
+    """Colour and shape of what is in each image of which both are asserted."""
+    colors, shapes = (_labels(questions, LABELS[name]) for name in ("color", "shape"))
+    return {image: (color, shapes[image]) for image, color in colors.items() if image in shapes}
+
+
+def _labels(questions: Questions, names: tuple[str, ...]) -> dict[int, str]:
     """The name that the questions and answers assert of each image, for the images where they do."""
     asserted: defaultdict[int, set[str]] = defaultdict(set)
     for question, answer, image in zip(*questions, strict=True):

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
-from vlm_jax.data.prepare import BUILDERS, own_names, prepare
+from vlm_jax.data.prepare import BUILDERS, CACHE, own_names, prepare
 from vlm_jax.errors import UserError
+from vlm_jax.paths import local_path
 
 
 class _Prepared(NamedTuple):
@@ -26,9 +27,10 @@ def find_data_set(name: str, data_dir: Path) -> Path:
     """The directory of a data set; ours are prepared on first use.
 
     Args:
-      name: "openmoji", "easy_vqa" (its questions), "easy_vqa/color", "easy_vqa/shape", "digits", or any data set that
-        TFDS has prepared under `data_dir`: "fashion_mnist", "coco_captions:1.1.0", "imagenet_resized/32x32". Of
-        several prepared versions the newest is meant, of ours the one that this library makes.
+      name: "openmoji", "easy_vqa" (its questions), "easy_vqa/captions", "easy_vqa/color", "easy_vqa/shape", "digits",
+        or any data set that TFDS has prepared under `data_dir`: "fashion_mnist", "coco_captions:1.1.0",
+        "imagenet_resized/32x32". Of several prepared versions the newest is meant, of ours the one that this library
+        makes.
 
     Raises:
       UserError: there is no such data set, or it is not prepared, or the name fits several.
@@ -54,7 +56,9 @@ def find_data_set(name: str, data_dir: Path) -> Path:
 
 def full_name(directory: Path, data_dir: Path) -> str:
     """By which `find_data_set` finds this directory and no other: "coco_captions/2014:1.1.0", "digits:1.0.0"."""
-    return f"{Path(os.path.relpath(directory.parent, data_dir)).as_posix()}:{directory.name}"
+    cache = local_path(CACHE)
+    inside = cache if not directory.is_relative_to(data_dir) and directory.is_relative_to(cache) else data_dir
+    return f"{Path(os.path.relpath(directory.parent, inside)).as_posix()}:{directory.name}"
 
 
 def mend(name: str, data_dir: Path) -> str:

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,10 @@ from vlm_jax.data.easy_vqa import EasyVqa
 from vlm_jax.data.openmoji import OpenMoji
 from vlm_jax.errors import UserError
 from vlm_jax.locks import exclusive
+from vlm_jax.paths import local_path
+
+CACHE = "~/.cache/vlm_jax/data"
+"""Where prepared data sets are unless another directory is given, and ours if that one is read-only."""
 
 BUILDERS = {builder.name: builder for builder in (OpenMoji, EasyVqa, Digits)}
 
@@ -30,6 +36,9 @@ def own_names() -> list[str]:
 def prepare(name: str, data_dir: Path) -> Path:
     """The directory of a prepared data set of ours, which takes up to half a minute the first time.
 
+    It is in `data_dir`, or in `CACHE` where it is not there yet and `data_dir` is read-only: one that is shared by many
+    serves for what others have prepared.
+
     Any number of processes may call this at once: one prepares and the others wait. The directory appears by one
     rename when it is complete, so an interrupted preparation is done again.
 
@@ -41,6 +50,9 @@ def prepare(name: str, data_dir: Path) -> Path:
     """
     base, _, config = name.partition("/")
     directory = data_dir / name / str(BUILDERS[base].VERSION)
+    if not directory.exists() and _read_only(data_dir):
+        data_dir = local_path(CACHE)
+        directory = data_dir / name / str(BUILDERS[base].VERSION)
     try:
         if not directory.exists():
             data_dir.mkdir(parents=True, exist_ok=True)
@@ -57,6 +69,13 @@ def prepare(name: str, data_dir: Path) -> Path:
     except OSError as error:
         raise UserError(f"{name} cannot be prepared in {data_dir} ({error}): choose another data directory") from error
     return directory
+
+
+def _read_only(directory: Path) -> bool:
+    """Whether nobody is to write there; root, who can, is not to either."""
+    if not directory.is_dir():
+        return False
+    return not directory.stat().st_mode & stat.S_IWUSR or not os.access(directory, os.W_OK)
 
 
 def _remove_interrupted(parent: Path) -> None:
