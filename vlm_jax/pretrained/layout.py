@@ -1,0 +1,310 @@
+"""A layout: how published files of a kind are a family's variables, in and out, one array at a time.
+
+A layout is a table: each of its entries is an array of ours and where it lies in theirs. Both directions go by the same
+table, which has a place for every array of the model and of the file, and for no other.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlm_jax.contract import abstract_batch
+from vlm_jax.data import Tokenizer, load_tokenizer
+from vlm_jax.data.fields import Field
+from vlm_jax.errors import UserError
+from vlm_jax.experiment import Experiment
+from vlm_jax.identity import listed
+from vlm_jax.models import build
+from vlm_jax.pretrained.tensors import BFLOAT16, Tensors, open_tensors
+from vlm_jax.trees import leaves_by_path
+
+Move = Callable[[np.ndarray], np.ndarray]
+
+
+def same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One array of ours in one of theirs."""
+
+    path: str
+    """Among our parameters, layers apart: "decoder/block_0/attention/query/kernel"."""
+    key: str
+    """Theirs."""
+    read: Move = same
+    """Theirs, or the part of it, as ours."""
+    write: Move = same
+    """The inverse."""
+    part: tuple[int, int] = (0, 1)
+    """(i, n): it is the i-th of n equal parts along the first axis of theirs; each of the n has an entry."""
+    repeats: bool = False
+    """The file may hold it, or not, and what it holds must be what another entry of this path has; it is not written.
+    So may one table that reads and predicts be there twice."""
+
+
+def linear(path: str, key: str, *, bias: bool = True, part: tuple[int, int] = (0, 1)) -> list[Entry]:
+    """A dense layer, whose kernel PyTorch keeps as `KEY.weight` [out, in] and flax as [in, out], and its bias."""
+    kernel = Entry(f"{path}/kernel", f"{key}.weight", np.transpose, np.transpose, part)
+    return [kernel, *([Entry(f"{path}/bias", f"{key}.bias", part=part)] if bias else [])]
+
+
+def norm(path: str, key: str, *, bias: bool = True) -> list[Entry]:
+    """A layer's or a root mean square's normalisation: scale, and bias where it has one."""
+    return [Entry(f"{path}/scale", f"{key}.weight"), *([Entry(f"{path}/bias", f"{key}.bias")] if bias else [])]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Published weights and what lies beside them."""
+
+    path: Path
+    """The file of weights, or its directory."""
+    tensors: Tensors
+    config: Mapping[str, Any]
+    """`config.json`; of a GGUF its metadata; empty where there is none."""
+
+    @property
+    def directory(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def beside(self, name: str) -> Mapping[str, Any]:
+        """A JSON object in the directory, such as `preprocessor_config.json`; empty if it is not there.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        return read_json(self.directory / name)
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """A JSON object; empty if there is no such file.
+
+    Raises:
+      UserError: it cannot be read, or is none.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no JSON object: fetch it again")
+    return content
+
+
+def open_source(path: Path) -> Source:
+    """Published weights: a file, or a directory.
+
+    Raises:
+      UserError: they cannot be read, and why.
+    """
+    tensors = open_tensors(path)
+    directory = path if path.is_dir() else path.parent
+    facts = tensors.facts if tensors.path.suffix == ".gguf" else read_json(directory / "config.json")
+    return Source(path, tensors, facts)
+
+
+def tokenizer_beside(source: Source) -> Tokenizer | None:
+    """The `tokenizer.json` in the directory; None: there is none."""
+    path = source.directory / "tokenizer.json"
+    return load_tokenizer(path) if path.is_file() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A published layout of a family's weights."""
+
+    name: str
+    """By which `tools.convert --layout` knows it."""
+    recognises: Callable[[Source], bool]
+    """Whether files are of this layout."""
+    config: Callable[[Source], Any]
+    """The family's `Config`; raises a `UserError` that names a setting that the family cannot express."""
+    entries: Callable[[Any], Iterable[Entry]]
+    """Of a `Config`, the table."""
+    fields: Callable[[Source], tuple[Field, ...]] = lambda source: ()
+    """How the model is to be shown images and texts."""
+    tokenizer: Callable[[Source], Tokenizer | None] = tokenizer_beside
+    """Its own; None: it reads no text, or none was published with it."""
+    idle: tuple[str, ...] = ()
+    """Regular expressions, each of a whole key, of what is in some files and gives the model nothing."""
+    export: Callable[[Experiment, Tokenizer | None], Mapping[str, Mapping[str, Any]]] | None = None
+    """The JSON files beside the weights, by their names; raises a `UserError` that names what the layout cannot
+    express. None: the layout is read, and not written."""
+    weights: str = "model.safetensors"
+    """The file of the weights as it is written."""
+
+
+def recognised(source: Source, layouts: Sequence[Layout], name: str | None = None) -> Layout:
+    """The layout of files, or the one of a name.
+
+    Raises:
+      UserError: there is none, or there are several.
+    """
+    if name is not None:
+        return named(layouts, name)
+    found = [layout for layout in layouts if layout.recognises(source)]
+    if len(found) == 1:
+        return found[0]
+    keys = listed(sorted(source.tensors), most=3)
+    if found:
+        raise UserError(f"{source.path} could be {' or '.join(each.name for each in found)}: say which by --layout")
+    raise UserError(
+        f"{source.path} is of no layout that is known here (it holds {keys}): there are "
+        f"{', '.join(layout.name for layout in layouts)}"
+    )
+
+
+def named(layouts: Sequence[Layout], name: str) -> Layout:
+    """Raises a `UserError` where there is none of that name."""
+    for layout in layouts:
+        if layout.name == name:
+            return layout
+    raise UserError(f"there is no layout {name}: choose one of {', '.join(layout.name for layout in layouts)}")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A leaf of ours, of which an entry fills all or a layer."""
+
+    leaf: str
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def _places(abstract: Mapping[str, Any]) -> dict[str, _Place]:
+    """By the paths of entries: layers that a scan runs through, `blocks/...` [L, ...], are `block_0/...` and so on."""
+    places = {}
+    for path, leaf in leaves_by_path(abstract).items():
+        if not re.search(r"(^|/)blocks/", path):
+            places[path] = _Place(path, None, leaf.shape)
+            continue
+        for i in range(leaf.shape[0]):
+            places[re.sub(r"(^|/)blocks/", rf"\1block_{i}/", path)] = _Place(path, i, leaf.shape[1:])
+    return places
+
+
+def abstract_params(config: Any) -> Mapping[str, Any]:
+    """The parameters of a `Config`'s model, as shapes."""
+    model = build(config)
+    abstract = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), abstract_batch(model.inputs, 1))
+    assert set(abstract) == {"params"}, "a model that keeps more than parameters has no layout yet"
+    return abstract["params"]
+
+
+def _table(layout: Layout, config: Any, places: Mapping[str, Any]) -> dict[str, list[Entry]]:
+    """The entries by key; every place is filled once."""
+    by_key: dict[str, list[Entry]] = defaultdict(list)
+    entries = list(layout.entries(config))
+    for entry in entries:
+        by_key[entry.key].append(entry)
+    paths = sorted(entry.path for entry in entries if not entry.repeats)
+    assert paths == sorted(places), f"{layout.name}: {set(paths) ^ set(places)}"
+    assert all([e.part for e in group] == [(i, len(group)) for i in range(len(group))] for group in by_key.values())
+    return by_key
+
+
+def stored_dtype(tensors: Tensors, keys: Iterable[str]) -> np.dtype[Any]:
+    """That in which a run keeps weights: bfloat16 where all of them are, else float32, which holds any of them."""
+    return BFLOAT16 if all(tensors.dtype(key) == BFLOAT16 for key in keys) else np.dtype(np.float32)
+
+
+def read_params(layout: Layout, config: Any, tensors: Tensors) -> dict[str, Any]:
+    """Our parameters, filled from one array of theirs after the other: in memory there is never more than they and one.
+
+    Returns:
+      A tree of NumPy arrays, all bfloat16 or all float32, as `stored_dtype` says.
+
+    Raises:
+      UserError: the file lacks an array, or has one that the layout does not know, or one is of another shape or
+        damaged.
+    """
+    places = _places(abstract := abstract_params(config))
+    table = _table(layout, config, places)
+    due = {key for key, group in table.items() if not all(entry.repeats for entry in group)}
+    known = [key for key in tensors if key in table or any(re.fullmatch(idle, key) for idle in layout.idle)]
+    if missing := sorted(due - set(tensors)):
+        raise UserError(f"{tensors.path} lacks {listed(missing)}, which {layout.name} has: fetch all of it")
+    if unknown := sorted(set(tensors) - set(known)):
+        raise UserError(
+            f"{tensors.path} holds {listed(unknown)}, which {layout.name} of these settings has not: it is of another "
+            f"layout, or its config.json belongs to other weights"
+        )
+    dtype = stored_dtype(tensors, due)
+    params = {path: np.empty(leaf.shape, dtype) for path, leaf in leaves_by_path(abstract).items()}
+    # What repeats another array is compared with it, and so comes last.
+    for key in sorted(set(table) & set(tensors), key=lambda key: (table[key][0].repeats, key)):
+        theirs = tensors[key]
+        for entry in table[key]:
+            place = places[entry.path]
+            array = _moved(entry, theirs, place.shape, tensors.path)
+            ours = params[place.leaf][... if place.layer is None else (place.layer, ...)]
+            if entry.repeats and not np.array_equal(np.asarray(array, dtype), ours):
+                raise UserError(f"{key} in {tensors.path} is another table than it repeats: the settings are others'")
+            ours[...] = array
+    return nested(params)
+
+
+def _moved(entry: Entry, theirs: np.ndarray, shape: tuple[int, ...], path: Path) -> np.ndarray:
+    """An entry's part of an array of theirs as ours; raises a `UserError` where it is of another shape."""
+    i, n = entry.part
+    if n > 1 and (theirs.ndim == 0 or len(theirs) % n):
+        raise UserError(f"{entry.key} in {path} is {list(theirs.shape)}, which is not {n} parts: the settings differ")
+    try:
+        array = entry.read(theirs if n == 1 else np.split(theirs, n)[i])
+    except ValueError as error:
+        raise UserError(f"{entry.key} in {path} is {list(theirs.shape)}: the settings are others' ({error})") from error
+    if array.shape != shape:
+        raise UserError(
+            f"{entry.key} in {path} is {list(theirs.shape)} and would be {list(array.shape)} where the model has "
+            f"{list(shape)}: the settings are those of other weights"
+        )
+    return array
+
+
+def written_keys(layout: Layout, config: Any, params: Mapping[str, Any]) -> dict[str, int]:
+    """The keys that `written` gives, in order, and the bytes of each."""
+    places, leaves = _places(params), leaves_by_path(params)
+    sizes: dict[str, int] = {}
+    for key, group in _table(layout, config, places).items():
+        if not group[0].repeats:
+            shapes = [(places[entry.path].shape, leaves[places[entry.path].leaf].dtype) for entry in group]
+            sizes[key] = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes)
+    return sizes
+
+
+def written(
+    layout: Layout, config: Any, params: Mapping[str, Any], keys: Iterable[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays of theirs by key, made one after the other of our parameters."""
+    places, leaves = _places(params), leaves_by_path(params)
+    table = _table(layout, config, places)
+    for key in keys:
+        parts = []
+        for entry in table[key]:
+            place = places[entry.path]
+            leaf = np.asarray(leaves[place.leaf])
+            parts.append(entry.write(leaf if place.layer is None else leaf[place.layer]))
+        yield key, np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of leaves by their paths."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[name] = leaf
+    return tree
