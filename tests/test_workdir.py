@@ -137,6 +137,13 @@ def test_another_tokenizer_is_refused(clip_run: Path, tmp_path: Path) -> None:
         vlm_jax.load(workdir)
 
 
+def test_another_chat_template_is_refused(clip_run: Path, tmp_path: Path) -> None:
+    workdir = shutil.copytree(clip_run, tmp_path / "run")
+    (workdir / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    with pytest.raises(UserError, match=r"not written with .*that are there \(tokenizer\.json: \w+ -> \w+\)"):
+        vlm_jax.load(workdir)
+
+
 def test_a_checkpoint_of_another_run_is_not_loaded(vae_run: Path, clip_run: Path, tmp_path: Path) -> None:
     workdir = shutil.copytree(vae_run, tmp_path / "run")
     shutil.copytree(clip_run / "checkpoints" / "3", workdir / "checkpoints" / "3")

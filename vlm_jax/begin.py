@@ -63,7 +63,7 @@ def tokenizer_of_starts(experiment: Experiment) -> Tokenizer | None:
         tokenizers[text.tokenizer] = load_tokenizer(local_path(text.tokenizer))
     first, *others = tokenizers or [""]
     for other in others:
-        if tokenizers[other].tokenizer.to_str() != tokenizers[first].tokenizer.to_str():
+        if not tokenizers[other].same(tokenizers[first]):
             raise UserError(
                 f"the tokenizers of {first} and {other} differ, and what is taken knows its tokens by their ids: start "
                 f"from runs of one tokenizer, and leave data.text.tokenizer out"

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.contract import Model, Variables, abstract_batch
 from vlm_jax.data import Tokenizer, load_tokenizer
+from vlm_jax.data.tokenizer import files_of
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment, from_record, model_of
 from vlm_jax.files import replace_file
@@ -135,7 +136,8 @@ def read_identity(workdir: Path) -> dict[str, str]:
     facts = identity(read_record(workdir))
     path = workdir / TOKENIZER
     try:
-        facts[TOKENIZER] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        contents = b"".join(file.read_bytes() for file in files_of(path))
+        facts[TOKENIZER] = hashlib.blake2b(contents, digest_size=16).hexdigest()
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -224,7 +226,7 @@ def write_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
       UserError: it cannot be written.
     """
     with failure_told(workdir):
-        replace_file(workdir / TOKENIZER, tokenizer.save)
+        tokenizer.save(workdir / TOKENIZER)
 
 
 @contextlib.contextmanager

@@ -1,3 +1,6 @@
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tokenizers
@@ -150,3 +153,80 @@ def test_unusable_files(tmp_path):
 def test_a_vocabulary_below_the_bytes():
     with pytest.raises(UserError, match="a vocabulary of 258 tokens is too small: 259"):
         train_tokenizer(TEXTS, 258)
+
+
+SPECIALS = ("<|unk|>", "<|im_start|>", "<|im_end|>", "<eos>")
+
+
+def beside(tmp_path, settings, specials=SPECIALS):
+    path = _other(tmp_path, specials)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def test_what_lies_beside_the_file_names_the_special_tokens_and_the_chat_template(tmp_path):
+    """A string or as transformers writes an AddedToken; without it the usual names decide."""
+    settings = {
+        "bos_token": "<|im_start|>",
+        "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True},
+        "pad_token": "<|unk|>",
+        "add_bos_token": True,
+        "chat_template": "{{ messages }}",
+        "model_max_length": 2048,
+    }
+    tokenizer = load_tokenizer(beside(tmp_path, settings))
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.chat_template) == (
+        0,
+        1,
+        2,
+        "{{ messages }}",
+    )
+    assert load_tokenizer(beside(tmp_path, settings | {"add_bos_token": False})).bos_id is None
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == 3
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_where_nobody_says_whether_the_beginning_is_added_the_post_processor_does(tmp_path, adds):
+    path = beside(tmp_path, {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": None})
+    if adds:
+        file = tokenizers.Tokenizer.from_file(str(path))
+        start = ("<|im_start|>", 1)
+        file.post_processor = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[start])
+        file.save(str(path))
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (2, 1 if adds else None, 2)
+
+
+def test_a_template_may_stand_in_a_file_of_its_own_or_be_one_of_several(tmp_path):
+    several = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
+    path = beside(tmp_path, {"chat_template": several})
+    assert load_tokenizer(path).chat_template == "d"
+    (tmp_path / "chat_template.jinja").write_text("j")
+    assert load_tokenizer(path).chat_template == "j"
+
+
+def test_a_saved_tokenizer_keeps_what_its_file_cannot_say_and_nothing_else(trained, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    changed = replace(trained, bos_id=None, eos_id=5, chat_template="{{ 'grün' }}")
+    changed.save(path)
+    assert load_tokenizer(path).same(changed) and not load_tokenizer(path).same(trained)
+    trained.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert load_tokenizer(path).same(trained)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"tokenizer_config\.json is damaged"),
+        ("[]", r"tokenizer_config\.json is damaged"),
+        ('{"eos_token": "<none>"}', r"the eos_token of tokenizer_config\.json is '<none>', which .* does not have"),
+        ('{"chat_template": 3}', r"the chat_template of .*tokenizer_config\.json is 3: it must be a str"),
+    ],
+)
+def test_what_lies_beside_the_file_is_refused_by_name(trained, tmp_path, content, message):
+    trained.save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path / "tokenizer.json")

@@ -1,8 +1,10 @@
 """Text to token ids and back, over the `tokenizers` library."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -18,6 +20,12 @@ PAD, BOS, EOS = (
 )
 """The usual names of the special tokens; the first of each are those of the tokenizers that we train."""
 
+SETTINGS = "tokenizer_config.json"
+"""Beside a `tokenizer.json`, and says what it does not: which tokens are special, and how a chat is written."""
+TEMPLATE = "chat_template.jinja"
+"""Where newer versions of transformers keep the template instead."""
+
+_KEYS = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -29,6 +37,8 @@ class Tokenizer:
     pad_id: int
     bos_id: int | None
     eos_id: int
+    chat_template: str | None = None
+    """How a conversation is written, in Jinja, as transformers has it; None: nobody said."""
 
     @property
     def vocab_size(self) -> int:
@@ -59,10 +69,34 @@ class Tokenizer:
             tokens = tokens[: tokens.index(self.eos_id)]
         return self.tokenizer.decode([token for token in tokens if token not in (self.pad_id, self.bos_id)])
 
+    def same(self, other: "Tokenizer") -> bool:
+        """Whether another makes the same tokens of everything."""
+        ids = [(each.pad_id, each.bos_id, each.eos_id, each.chat_template) for each in (self, other)]
+        return ids[0] == ids[1] and self.tokenizer.to_str() == other.tokenizer.to_str()
+
     def save(self, path: Path) -> None:
-        """Writes a `tokenizer.json`; `load_tokenizer` reads it, as does the `tokenizers` library."""
+        """Writes a `tokenizer.json`; `load_tokenizer` reads it, as does the `tokenizers` library.
+
+        What does not follow from it, other special tokens than the usual and a chat template, is written beside it,
+        under the names and keys that transformers has for that.
+        """
         text = self.tokenizer.to_str(pretty=True)
         replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        for stale in files_of(path)[1:]:
+            stale.unlink()
+        ids = (self.pad_id, self.bos_id, self.eos_id)
+        if self.chat_template is None and ids == _special_ids(self.tokenizer, {}):
+            return
+        names = [None if token is None else self.tokenizer.id_to_token(token) for token in ids]
+        settings = {**dict(zip(_KEYS, names, strict=True)), "add_bos_token": self.bos_id is not None}
+        settings_text = json.dumps({**settings, "chat_template": self.chat_template}, indent=2) + "\n"
+        replace_file(path.with_name(SETTINGS), lambda temporary: temporary.write_text(settings_text))
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that make the tokenizer of a `tokenizer.json`: this first, and those beside it that there are."""
+    beside = [path.with_name(name) for name in (SETTINGS, TEMPLATE)]
+    return [path, *(each for each in beside if each.exists())]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -95,13 +129,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a `tokenizer.json` whose special tokens have one of the usual names.
+    """Reads a `tokenizer.json`; its special tokens are those that are named beside it, else by the usual names.
 
     Without a token for padding, the end of the text is repeated; without one for the beginning, there is none.
 
     Raises:
-      UserError: the file cannot be read, or is none, or has no token that ends a text.
+      UserError: a file cannot be read, or is none, or there is no token that ends a text.
     """
+    settings = _read_settings(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -115,7 +150,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     # Length and special tokens are our caller's business, whatever the file says of them.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return _wrap(tokenizer, str(path))
+    return _wrap(tokenizer, str(path), settings)
 
 
 def check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int | None, eos_id: int | None) -> None:
@@ -140,14 +175,61 @@ def check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int | None, eos_id: int
         )
 
 
-def _wrap(tokenizer: tokenizers.Tokenizer, where: str) -> Tokenizer:
+def _wrap(tokenizer: tokenizers.Tokenizer, where: str, settings: dict[str, Any] | None = None) -> Tokenizer:
+    settings = settings or {}
     tokenizer.encode_special_tokens = True
-    pad, bos, eos = (_special(tokenizer, names) for names in (PAD, BOS, EOS))
-    if eos is None:
+    for key, name in settings.items():
+        if key in _KEYS and name is not None and tokenizer.token_to_id(name) is None:
+            raise UserError(f"the {key} of {SETTINGS} is {name!r}, which {where} does not have: make them agree")
+    pad, bos, eos = _special_ids(tokenizer, settings)
+    if pad is None or eos is None:
         raise UserError(f"{where} has none of the tokens {', '.join(EOS)} to end a text: use a tokenizer that has one")
+    return Tokenizer(tokenizer, pad, bos, eos, settings.get("chat_template"))
+
+
+def _special_ids(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> tuple[int | None, ...]:
+    """Of padding, beginning and end: as the settings name them, else by their usual names."""
+    names = {key: (settings[key],) if settings.get(key) else usual for key, usual in _KEYS.items()}
+    pad, bos, eos = (_special(tokenizer, found) for found in names.values())
+    if settings.get("add_bos_token", settings.get("bos_token", "")) in (False, None):
+        bos = None
+    elif "bos_token" in settings and "add_bos_token" not in settings:
+        # transformers sets it before a text where the post-processor does.
+        bos = bos if bos in tokenizer.encode("", add_special_tokens=True).ids[:1] else None
     # CLIP's tokenizer has no token for padding and repeats the end; SigLIP's and T5's have none for the beginning.
-    return Tokenizer(tokenizer, eos if pad is None else pad, bos, eos)
+    return eos if pad is None else pad, bos, eos
 
 
 def _special(tokenizer: tokenizers.Tokenizer, names: tuple[str, ...]) -> int | None:
     return next((found for name in names if (found := tokenizer.token_to_id(name)) is not None), None)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """What stands beside a `tokenizer.json`: of these keys those that are there; special tokens by their names."""
+    found: dict[str, Any] = {}
+    beside = path.with_name(SETTINGS)
+    try:
+        if beside.exists():
+            settings = json.loads(beside.read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise ValueError("it is no JSON object")
+            found = {key: settings[key] for key in (*_KEYS, "add_bos_token", "chat_template") if key in settings}
+        if path.with_name(TEMPLATE).exists():
+            beside = path.with_name(TEMPLATE)
+            found["chat_template"] = beside.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{beside} cannot be read ({error.strerror}): mend that") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{beside} is damaged ({error}): restore it from a copy") from error
+    for key in _KEYS.keys() & found.keys():
+        if isinstance(found[key], dict):  # as transformers writes an AddedToken
+            found[key] = found[key].get("content")
+    template = found.get("chat_template")
+    if isinstance(template, list):  # of several, as transformers once kept them
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        found["chat_template"] = named.get("default")
+    for key, value in found.items():
+        kind = bool if key == "add_bos_token" else str
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"the {key} of {beside} is {value!r}: it must be a {kind.__name__}")
+    return found
