@@ -57,6 +57,7 @@ def test_own_names():
         "easy_vqa/captions",
         "easy_vqa/color",
         "easy_vqa/shape",
+        "mosaic",
         "digits",
     ]
 

@@ -27,8 +27,8 @@ def find_data_set(name: str, data_dir: Path) -> Path:
     """The directory of a data set; ours are prepared on first use.
 
     Args:
-      name: "openmoji", "easy_vqa" (its questions), "easy_vqa/captions", "easy_vqa/color", "easy_vqa/shape", "digits",
-        or any data set that TFDS has prepared under `data_dir`: "fashion_mnist", "coco_captions:1.1.0",
+      name: "openmoji", "easy_vqa" (its questions), "easy_vqa/captions", "easy_vqa/color", "easy_vqa/shape", "mosaic",
+        "digits", or any data set that TFDS has prepared under `data_dir`: "fashion_mnist", "coco_captions:1.1.0",
         "imagenet_resized/32x32". Of several prepared versions the newest is meant, of ours the one that this library
         makes.
 

@@ -13,6 +13,7 @@ from filelock import Timeout
 
 from vlm_jax.data.digits import Digits
 from vlm_jax.data.easy_vqa import EasyVqa
+from vlm_jax.data.mosaic import Mosaic
 from vlm_jax.data.openmoji import OpenMoji
 from vlm_jax.errors import UserError
 from vlm_jax.locks import exclusive
@@ -21,7 +22,7 @@ from vlm_jax.paths import local_path
 CACHE = "~/.cache/vlm_jax/data"
 """Where prepared data sets are unless another directory is given, and ours if that one is read-only."""
 
-BUILDERS = {builder.name: builder for builder in (OpenMoji, EasyVqa, Digits)}
+BUILDERS = {builder.name: builder for builder in (OpenMoji, EasyVqa, Mosaic, Digits)}
 
 
 def own_names() -> list[str]:
