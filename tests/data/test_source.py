@@ -73,13 +73,6 @@ def _images(source) -> list[np.ndarray]:
     return [record["image"].pixels(1) for record in source]
 
 
-@pytest.mark.parametrize("name", ["a[0]", "*?", "%20%s", "{x}", "a b\\c"])
-def test_the_directory_of_data_is_text(foreign: Path, tmp_path: Path, name: str) -> None:
-    directory = shutil.copytree(foreign, tmp_path / name)
-    here, there = (open_source("foreign", "nested", each) for each in (foreign, directory))
-    assert list(there.strings()) == list(here.strings()) and len(there)
-
-
 def test_keys_of_other_data_sets(foreign):
     source = open_source("foreign", "nested", foreign)
     assert source.label_names == ("cat", "dog")
@@ -289,6 +282,23 @@ def _edit(path: Path, change) -> None:
 def _rename(features: dict, old: str, new: str) -> None:
     fields = features["featuresDict"]["features"]
     fields[new] = fields.pop(old)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_of_several_people_s_answers_the_most_frequent_is_the_answer(tmp_path, nested):
+    """As VQAv2 is prepared: a list of texts, or of dictionaries with them."""
+    said = ["red", "blue", "blue", "red", "green"]
+    people = [{"answer": each, "number": i} for i, each in enumerate(said)] if nested else said
+    feature = {"answer": tfds.features.Text(), "number": np.int64} if nested else tfds.features.Text()
+    features = {"question": tfds.features.Text(), "answers": tfds.features.Sequence(feature)}
+    build(tmp_path, features, {"question": "what?", "answers": people}, {"question": "who?", "answers": []})
+    source = open_source("made", "train", tmp_path)
+    assert source.keys == {"question", "answer", "answers", "text"}
+    expected = {"question": "what?", "answer": "red", "answers": tuple(said)}  # of as many the first
+    assert source[0] == expected | {"text": ("what? red",), "record": source[0]["record"]}
+    assert next(source.strings()) == expected | {"captions": ("what? red",)}
+    with pytest.raises(UserError, match=r"record 1 of made, .* has a question and no answer: choose a split"):
+        source[1]
 
 
 @pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])

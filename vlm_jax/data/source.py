@@ -1,6 +1,7 @@
 """Data sets by name: ours and any that TFDS has prepared, as random-access records with the same few keys."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from vlm_jax.errors import UserError
 
 TEXT_KEYS = ("captions", "caption", "text")
 """What data sets call the captions of an image; coco_captions nests the last in the first."""
+INNER_KEYS = (*TEXT_KEYS, "answer")
+"""And what they call texts within a list of them."""
 LATENT_KEYS = ("latent_mean", "latent_log_variance")
 """Under which what an autoencoder made of the images is kept, float32 [h, w, c]."""
 
@@ -27,7 +30,7 @@ class Source:
     - `image`: a `Picture`;
     - `latent_mean` and `latent_log_variance`: float32 [h, w, c], what an autoencoder made of the image;
     - `text`: tuple of str, all captions of the image; where there are questions, the one line "question answer";
-    - `question` and `answer`: str;
+    - `question` and `answer`: str; `answers`: tuple of str, of several people, where `answer` is what most of them say;
     - `label`: int, an index into `label_names`.
     """
 
@@ -56,8 +59,8 @@ class Source:
     @property
     def keys(self) -> frozenset[str]:
         """What its records have."""
-        question = {"text"} if {"question", "answer"} <= self._keys.keys() else set()
-        return frozenset(self._keys) | question
+        found = {*self._keys, *(["answer"] if "answers" in self._keys else [])}
+        return frozenset(found | ({"text"} if {"question", "answer"} <= found else set()))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Reads one record; its image is decoded when it is looked at.
@@ -76,14 +79,16 @@ class Source:
         return record
 
     def strings(self) -> Iterator[dict[str, Any]]:
-        """Of every record in order: `captions` (a tuple), `question`, `answer` and `label` (its name), those it has.
+        """Of every record in order: `captions` and `answers` (tuples), `question`, `answer` and `label` (its name).
+
+        Those it has.
 
         Raises:
           UserError: as reading a record.
         """
         for index in range(len(self)):
             record = self._read(index)
-            strings: dict[str, Any] = {key: record[key] for key in ("question", "answer") if key in record}
+            strings: dict[str, Any] = {key: record[key] for key in ("question", "answer", "answers") if key in record}
             if "text" in record:
                 strings["captions"] = record["text"]
             if "label" in record and self.label_names is not None:
@@ -120,13 +125,19 @@ class Source:
         try:
             for key in record.keys() & {"question", "answer"}:
                 record[key] = record[key].decode()
-            if "text" in record:
-                record["text"] = tuple(_texts(record["text"]))
+            for key in record.keys() & {"text", "answers"}:
+                record[key] = tuple(_texts(record[key]))
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{self._called(index)} has a text that is not UTF-8 ({error}): encode it where the data set is made, "
                 f"or choose another data set"
             ) from error
+        if "answers" in record and "answer" not in record:
+            if not record["answers"]:
+                raise UserError(
+                    f"{self._called(index)} has a question and no answer: choose a split whose are answered"
+                )
+            record["answer"] = Counter(record["answers"]).most_common(1)[0][0]  # of as many the first
         if "text" not in record and "question" in record and "answer" in record:
             record["text"] = (f"{record['question']} {record['answer']}",)
         return record
@@ -211,6 +222,7 @@ def _keys(features: tfds.features.FeaturesDict) -> dict[str, str]:
         "text": [key for key in TEXT_KEYS if key in features and _unlike_text(features[key]) is None],
     }
     found |= {key: [key] for key in ("question", "answer") if key in features and _is_string(features[key])}
+    found["answers"] = ["answers"] if "answers" in features and _unlike_text(features["answers"]) is None else []
     found |= {key: [key] for key in LATENT_KEYS if key in features and _is_latent(features[key])}
     return {ours: ours if ours in theirs else theirs[0] for ours, theirs in found.items() if theirs}
 
@@ -252,7 +264,7 @@ def _unlike_text(feature: Any) -> str | None:
     if isinstance(feature, tfds.features.Sequence):
         return _unlike_text(feature.feature)
     if isinstance(feature, tfds.features.FeaturesDict):
-        inner = next((key for key in TEXT_KEYS if key in feature), None)
+        inner = next((key for key in INNER_KEYS if key in feature), None)
         return f"dictionaries of {sorted(feature)}" if inner is None else _unlike_text(feature[inner])
     return None if _is_text(feature) else f"{type(feature).__name__} of {feature.np_dtype}"
 
@@ -275,7 +287,7 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, bytes):
         yield value.decode()
     elif isinstance(value, dict):
-        yield from _texts(next(value[key] for key in TEXT_KEYS if key in value))
+        yield from _texts(next(value[key] for key in INNER_KEYS if key in value))
     else:
         for item in value:
             yield from _texts(item)

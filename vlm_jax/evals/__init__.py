@@ -1,6 +1,6 @@
 """Measurements of whatever a model can do: each names the capabilities that it needs."""
 
-from vlm_jax.evals import frechet, likelihood, perplexity, reconstruction, retrieval, zero_shot
+from vlm_jax.evals import captions, frechet, likelihood, perplexity, reconstruction, retrieval, vqa, zero_shot
 from vlm_jax.evals.judge import Judge
 from vlm_jax.evals.subject import Evaluation, Labelled, Subject
 
@@ -12,6 +12,8 @@ EVALUATIONS: tuple[Evaluation, ...] = (
     reconstruction.EVALUATION,
     perplexity.EVALUATION,
     perplexity.KNESER_NEY,
+    vqa.EVALUATION,
+    captions.EVALUATION,
     frechet.EVALUATION,
 )
 

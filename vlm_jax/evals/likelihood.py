@@ -43,14 +43,17 @@ def draws(subject: Subject, function: Callable[..., jax.Array], repeats: int) ->
 
 
 def mean_and_error(nats: Float[np.ndarray, " N"], count: Int[np.ndarray, " N"]) -> tuple[float, float | None]:
-    """Bits for each of what all log-likelihoods together are of, and the standard error over examples.
+    """Bits for each of what all log-likelihoods together are of, and the standard error over examples."""
+    return ratio_and_error(-np.asarray(nats, np.float64) / math.log(2), count)
 
-    The error is that of a ratio of means; one example alone says nothing of it.
-    """
-    bits, size = -np.asarray(nats, np.float64) / math.log(2), float(np.mean(count))
-    mean = float(bits.mean()) / size
-    spread = bits - mean * count
-    return mean, float(spread.std(ddof=1) / math.sqrt(len(bits)) / size) if len(bits) > 1 else None
+
+def ratio_and_error(totals: Float[np.ndarray, " N"], counts: Int[np.ndarray, " N"]) -> tuple[float, float | None]:
+    """The mean of what is counted in N draws, of which each has a total, and its standard error, that of a ratio of
+    means; one draw alone says nothing of it."""
+    size = float(np.mean(counts))
+    mean = float(np.mean(totals)) / size
+    spread = totals - mean * counts
+    return mean, float(spread.std(ddof=1) / math.sqrt(len(spread)) / size) if len(spread) > 1 else None
 
 
 def summary(nats: Float[np.ndarray, " N"], count: Int[np.ndarray, " N"]) -> dict[str, float | None]:

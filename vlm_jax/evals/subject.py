@@ -35,7 +35,14 @@ class Subject:
     """For evaluations that draw noise; None: key 0."""
     tokenizer: Tokenizer | None = None
     records: Callable[[], Iterator[Mapping[str, Any]]] | None = None
-    """The strings of each record in order, those it has: `captions`, all of them, `question`, `answer` and `label`."""
+    """The strings of each record in order, those it has: `captions`, all of them, `question`, `answer`, `answers` of
+    several people, and `label`."""
+    questions: Callable[[], Iterator[tuple[Batch, int]]] | None = None
+    """For a model that sees, of data that ask: as `batches`, each row of one record, in their order."""
+    captions: Callable[[], Iterator[tuple[Batch, int]]] | None = None
+    """For a model that sees, of data that have captions: likewise."""
+    training_texts: Callable[[], Iterator[str]] | None = None
+    """All texts of what the model was trained on."""
     training: Callable[[], Iterator[tuple[Batch, int]]] | None = None
     """What the model was trained on, all of it once, as `batches`."""
     labelled: Labelled | None = None

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import logging
 import os
 import socket
@@ -18,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
-from vlm_jax.files import parse_json, replace_file
+from vlm_jax.files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def keep_until(path: Path, step: int) -> None:
 def step_of(line: str) -> int:
     """The step of a line of a metrics file; -1 if it is none."""
     try:
-        return int(parse_json(line)["step"])
+        return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, OverflowError):
         return -1
 

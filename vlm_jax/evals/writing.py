@@ -1,0 +1,144 @@
+"""What a model that sees writes where a record has a text: prompts out of examples, and how they go on.
+
+An evaluation counts what is written, not what is likely: one pass over given answers would tell as much of a single
+right one, and nothing of the others that people gave. Prompts are as short as they are, so that it takes no longer.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from vlm_jax.contract import Batch, Input, Model
+from vlm_jax.evals.likelihood import ratio_and_error
+from vlm_jax.evals.subject import Subject
+
+STEP = 16
+"""Prompts are padded to a multiple of so many places, so that few programs are compiled."""
+DRAWN = 4
+"""And what is drawn to a multiple of so many."""
+
+
+Metrics = dict[str, float | None]
+
+
+class Text(NamedTuple):
+    """Of one example."""
+
+    written: str
+    """One likeliest token after the other, to the end of the text, or as many as there is room for."""
+    truth: str
+    """What stands there."""
+    picture: int
+    """The number of its images; the same for examples that show the same."""
+
+
+def texts(
+    subject: Subject, batches: Callable[[], Iterator[tuple[Batch, int]]], *, blind: bool = False, room: int = 1
+) -> list[Text]:
+    """What the model writes in place of the targets of each example, by greedy decoding.
+
+    Args:
+      batches: each row one document of one record.
+      blind: leave out the images and their places, as if none had been shown. A grey image in their place would be
+        seen: "is there no circle?" is true of it.
+      room: tokens that are drawn, for each that the longest of the examples has.
+    """
+    model, tokenizer = subject.model, subject.tokenizer
+    assert tokenizer is not None
+    write = writer(model)
+    found: list[Text] = []
+    pictures: dict[bytes, int] = {}
+    for batch, valid in batches():
+        rows = {name: np.asarray(values) for name, values in batch.items()}
+        lengths = rows["target"].sum(axis=1)
+        prompts = prompts_of(rows, model.inputs, tokenizer.pad_id, room * int(lengths.max()), blind=blind)
+        drawn = write(subject.variables, prompts.batch, prompts.draw)
+        for row in range(valid):
+            truth = rows["tokens"][row][rows["target"][row]]
+            picture = pictures.setdefault(rows["image"][row].tobytes(), len(pictures))
+            found.append(Text(tokenizer.decode(drawn[row]).strip(), tokenizer.decode(truth).strip(), picture))
+    return found
+
+
+def writer(model: Model) -> Callable[[Any, Mapping[str, np.ndarray], int], Int[np.ndarray, "B L"]]:
+    """`(variables, prompts, length) -> tokens`: the likeliest continuations."""
+    generate = model.generate
+    assert generate is not None
+
+    def drawn(variables: Any, batch: Batch, length: int) -> jax.Array:
+        sampling = replace(model.sampling, length=length)
+        following = generate(variables, jax.random.key(0), batch, temperature=0.0, sampling=sampling)
+        return following["tokens"][:, batch["tokens"].shape[1] :]
+
+    compiled = jax.jit(drawn, static_argnames="length")
+    return lambda variables, batch, length: np.asarray(compiled(variables, batch, length=length))
+
+
+class Prompts(NamedTuple):
+    """The beginnings of examples."""
+
+    batch: dict[str, np.ndarray]
+    """Padded on the left to one length."""
+    draw: int
+    """Tokens to draw, for which there is room."""
+
+
+def prompts_of(
+    rows: Mapping[str, np.ndarray], inputs: Mapping[str, Input], pad_id: int, more: int, *, blind: bool = False
+) -> Prompts:
+    """What stands before the first target of each row.
+
+    Args:
+      more: tokens to draw, at least where there is room.
+      blind: leave out the images and their places.
+    """
+    (context,) = inputs["tokens"].shape
+    span = inputs["image_at"].span
+    kept = []
+    for row in range(len(rows["tokens"])):
+        keep = np.arange(context) < np.argmax(rows["target"][row])
+        starts = rows["image_at"][row]
+        if blind:
+            places = np.arange(context)
+            keep &= ~((places >= starts[:, None]) & (places < starts[:, None] + span)).any(axis=0)
+        kept.append(np.flatnonzero(keep))
+    length = max(map(len, kept))
+    draw = min(-(-more // DRAWN) * DRAWN, context - length)
+    length = min(-(-length // STEP) * STEP, context - draw)
+    tokens = np.full((len(kept), length), pad_id, np.int32)
+    segment = np.zeros((len(kept), length), np.int32)
+    image_at = np.full_like(rows["image_at"], length)  # of none
+    for row, places in enumerate(kept):
+        before = length - len(places)
+        tokens[row, before:], segment[row, before:] = rows["tokens"][row, places], 1
+        if not blind:
+            starts = rows["image_at"][row]
+            image_at[row] = np.where(starts < len(places), starts + before, length)
+    batch = {"tokens": tokens, "target": np.zeros(tokens.shape, bool), "segment": segment}
+    return Prompts({**batch, "image": rows["image"], "image_at": image_at}, draw)
+
+
+def by_group(
+    name: str,
+    values: Float[np.ndarray, " N"] | Bool[np.ndarray, " N"],
+    groups: Sequence[str],
+    pictures: Int[np.ndarray, " N"],
+) -> Metrics:
+    """The mean of the values, in all and in each group, and its standard error over pictures.
+
+    For what is asked of one picture is no independent draw.
+
+    Args:
+      groups: which group each is of; none: they are all one.
+    """
+    members = {"": np.ones(len(values), bool)} | {f"_{each}": np.array(groups) == each for each in sorted(set(groups))}
+    found: Metrics = {}
+    for group, those in members.items():
+        numbers = np.unique(pictures[those], return_inverse=True)[1]
+        mean, error = ratio_and_error(np.bincount(numbers, values[those]), np.bincount(numbers))
+        found |= {f"{name}{group}": mean, f"{name}{group}_standard_error": error}
+    return found
