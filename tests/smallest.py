@@ -15,6 +15,7 @@ from vlm_jax.models import (
     kde,
     ladder_vae,
     language,
+    llava,
     pixelcnn,
     probability_flow,
     tarflow,
@@ -43,6 +44,13 @@ CLIP = clip.Config(
     image=VisionTransformer(image_size=2, patch_size=1, pre_norm=True, transformer=TRANSFORMER),
     text=clip.TextTransformer(vocab_size=6, context_length=3, eos_id=2, transformer=TRANSFORMER),
     embedding=8,
+)
+LANGUAGE = language.Config(vocab_size=6, context_length=6, eos_id=2, decoder=DECODER)
+LLAVA = llava.Config(
+    vision=replace(CLIP.image, features=1, transformer=replace(TRANSFORMER, depth=2)),
+    language=LANGUAGE,
+    shuffle=2,
+    images=2,
 )
 VAE = vae.Config(**IMAGE, latent=2, widths=(8,), mixtures=1, dropout=DROPOUT)
 FLOW = flow.Config(**IMAGE, scales=1, steps=1, width=8, dropout=DROPOUT)
@@ -77,9 +85,11 @@ CONFIGS: dict[str, Any] = {
         mixtures=1,
         dropout=DROPOUT,
     ),
-    "language": language.Config(vocab_size=6, context_length=6, eos_id=2, decoder=DECODER),
-    "tied language": language.Config(
-        vocab_size=6, context_length=6, eos_id=2, tied=True, decoder=replace(DECODER, qkv_bias=True)
+    "language": LANGUAGE,
+    "tied language": replace(LANGUAGE, tied=True, decoder=replace(DECODER, qkv_bias=True)),
+    "llava": LLAVA,
+    "llava of prefixes": replace(
+        LLAVA, vision=replace(LLAVA.vision, features=0), projector="linear", shuffle=1, images=1, attention="prefix"
     ),
     "pixelcnn": pixelcnn.Config(**IMAGE, width=8, depth=1, classes=2, dropout=DROPOUT),
     "probability flow": STRAIGHT,

@@ -16,12 +16,12 @@ from tools.compile_report import lower_step
 from vlm_jax.contract import Model, abstract_batch
 from vlm_jax.data import Image
 from vlm_jax.experiment import Experiment
-from vlm_jax.models import build, clip
+from vlm_jax.models import build, clip, llava
 from vlm_jax.sharding import MeshShape, make_mesh, placed
-from vlm_jax.trees import count_parameters
+from vlm_jax.trees import count_parameters, partition
 
 PRESETS = {name: experiment for name, (_, experiment) in presets().items()}
-OURS = r"tiny|small|judge|fashion-mnist"
+OURS = r"tiny|small|judge|fashion-mnist|llava-smollm2"
 """Presets of sizes that nobody published."""
 PUBLISHED = {name: experiment for name, experiment in PRESETS.items() if not re.search(OURS, name)}
 CLIP = [name for name in PUBLISHED if re.match(r"clip|siglip", name)]
@@ -100,6 +100,9 @@ PARAMETERS = {
     "language-llama2-7b": 6_738_415_616,
     "language-llama3-2-1b": 1_235_814_400,
     "language-qwen2-5-0-5b": 494_032_768,
+    # Of llava-hf/llava-1.5-7b-hf and 13b-hf, whose vocabulary has 64 tokens more than Vicuna's.
+    **dict.fromkeys(("llava-v1-5-7b-projector", "llava-v1-5-7b"), 7_063_427_072),
+    **dict.fromkeys(("llava-v1-5-13b-projector", "llava-v1-5-13b"), 13_350_839_296 + 2 * 64 * 5120),
     # 39 million, counted layer by layer.
     "ladder-vae-cifar10": vdvae_parameters(
         384, 96, 16, encoder={32: 12, 16: 7, 8: 7, 4: 4, 1: 3}, decoder={32: 22, 16: 11, 8: 6, 4: 3, 1: 1}
@@ -247,12 +250,29 @@ def test_the_schedule_is_the_published_one(name: str, learning_rate: float, b2: 
     assert (optimizer.warmup_steps, experiment.training.batch_size) == (2000, 32768)
 
 
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_llava_is_trained_in_the_published_stages(size: str):
+    """2310.03744, table 9 and appendix A; what does not train is kept in half the bits."""
+    first, second = PUBLISHED[f"llava-v1-5-{size}-projector"], PUBLISHED[f"llava-v1-5-{size}"]
+    assert first.model == second.model and first.model.image_tokens == 576
+    rates = [(each.training.optimizer.learning_rate, each.training.batch_size) for each in (first, second)]
+    assert rates == [(1e-3, 256), (2e-5, 128)]
+    for experiment, trains in ((first, {"projector"}), (second, {"projector", "language"})):
+        training, optimizer = experiment.training, experiment.training.optimizer
+        assert (optimizer.weight_decay, optimizer.schedule) == (0.0, "cosine")
+        assert optimizer.warmup_steps == round(0.03 * training.steps)
+        frozen, live = partition(abstract_variables(build(experiment.model))["params"], experiment.frozen)
+        assert live.keys() == trains and frozen.keys() == {"vision", "language"} - trains
+        assert experiment.frozen_dtype == "bfloat16"
+
+
 def lowered_step(experiment: Experiment) -> jax.stages.Lowered:
     """The sharded train step of the published batch, without a single array."""
-    return lower_step(experiment, make_mesh(MeshShape(data=2, fsdp=2, tensor=2)))[1]
+    tensor = 1 if isinstance(experiment.model, llava.Config) and experiment.model.language.decoder.heads % 2 else 2
+    return lower_step(experiment, make_mesh(MeshShape(data=2, fsdp=4 // tensor, tensor=tensor)))[1]
 
 
-SCANNED = ("clip-vit-b16", "diffusion-dit-xl2")  # traced within seconds
+SCANNED = ("clip-vit-b16", "diffusion-dit-xl2", "llava-v1-5-7b-projector", "llava-v1-5-7b")  # traced within seconds
 
 
 @pytest.mark.parametrize(

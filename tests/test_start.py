@@ -142,6 +142,22 @@ def test_positions_of_another_resolution_are_resized_and_said_so() -> None:
     np.testing.assert_array_equal(table[:, 0], before[:, 0])
 
 
+def test_a_larger_vocabulary_has_the_mean_token_for_each_new_one_and_a_smaller_one_is_refused() -> None:
+    """A decoder's context, which is in no shape, may be another."""
+    config = CONFIGS["language"]
+    variables, larger = numbers(abstract(config)), replace(config, vocab_size=8, context_length=9)
+    check_configs(ALL, config, larger)
+    given, told = taken(ALL, config, variables, larger, abstract(larger))
+    assert len(told) == 2 and told[1].startswith("token/embedding grows from 6 to 8 tokens")
+    for name in ("token", "head"):
+        table, before = given[f"params/{name}/embedding"], variables["params"][name]["embedding"]
+        np.testing.assert_array_equal(table[:6], before)
+        np.testing.assert_allclose(table[6:], [before.mean(axis=0)] * 2, rtol=1e-5, atol=1e-6)
+    smaller = replace(config, vocab_size=5)
+    with pytest.raises(UserError, match=r"head/embedding is float32\[6, 8\] in runs/old and float32\[5, 8\] here"):
+        taken(ALL, config, variables, smaller, abstract(smaller))
+
+
 def test_a_plane_of_positions_stays_one_and_half_of_them_are_means() -> None:
     """Bicubic interpolation reproduces planes away from the edges; with antialiasing no position is passed over."""
     x = jnp.arange(8.0)

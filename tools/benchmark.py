@@ -202,6 +202,9 @@ def random_batch(inputs: Mapping[str, Input], size: int, seed: int) -> dict[str,
             batch[name] = rng.integers(0, spec.limit or 2, shape).astype(dtype)
         if spec.contains is not None:
             batch[name].reshape(size, -1)[:, -1] = spec.contains
+        if spec.span is not None:  # one after the other, as many as there is room for
+            first = spec.span * np.arange(*spec.shape)
+            batch[name][:] = np.where(first + spec.span < (spec.limit or 0), first, (spec.limit or 0) - 1)
     return batch
 
 

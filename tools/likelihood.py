@@ -194,7 +194,7 @@ def on_data(experiment: Experiment, data: str) -> bool:
 def has_likelihood(experiment: Experiment) -> bool:
     """Whether a preset's model says how probable an image is."""
     model = build(experiment.model)
-    return model.log_likelihood is not None and "image" in model.inputs
+    return model.log_likelihood is not None and "image" in model.inputs and "tokens" not in model.inputs
 
 
 def measure(path: Path, loaded: Loaded, data_dir: Path, seed: int) -> tuple[Int[np.ndarray, "n H W C"] | None, Row]:

@@ -23,10 +23,10 @@ from vlm_jax.trees import leaves_by_path, part, unmatched
 COMPUTED = ("scan", "remat", "dtype", "dropout", "class_dropout", "features")
 """Settings that may differ: they say how a function is computed, to its rounding, what training leaves out of it, or
 where features are read."""
-SIZED = ("vocab_size", "context_length", "classes", "embedding")
+SIZED = ("classes", "embedding")
 """Settings that may differ where some paths are left: shapes tell of them, and shapes are compared."""
-RESIZED = ("image_size",)
-"""Settings that may differ always: position tables are resized, and other shapes are compared."""
+RESIZED = ("image_size", "vocab_size", "context_length")
+"""Settings that may differ always: position tables are resized, tables of tokens grow, and shapes are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +143,11 @@ def taken(
         if leaf.shape != place.shape and (grids := position_grids(start, name, source, config, leaf, place)):
             leaf = resized(leaf, *grids)
             told.append(f"{name} is resized from {grids[0]}x{grids[0]} to {grids[1]}x{grids[1]} positions")
+        if grows(name, leaf, place):
+            told.append(
+                f"{name} grows from {len(leaf)} to {len(place)} tokens, each of the new ones the mean of the others"
+            )
+            leaf = grown(leaf, len(place))
         floating = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.issubdtype(place.dtype, jnp.floating)
         if leaf.shape != place.shape or (leaf.dtype != place.dtype and not floating):
             raise UserError(
@@ -203,3 +208,15 @@ def resized(table: Float[Array, "1 N D"], old: int, new: int) -> Float[Array, "1
     grid = grid.reshape(1, old, old, -1)
     grid = jax.image.resize(grid, (1, new, new, grid.shape[-1]), "bicubic", antialias=True)
     return jnp.concatenate([first, grid.reshape(1, new**2, -1)], axis=1)
+
+
+def grows(path: str, leaf: jax.Array, place: Any) -> bool:
+    """Whether they are tables of the vectors of tokens, the second of the larger vocabulary."""
+    tables = re.search(r"(^|/)(token|head)/embedding$", path) is not None and leaf.ndim == place.ndim == 2
+    return tables and len(leaf) < len(place) and leaf.shape[1:] == place.shape[1:]
+
+
+def grown(table: Float[Array, "V D"], rows: int) -> Float[Array, "W D"]:
+    """With the mean of the tokens in the further rows, as LLaVA's release adds tokens."""
+    mean = jnp.mean(table.astype(jnp.float32), axis=0, keepdims=True).astype(table.dtype)
+    return jnp.concatenate([table, jnp.repeat(mean, rows - len(table), axis=0)])

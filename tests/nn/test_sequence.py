@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax.nn.sequence import attention_mask, documents, image_numbers, next_tokens, place_images, positions
+from vlm_jax.nn.sequence import (
+    attention_mask,
+    documents,
+    image_numbers,
+    next_tokens,
+    place_images,
+    positions,
+    prefix_numbers,
+)
 
 LENGTH = 3
 """Tokens of an image."""
@@ -62,6 +70,13 @@ def test_a_token_attends_to_its_documents_past_and_to_its_whole_image(images: bo
     mask = jax.jit(attention_mask)(SEGMENT, numbers)
     np.testing.assert_array_equal(mask, expected)
     assert mask.any(axis=-1).all()  # or a softmax over nothing would be NaN
+
+
+def test_a_prefix_is_the_places_of_a_document_before_its_first_target():
+    target = np.random.default_rng(0).random(SEGMENT.shape) < 0.2
+    expected = [[-target[b, document(b, t)[0] : t + 1].any().astype(int) for t in range(PLACES)] for b in range(ROWS)]
+    np.testing.assert_array_equal(jax.jit(prefix_numbers)(target, SEGMENT), expected)
+    assert 0 < -np.sum(expected) < SEGMENT.size
 
 
 def test_a_target_is_predicted_by_the_place_before_it_in_its_document():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.objectives import language
-from vlm_jax.objectives.language import cross_entropy, sequence_scores, token_log_probs, token_scores
+from vlm_jax.objectives.language import cross_entropy, sequence_scores, shares, token_log_probs, token_scores
 
 RANDOM = np.random.default_rng(0)
 LOGITS = (4 * RANDOM.normal(size=(3, 5, 7))).astype(np.float32)
@@ -51,6 +51,15 @@ def test_the_weighted_mean_of_parts_is_the_whole():
     parts = [loss_and_rest(LOGITS[i : i + 1], TARGETS[i : i + 1], MASK[i : i + 1]) for i in range(3)]
     assert sum(part_weight for _, _, part_weight in parts) == weight
     np.testing.assert_allclose(sum(loss * w for loss, _, w in parts) / weight, whole, rtol=1e-6)
+
+
+def test_shares_make_a_mean_over_documents_of_the_means_over_their_tokens():
+    document = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 2, 3], [1, 2, 2, 2, 2]])
+    log_probs = np.float64(log_probs_of(LOGITS, TARGETS))
+    found = [log_probs[b][MASK[b] & (document[b] == n)] for b in range(3) for n in range(1, 4)]
+    means = [values.mean() for values in found if len(values)]
+    loss, _, weight = loss_and_rest(LOGITS, TARGETS, shares(MASK, document))
+    np.testing.assert_allclose((loss, weight), (-np.mean(means), len(means)), rtol=1e-6)
 
 
 def test_log_probs_of_bfloat16_logits_are_taken_in_float32():

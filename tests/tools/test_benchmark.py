@@ -84,6 +84,7 @@ def test_random_batches_are_what_the_model_accepts() -> None:
         "tokens": Input((6,), "int32", 9, contains=2),
         "mask": Input((6,), "bool"),
         "latent": Input((5,), "bfloat16"),
+        "image_at": Input((3,), "int32", 7, span=3),
     }
     batch = check_batch(inputs, benchmark.random_batch(inputs, 64, seed=0))
     assert {name: (values.shape, values.dtype) for name, values in batch.items()} == {
@@ -91,7 +92,9 @@ def test_random_batches_are_what_the_model_accepts() -> None:
         "tokens": ((64, 6), np.int32),
         "mask": ((64, 6), np.bool_),
         "latent": ((64, 5), jnp.bfloat16),
+        "image_at": ((64, 3), np.int32),
     }
+    assert batch["image_at"][0].tolist() == [0, 3, 6]
     assert batch["tokens"].max() == 8 and batch["image"].max() == 255
     assert np.std(batch["latent"].astype(np.float32)) > 0.5
 

@@ -5,6 +5,7 @@ are the logits of the token after it. Several documents are packed in a row: eac
 places count from its beginning.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.contract import Aux, Batch, Input, Model, Rule, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, empty_cache
 from vlm_jax.nn.decoder import Decoder, DecoderConfig, RotaryScaling, decoder_rules
@@ -122,6 +123,17 @@ QWEN_2_5_0_5B = Config(
 )
 """494 million parameters (2412.15115, and the release's config.json)."""
 
+SMOLLM2_135M = Config(
+    vocab_size=49_152,
+    context_length=8192,
+    eos_id=2,
+    tied=True,
+    decoder=DecoderConfig(
+        width=576, depth=30, heads=9, kv_heads=3, head_width=64, mlp=1536, rope_base=100_000.0, norm_eps=1e-5
+    ),
+)
+"""135 million parameters (2502.02737, and the config.json of the instruct release, whose texts end as turns do)."""
+
 
 class Language(nn.Module):
     """A row of tokens -> a distribution of each token given those of its document before it."""
@@ -152,33 +164,135 @@ class Language(nn.Module):
         train: bool = False,
     ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
         """log p of the token that follows each place, nats, and whether no other is likelier."""
-        x, _ = self.decoder(self.embed(tokens), positions(segment), attention_mask(segment), train=train)
+        return self.scores(self.embed(tokens), positions(segment), attention_mask(segment), following, train=train)
+
+    def scores(
+        self,
+        x: Float[Array, "B T D"],
+        position: Int[Array, "B T"],
+        mask: Bool[Array, "B 1 T T"],
+        following: Int[Array, "B T"],
+        *,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+        """The same of what stands in the places of embedded tokens."""
+        x, _ = self.decoder(x, position, mask, train=train)
         table = self.outputs()
         return sequence_scores(lambda x: token_logits(x, table), x, following, self.config.vocab_size)
 
     def feed(
         self,
-        tokens: Int[Array, "B T"],
+        x: Float[Array, "B T D"],
         position: Int[Array, "B T"],
         mask: Bool[Array, "B 1 T S"],
         cache: tuple[Cache, ...],
         slot: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B V"], tuple[Cache, ...]]:
-        """The logits of what follows the last of the tokens, which go into the cache from `slot` on."""
-        x, filled = self.decoder(self.embed(tokens), position, mask, causal=True, cache=cache, slot=slot)
+        """The logits of what follows the last of the places, which go into the cache from `slot` on."""
+        x, filled = self.decoder(x, position, mask, cache=cache, slot=slot)
         assert filled is not None
         return token_logits(x[:, -1:], self.outputs())[:, 0], filled
+
+
+def inputs_of(config: Config) -> dict[str, Input]:
+    """The fields of a sequence."""
+    length = (config.context_length,)
+    return {
+        "tokens": Input(length, "int32", config.vocab_size),
+        "target": Input(length, "bool", 2),
+        "segment": Input(length, "int32", config.context_length + 1),
+    }
+
+
+def rules_of(config: Config) -> tuple[Rule, ...]:
+    """Sharding rules of a `Language`."""
+    return (*vocabulary_rules(tied=config.tied), *decoder_rules(config.decoder))
+
+
+def room_to_draw(config: Config, batch: Batch, order: tuple[str, ...], sampling: Sampling) -> int:
+    """How many tokens are drawn, at most, to continue the rows.
+
+    Raises:
+      UserError: `order` is not one text, there is no room in the context, or, where values are known, a row ends in
+        padding.
+    """
+    given = batch["tokens"].shape[1]
+    left = config.context_length - given
+    more = max(1, min(64, left)) if sampling.length is None else sampling.length
+    if order != ("text",):
+        raise UserError(f"`order` is {order} and a language model writes one text: make it ('text',)")
+    if more > left:
+        raise UserError(
+            f"{given} tokens and {more} more are {given + more}, and the model's context_length is "
+            f"{config.context_length}: shorten the prompts, or sampling.length"
+        )
+    segment = batch["segment"]
+    if not isinstance(segment, jax.core.Tracer) and not segment[:, -1].all():
+        raise UserError("a row to be continued ends in padding (segment 0): pad on the left")
+    return more
+
+
+def continued(
+    config: Config,
+    params: Mapping[str, Any],
+    batch: Batch,
+    x: Float[Array, "B T D"],
+    mask: Bool[Array, "B 1 T T"],
+    key: Array,
+    *,
+    more: int,
+    temperature: float,
+    sampling: Sampling,
+) -> dict[str, Array]:
+    """Continues the last document of each row until `eos_id`, by `more` tokens at most.
+
+    Args:
+      params: of a `Language`.
+      x: what stands in the places of the batch: its tokens, embedded, or what takes their place.
+      mask: which of these places attend to which; what is drawn attends to all of its document.
+
+    Returns:
+      The fields of a sequence with as many further places: what was drawn is their target, and what follows the end of
+      a text is padding.
+    """
+    tokens, segment = batch["tokens"], jnp.pad(batch["segment"], ((0, 0), (0, more)), mode="edge")
+    start, room = tokens.shape[1], segment.shape[1]
+    d, stack = unrolled(config.decoder, params["decoder"])
+    writer: Any = Language(replace(config, decoder=d))
+    variables = {"params": {**params, "decoder": stack}}
+    document, position = documents(segment), positions(segment)
+    cache = empty_cache(len(tokens), room, d.kv_heads, d.head_width, layers=d.depth, dtype=d.dtype)
+
+    def draw(logits: Array, key: Array) -> Array:
+        return draw_token(key, logits, temperature=temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+
+    def step(cache: tuple[Cache, ...], token: Array, place: Array, key: Array) -> tuple[tuple[Cache, ...], Array]:
+        x = writer.apply(variables, token[:, None], method="embed")
+        at, own = (jax.lax.dynamic_slice_in_dim(each, place - 1, 1, axis=1) for each in (position, document))
+        logits, cache = writer.apply(
+            variables, x, at, (own == document)[:, None, None], cache, place - 1, method="feed"
+        )
+        return cache, draw(logits, key)
+
+    seen = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, more)))
+    logits, cache = writer.apply(variables, x, position[:, :start], seen, cache, 0, method="feed")
+    first = draw(logits, jax.random.fold_in(key, start))
+    carry = (cache, first == config.eos_id)
+    rest = decode(ending(step, config.eos_id), carry, first, room, key, start=start + 1)
+    drawn = jnp.concatenate([first[:, None], rest], axis=1)
+    ends = drawn == config.eos_id
+    real = jnp.cumsum(ends, axis=1) - ends == 0
+    prompt = jnp.ones_like(tokens, bool)
+    return {
+        "tokens": jnp.concatenate([tokens, drawn], axis=1),
+        "target": jnp.concatenate([~prompt, real], axis=1),
+        "segment": jnp.where(jnp.concatenate([prompt, real], axis=1), segment, 0),
+    }
 
 
 def build(config: Config) -> Model:
     """An exact density over the target tokens of a row, given its others."""
     module: Any = Language(config)  # linen types what `apply` returns as a union
-    length = (config.context_length,)
-    inputs = {
-        "tokens": Input(length, "int32", config.vocab_size),
-        "target": Input(length, "bool", 2),
-        "segment": Input(length, "int32", config.context_length + 1),
-    }
 
     def scores(variables: Variables, batch: Batch, **settings: Any) -> tuple[Array, Array, Array]:
         following, predicted = next_tokens(batch["tokens"], batch["target"], batch["segment"])
@@ -216,65 +330,17 @@ def build(config: Config) -> Model:
         temperature: float = 1.0,
         sampling: Sampling = Sampling(),
     ) -> dict[str, Array]:
-        """Continues the last document of each row, which is padded on the left, until `eos_id` or `sampling.length`.
-
-        Returns:
-          The fields with as many further places as are drawn: what was drawn is their target, and what follows the end
-          of a text is padding.
-
-        Raises:
-          UserError: `order` is not one text, there is no room in the context, or, where values are known, a row ends
-            in padding.
-        """
-        tokens, segment = batch["tokens"], batch["segment"]
-        left = config.context_length - tokens.shape[1]
-        more = max(1, min(64, left)) if sampling.length is None else sampling.length
-        room = tokens.shape[1] + more
-        if order != ("text",):
-            raise UserError(f"`order` is {order} and a language model writes one text: make it ('text',)")
-        if more > left:
-            raise UserError(
-                f"{tokens.shape[1]} tokens and {more} more are {room}, and the model's context_length is "
-                f"{config.context_length}: shorten the prompts, or sampling.length"
-            )
-        if not isinstance(segment, jax.core.Tracer) and not segment[:, -1].all():
-            raise UserError("a row to be continued ends in padding (segment 0): pad on the left")
-        d, stack = unrolled(config.decoder, variables["params"]["decoder"])
-        writer: Any = Language(replace(config, decoder=d))
-        variables = {"params": {**variables["params"], "decoder": stack}}
-        segment = jnp.pad(segment, ((0, 0), (0, more)), mode="edge")
-        document, position = documents(segment), positions(segment)
-        cache = empty_cache(len(tokens), room, d.kv_heads, d.head_width, layers=d.depth, dtype=d.dtype)
-
-        def feed(cache: tuple[Cache, ...], tokens: Array, slot: Array | int) -> tuple[Array, tuple[Cache, ...]]:
-            at = [jax.lax.dynamic_slice_in_dim(x, slot, tokens.shape[1], axis=1) for x in (document, position)]
-            mask = (at[0][:, :, None] == document[:, None])[:, None]
-            return writer.apply(variables, tokens, at[1], mask, cache, slot, method="feed")
-
-        if tokens.shape[1] > 1:
-            _, cache = feed(cache, tokens[:, :-1], 0)
-
-        def step(cache: tuple[Cache, ...], token: Array, place: Array, key: Array) -> tuple[tuple[Cache, ...], Array]:
-            logits, cache = feed(cache, token[:, None], place - 1)
-            chosen = draw_token(key, logits, temperature=temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-            return cache, chosen
-
-        carry = (cache, jnp.zeros(len(tokens), bool))
-        drawn = decode(ending(step, config.eos_id), carry, tokens[:, -1], room, key, start=tokens.shape[1])
-        ends = drawn == config.eos_id
-        real = jnp.cumsum(ends, axis=1) - ends == 0
-        prompt = jnp.ones_like(tokens, bool)
-        return {
-            "tokens": jnp.concatenate([tokens, drawn], axis=1),
-            "target": jnp.concatenate([~prompt, real], axis=1),
-            "segment": jnp.where(jnp.concatenate([prompt, real], axis=1), segment, 0),
-        }
+        """`continued` texts, which are padded on the left, of `sampling.length` tokens at most."""
+        more = room_to_draw(config, batch, order, sampling)
+        x, mask = module.apply(variables, batch["tokens"], method="embed"), attention_mask(batch["segment"])
+        settings: dict[str, Any] = {"temperature": temperature, "sampling": sampling}
+        return continued(config, variables["params"], batch, x, mask, key, more=more, **settings)
 
     return Model(
-        inputs=inputs,
+        inputs=inputs_of(config),
         init=init,
         loss=loss,
-        rules=(*vocabulary_rules(tied=config.tied), *decoder_rules(config.decoder)),
+        rules=rules_of(config),
         log_likelihood=log_likelihood,
         bound="exact",
         count=count,

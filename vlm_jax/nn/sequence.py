@@ -27,17 +27,24 @@ def positions(segment: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return place - jax.lax.cummax(jnp.where(beginnings(segment), place, 0), axis=1)
 
 
-def attention_mask(segment: Int[Array, "B T"], image: Int[Array, "B T"] | None = None) -> Bool[Array, "B 1 T T"]:
-    """A token attends to those of its document that are not after it, and to all of its image.
+def attention_mask(segment: Int[Array, "B T"], group: Int[Array, "B T"] | None = None) -> Bool[Array, "B 1 T T"]:
+    """A token attends to those of its document that are not after it, and to all of its group.
 
     Args:
-      image: as `image_numbers` gives it; None: there are none.
+      group: of a number within its document, as `image_numbers` or `prefix_numbers` give it; -1, and None: of none.
     """
     document = documents(segment)
     sees = jnp.tri(segment.shape[1], dtype=bool)
-    if image is not None:
-        sees = sees | ((image[:, :, None] == image[:, None, :]) & (image[:, :, None] >= 0))
+    if group is not None:
+        sees = sees | ((group[:, :, None] == group[:, None, :]) & (group[:, :, None] >= 0))
     return (sees & (document[:, :, None] == document[:, None, :]))[:, None]
+
+
+def prefix_numbers(target: Bool[Array, "B T"], segment: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """0 at the places of a document before its first target, which are its prefix; -1 at those after."""
+    targets = jnp.cumsum(target, axis=1)
+    before = jax.lax.cummax(jnp.where(beginnings(segment), targets - target, 0), axis=1)
+    return jnp.where(targets > before, -1, 0)
 
 
 def next_tokens(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 LOGITS = 2**24
 """Logits of one sequence that are held at once, at most: 64 MiB."""
@@ -49,15 +49,31 @@ def sequence_scores(
 
 
 def cross_entropy(
-    log_probs: Float[Array, "B T"], likeliest: Bool[Array, "B T"], mask: Bool[Array, "B T"]
+    log_probs: Float[Array, "B T"], likeliest: Bool[Array, "B T"], mask: Shaped[Array, "B T"]
 ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, ""]]:
-    """The mean negative log-probability of the tokens where `mask` is True, of what `token_scores` says of each.
+    """The mean negative log-probability of the tokens of `mask`, of what `token_scores` says of each.
+
+    Args:
+      mask: bool, or how much each token counts.
 
     Returns:
       The loss in nats a token, metrics, and the number of tokens it is a mean over: the weight that makes
       accumulation over micro-batches exact.
     """
     weight = jnp.sum(mask, dtype=jnp.float32)
-    divisor = jnp.maximum(weight, 1)  # a batch may hold no target at all
-    loss = -jnp.sum(jnp.where(mask, log_probs, 0)) / divisor
-    return loss, {"accuracy": jnp.sum(mask & likeliest) / divisor}, weight
+    divisor = jnp.where(weight > 0, weight, 1)  # a batch may hold no target at all
+    loss = -jnp.sum(jnp.where(mask > 0, mask * log_probs, 0)) / divisor
+    return loss, {"accuracy": jnp.sum(mask * likeliest) / divisor}, weight
+
+
+def shares(mask: Bool[Array, "B T"], document: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """How much each token counts in a mean over documents of the means over their tokens: its share of its document's.
+
+    Args:
+      document: 1, 2, ... in each row, up to the tokens that there are.
+    """
+
+    def row(mask: Array, document: Array) -> Array:
+        return mask / jnp.maximum(jax.ops.segment_sum(mask.astype(jnp.float32), document, len(mask) + 1)[document], 1)
+
+    return jax.vmap(row)(mask, document)

@@ -1,0 +1,211 @@
+"""Language models that see: LLaVA (2304.08485; 2310.03744), in two stages.
+
+Stage 1 trains the projector alone, by captions; stage 2 goes on from it and trains the language model too. The image
+tower and the language model are those of other runs, in the directories that `start` names (`--start.0.workdir DIR`).
+"""
+
+from dataclasses import replace
+
+from experiments.clip import clip_small
+from experiments.language import language_tiny
+from vlm_jax.data import Data, Dialogue, Image, Text
+from vlm_jax.experiment import Experiment
+from vlm_jax.lora import KERNELS, LoRA
+from vlm_jax.models import language, llava
+from vlm_jax.start import Start
+from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
+
+PARTS = (r"^vision/", r"^language/")
+"""What stage 1 does not train."""
+ADAPTED = rf"^language/.*{KERNELS}"
+"""The kernels of the language model that have adapters: all but the head, as in LLaVA-1.5's recipe."""
+
+
+def parts(tower: str, text: str) -> tuple[Start, ...]:
+    """What stage 1 begins with, of the runs of a CLIP and of a language model."""
+    return Start(workdir=tower, take="image", into="vision"), Start(workdir=text, into="language")
+
+
+def seen(*mixture: tuple[str, float], vocab_size: int) -> Data:
+    """Captions of emoji, and questions about shapes or what else the mixture names, several in a row."""
+    return Data(
+        name="openmoji",
+        mixture=mixture,
+        train="train[:95%]",
+        validation="train[95%:]",
+        fields=(Image(), Dialogue()),
+        pack=True,
+        text=Text(vocab_size=vocab_size),
+    )
+
+
+def tiny() -> llava.Config:
+    """The tower of `clip-small` and the model of `language-tiny`, with room for three short conversations."""
+    text = language_tiny().model
+    return llava.Config(
+        vision=replace(clip_small().model.image, features=1),
+        language=replace(text, context_length=128, decoder=replace(text.decoder, dropout=0.0)),
+        shuffle=2,
+        images=3,
+    )
+
+
+def llava_tiny_projector() -> Experiment:
+    """Stage 1 of `llava-tiny`: `clip-small` and `language-tiny` stay, what is between them learns; minutes on a CPU."""
+    return Experiment(
+        model=tiny(),
+        data=seen(("easy_vqa", 1.0), vocab_size=512),
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=20, eps=1e-6),
+            steps=600,
+            batch_size=64,
+            checkpoint_every=100,
+        ),
+        start=parts("runs/clip-small", "runs/language-tiny"),
+        frozen=PARTS,
+    )
+
+
+def llava_tiny() -> Experiment:
+    """Answers questions about coloured shapes and names emoji, on `clip-small` and `language-tiny`; on a CPU.
+
+    `python -m experiments.run llava-tiny-projector` comes before it, and `clip-small` and `language-tiny` before that.
+    """
+    return Experiment(
+        model=tiny(),
+        data=seen(("easy_vqa", 4.0), vocab_size=512),
+        training=Training(
+            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=60, multiples=(("^projector/", 0.5),), eps=1e-6),
+            steps=2000,
+            batch_size=64,
+            checkpoint_every=200,
+        ),
+        start=(Start(workdir="runs/llava-tiny-projector"),),
+        frozen=(r"^vision/",),
+    )
+
+
+def smollm2() -> llava.Config:
+    """The tower of `clip-small` and SmolLM2-135M, whose 64 patches are 16 tokens."""
+    return llava.Config(
+        vision=replace(clip_small().model.image, features=1),
+        language=replace(language.SMOLLM2_135M, context_length=256),
+        shuffle=2,
+        images=4,
+    )
+
+
+def llava_smollm2_projector() -> Experiment:
+    """Stage 1 of `llava-smollm2`: `clip-small` and SmolLM2-135M stay, what is between them learns.
+
+    `python -m tools.convert smollm2-135m-instruct runs/smollm2` comes before it.
+    """
+    return Experiment(
+        model=smollm2(),
+        data=seen(("easy_vqa", 1.0), vocab_size=49_152),
+        training=Training(
+            optimizer=Optimizer(learning_rate=1e-3, warmup_steps=10),
+            steps=150,
+            batch_size=8,
+            checkpoint_every=50,
+        ),
+        start=parts("runs/clip-small", "runs/smollm2"),
+        frozen=PARTS,
+    )
+
+
+def llava_smollm2() -> Experiment:
+    """SmolLM2-135M sees: adapters of rank 16 and the projector learn to answer questions and to name emoji."""
+    return Experiment(
+        model=smollm2(),
+        data=seen(("easy_vqa", 4.0), vocab_size=49_152),
+        training=Training(
+            optimizer=Optimizer(learning_rate=1e-3, warmup_steps=15, multiples=(("^projector/", 0.5),)),
+            steps=450,
+            batch_size=8,
+            checkpoint_every=50,
+        ),
+        start=(Start(workdir="runs/llava-smollm2-projector"),),
+        frozen=(r"^vision/", r"^language/"),
+        lora=LoRA(rank=16, alpha=32.0, pattern=ADAPTED),
+    )
+
+
+def published(
+    model: llava.Config,
+    start: tuple[Start, ...],
+    frozen: tuple[str, ...],
+    data: str,
+    *,
+    learning_rate: float,
+    steps: int,
+    batch_size: int,
+) -> Experiment:
+    """A stage of 2310.03744, table 9: AdamW without decay, a warm-up of 3% and a half cosine, bfloat16."""
+    return Experiment(
+        model=model,
+        data=Data(name=data, fields=(Image(), Dialogue()), text=Text(vocab_size=model.language.vocab_size)),
+        training=Training(
+            optimizer=Optimizer(learning_rate=learning_rate, warmup_steps=round(0.03 * steps)),
+            steps=steps,
+            batch_size=batch_size,
+            checkpoint_every=1000,
+        ),
+        start=start,
+        frozen=frozen,
+        frozen_dtype="bfloat16",
+    )
+
+
+def projector(model: llava.Config, size: str) -> Experiment:
+    """Stage 1, on the 558,000 captions that LLaVA-1.5 chose of LAION, CC and SBU."""
+    start = parts("runs/clip-vit-l14-336", f"runs/vicuna-{size}-v1.5")
+    return published(model, start, PARTS, "llava_pretrain", learning_rate=1e-3, steps=2180, batch_size=256)
+
+
+def instructed(model: llava.Config, size: str) -> Experiment:
+    """Stage 2, on its mixture of 665,000 conversations: one rate for the projector and the language model.
+
+    The recipe of its adapters is `--lora.rank 128 --lora.alpha 256 --optimizer.learning-rate 2e-4`, with a tenth of
+    the rate for the projector (`--optimizer.multiples ^projector/ 0.1`) and PARTS frozen.
+    """
+    start = (Start(workdir=f"runs/llava-v1-5-{size}-projector"),)
+    frozen = (r"^vision/",)
+    return published(model, start, frozen, "llava_instruct", learning_rate=2e-5, steps=5197, batch_size=128)
+
+
+def llava_v1_5_7b_projector() -> Experiment:
+    """Stage 1 of LLaVA-1.5 7B (2310.03744): 7.06B parameters, of which the projector's 21 million train.
+
+    Needs CLIP ViT-L/14 at 336 pixels and Vicuna v1.5 7B, converted (`tools.convert`), captioned images that TFDS has
+    prepared (--data.name), and --mesh.fsdp.
+    """
+    return projector(llava.LLAVA_1_5_7B, "7b")
+
+
+def llava_v1_5_7b() -> Experiment:
+    """Stage 2 of LLaVA-1.5 7B (2310.03744): projector and language model train, the tower stays."""
+    return instructed(llava.LLAVA_1_5_7B, "7b")
+
+
+def llava_v1_5_13b_projector() -> Experiment:
+    """Stage 1 of LLaVA-1.5 13B (2310.03744): 13.35B parameters. Needs what the 7B does, with Vicuna v1.5 13B."""
+    return projector(llava.LLAVA_1_5_13B, "13b")
+
+
+def llava_v1_5_13b() -> Experiment:
+    """Stage 2 of LLaVA-1.5 13B (2310.03744)."""
+    return instructed(llava.LLAVA_1_5_13B, "13b")
+
+
+PRESETS = (
+    llava_tiny_projector,
+    llava_tiny,
+    llava_smollm2_projector,
+    llava_smollm2,
+    llava_v1_5_7b_projector,
+    llava_v1_5_7b,
+    llava_v1_5_13b_projector,
+    llava_v1_5_13b,
+)
