@@ -2,26 +2,36 @@
 
 from dataclasses import replace
 
-from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, FLIPPED, OPENMOJI, TINY, TINY_OPTIMIZER
+from experiments.data import (
+    CIFAR10,
+    DIGITS,
+    DIGITS_IMAGE,
+    FASHION_IMAGE,
+    FASHION_MNIST,
+    FLIPPED,
+    OPENMOJI,
+    TINY,
+    TINY_OPTIMIZER,
+)
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import autoregressive
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
 
+OPTIMIZER = replace(TINY_OPTIMIZER, warmup_steps=100, weight_decay=0.05)
+
 
 def autoregressive_tiny() -> Experiment:
     """Handwritten digits, 8x8, 17 levels, pixel after pixel; minutes on a CPU."""
     return Experiment(
         model=autoregressive.Config(
-            image_size=8,
-            channels=1,
-            levels=17,
+            **DIGITS_IMAGE,
             transformer=Transformer(width=96, depth=3, heads=4, mlp=384, dropout=0.1, scan=False),
         ),
         data=DIGITS,
         training=replace(
-            TINY, optimizer=replace(TINY_OPTIMIZER, weight_decay=0.05), steps=600, batch_size=64, checkpoint_every=100
+            TINY, optimizer=replace(OPTIMIZER, warmup_steps=50), steps=600, batch_size=64, checkpoint_every=100
         ),
     )
 
@@ -35,13 +45,7 @@ def autoregressive_tiny_openmoji() -> Experiment:
             transformer=Transformer(width=128, depth=4, heads=4, mlp=512, scan=False),
         ),
         data=OPENMOJI,
-        training=Training(
-            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, eps=1e-6),
-            ema_decay=0.995,
-            steps=5000,
-            batch_size=16,
-            checkpoint_every=250,
-        ),
+        training=replace(TINY, optimizer=OPTIMIZER, steps=5000, batch_size=16, checkpoint_every=250),
     )
 
 
@@ -49,19 +53,12 @@ def autoregressive_fashion_mnist() -> Experiment:
     """Fashion-MNIST, 28x28, 256 levels, in patches of 2x2 pixels; an hour on two CPU cores."""
     return Experiment(
         model=autoregressive.Config(
-            image_size=28,
-            channels=1,
+            **FASHION_IMAGE,
             patch_size=2,
             transformer=Transformer(width=128, depth=4, heads=4, mlp=512, dropout=0.1, scan=False),
         ),
         data=FASHION_MNIST,
-        training=Training(
-            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, eps=1e-6),
-            ema_decay=0.998,
-            steps=6000,
-            batch_size=32,
-            checkpoint_every=500,
-        ),
+        training=replace(TINY, optimizer=OPTIMIZER, ema_decay=0.998, steps=6000, batch_size=32, checkpoint_every=500),
     )
 
 

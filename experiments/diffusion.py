@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, FLIPPED, TINY
+from experiments.data import CIFAR10, DIGITS, DIGITS_IMAGE, FASHION_IMAGE, FASHION_MNIST, FLIPPED, SMALL, TINY
 from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import diffusion, probability_flow, vdm
@@ -20,9 +20,7 @@ def diffusion_tiny() -> Experiment:
     """Variational diffusion of handwritten digits, 8x8, 17 levels; four minutes on two CPU cores."""
     return Experiment(
         model=vdm.Config(
-            image_size=8,
-            channels=1,
-            levels=17,
+            **DIGITS_IMAGE,
             network=Network(backbone=TINY_UNET),
             predict="v",
             gamma_min=-8.0,
@@ -39,9 +37,7 @@ def diffusion_tiny_ddpm() -> Experiment:
     """Improved DDPM of handwritten digits in 200 steps, told the class; four minutes on two CPU cores."""
     return Experiment(
         model=diffusion.Config(
-            image_size=8,
-            channels=1,
-            levels=17,
+            **DIGITS_IMAGE,
             network=Network(backbone=TINY_UNET, classes=10),
             timesteps=200,
             betas="cosine",
@@ -59,9 +55,7 @@ def diffusion_tiny_flow() -> Experiment:
     transformer = Transformer(width=96, depth=4, heads=4, mlp=384, dropout=0.1)
     return Experiment(
         model=probability_flow.Config(
-            image_size=8,
-            channels=1,
-            levels=17,
+            **DIGITS_IMAGE,
             network=Network(backbone=DiT(patch_size=2, transformer=transformer), classes=10),
         ),
         sampling=probability_flow.Sampling(guidance=1.5),
@@ -74,21 +68,14 @@ def diffusion_fashion_mnist() -> Experiment:
     """Variational diffusion of Fashion-MNIST, 28x28, 256 levels; a day and a half on two CPU cores."""
     return Experiment(
         model=vdm.Config(
-            image_size=28,
-            channels=1,
+            **FASHION_IMAGE,
             network=Network(backbone=UNet(widths=(64, 128), blocks=2, groups=16, dropout=0.1)),
             predict="v",
             schedule="monotone",
         ),
         sampling=vdm.Sampling(steps=250),
         data=replace(FASHION_MNIST, fields=FLIPPED),
-        training=Training(
-            optimizer=Optimizer(learning_rate=1e-3, warmup_steps=500, weight_decay=0.01, eps=1e-6),
-            ema_decay=0.999,
-            steps=20_000,
-            batch_size=128,
-            checkpoint_every=1000,
-        ),
+        training=replace(SMALL, log_every=10),
     )
 
 

@@ -2,32 +2,30 @@
 
 from dataclasses import replace
 
-from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, TINY, TINY_OPTIMIZER
+from experiments.data import (
+    CIFAR10,
+    DIGITS,
+    DIGITS_IMAGE,
+    FASHION_IMAGE,
+    FASHION_MNIST,
+    SMALL,
+    TINY,
+    TINY_OPTIMIZER,
+)
 from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import flow
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
 
+DIGITS_FLOW = flow.Config(**DIGITS_IMAGE, scales=2, steps=4, width=64, logit_margin=0.05, dropout=0.3)
 DIGITS_TRAINING = replace(TINY, optimizer=replace(TINY_OPTIMIZER, weight_decay=0.05), steps=600, checkpoint_every=100)
 
 
 def flow_tiny() -> Experiment:
     """Handwritten digits, 8x8, 17 levels; three minutes on a CPU."""
     return Experiment(
-        model=flow.Config(
-            image_size=8,
-            channels=1,
-            levels=17,
-            scales=2,
-            steps=6,
-            width=64,
-            mixtures=4,
-            dequantisation="variational",
-            dequantisation_steps=3,
-            logit_margin=0.05,
-            dropout=0.3,
-        ),
+        model=replace(DIGITS_FLOW, steps=6, mixtures=4, dequantisation="variational", dequantisation_steps=3),
         data=DIGITS,
         training=DIGITS_TRAINING,
     )
@@ -36,17 +34,7 @@ def flow_tiny() -> Experiment:
 def flow_tiny_macow() -> Experiment:
     """MaCow on handwritten digits, 8x8, 17 levels; minutes on a CPU."""
     return Experiment(
-        model=flow.Config(
-            image_size=8,
-            channels=1,
-            levels=17,
-            scales=2,
-            steps=4,
-            width=64,
-            masked_width=32,
-            logit_margin=0.05,
-            dropout=0.3,
-        ),
+        model=replace(DIGITS_FLOW, masked_width=32),
         data=DIGITS,
         training=DIGITS_TRAINING,
     )
@@ -56,8 +44,7 @@ def flow_fashion_mnist() -> Experiment:
     """Fashion-MNIST, 28x28, 256 levels; a day on a CPU core."""
     return Experiment(
         model=flow.Config(
-            image_size=28,
-            channels=1,
+            **FASHION_IMAGE,
             scales=2,
             steps=8,
             width=128,
@@ -67,14 +54,7 @@ def flow_fashion_mnist() -> Experiment:
             dropout=0.1,
         ),
         data=replace(FASHION_MNIST, train="train[:58000]", validation="train[58000:]"),
-        training=Training(
-            optimizer=Optimizer(learning_rate=1e-3, warmup_steps=500, weight_decay=0.01, eps=1e-6),
-            ema_decay=0.999,
-            steps=20_000,
-            batch_size=128,
-            log_every=50,
-            checkpoint_every=1000,
-        ),
+        training=SMALL,
     )
 
 

@@ -1,6 +1,6 @@
 """Kernel density estimators. The first batch is the estimator: the batch size is that of the training split."""
 
-from experiments.data import DIGITS
+from experiments.data import DIGITS, DIGITS_IMAGE, FASHION_IMAGE
 from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import kde
@@ -15,7 +15,7 @@ DIGITS_TRAINING = Training(
 def kde_tiny() -> Experiment:
     """Handwritten digits, 8x8, 17 levels, an exact probability; one minute on a CPU."""
     return Experiment(
-        model=kde.Config(image_size=8, channels=1, levels=17, kernel="discretised"),
+        model=kde.Config(**DIGITS_IMAGE, kernel="discretised"),
         data=DIGITS,
         training=DIGITS_TRAINING,
     )
@@ -24,7 +24,7 @@ def kde_tiny() -> Experiment:
 def kde_tiny_gaussian() -> Experiment:
     """Handwritten digits, 8x8, 17 levels, a density of dequantised pixels; one minute on a CPU."""
     return Experiment(
-        model=kde.Config(image_size=8, channels=1, levels=17, kernel="gaussian"),
+        model=kde.Config(**DIGITS_IMAGE, kernel="gaussian"),
         data=DIGITS,
         training=DIGITS_TRAINING,
     )
@@ -36,7 +36,7 @@ def kde_fashion_mnist() -> Experiment:
     Every step reads them all anew, about half a minute of one CPU core.
     """
     return Experiment(
-        model=kde.Config(image_size=28, channels=1, kernel="discretised", queries=256),
+        model=kde.Config(**FASHION_IMAGE, kernel="discretised", queries=256),
         data=Data(name="fashion_mnist"),
         training=Training(
             optimizer=Optimizer(learning_rate=0.3, eps=1e-6),

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, TINY
+from experiments.data import CIFAR10, DIGITS, DIGITS_IMAGE, FASHION_IMAGE, FASHION_MNIST, TINY, TINY_OPTIMIZER
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import ladder_vae
 from vlm_jax.train.optim import Optimizer
@@ -14,9 +14,7 @@ def ladder_vae_tiny() -> Experiment:
     """Handwritten digits, 8x8, 17 levels, ten latent images; minutes on a CPU."""
     return Experiment(
         model=ladder_vae.Config(
-            image_size=8,
-            channels=1,
-            levels=17,
+            **DIGITS_IMAGE,
             width=64,
             hidden=32,
             latent=4,
@@ -35,8 +33,7 @@ def ladder_vae_fashion_mnist() -> Experiment:
     """Fashion-MNIST, 28x28, 256 levels, fifteen latent images; hours on two CPU cores, minutes on a GPU."""
     return Experiment(
         model=ladder_vae.Config(
-            image_size=28,
-            channels=1,
+            **FASHION_IMAGE,
             width=128,
             hidden=32,
             latent=8,
@@ -47,8 +44,9 @@ def ladder_vae_fashion_mnist() -> Experiment:
             dropout=0.1,
         ),
         data=FASHION_MNIST,
-        training=Training(
-            optimizer=Optimizer(learning_rate=1e-3, warmup_steps=200, weight_decay=0.01, eps=1e-6),
+        training=replace(
+            TINY,
+            optimizer=replace(TINY_OPTIMIZER, learning_rate=1e-3, warmup_steps=200),
             ema_decay=0.999,
             steps=10_000,
             batch_size=64,

@@ -2,7 +2,17 @@
 
 from dataclasses import replace
 
-from experiments.data import CIFAR10, DIGITS, FASHION_MNIST, FLIPPED
+from experiments.data import (
+    CIFAR10,
+    DIGITS,
+    DIGITS_IMAGE,
+    FASHION_IMAGE,
+    FASHION_MNIST,
+    FLIPPED,
+    SMALL,
+    TINY,
+    TINY_OPTIMIZER,
+)
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import pixelcnn
 from vlm_jax.train.optim import Optimizer
@@ -12,11 +22,11 @@ from vlm_jax.train.plan import Training
 def pixelcnn_tiny() -> Experiment:
     """Handwritten digits, 8x8, 17 levels; two minutes on a CPU."""
     return Experiment(
-        model=pixelcnn.Config(image_size=8, channels=1, levels=17, width=48, depth=6, dropout=0.2),
+        model=pixelcnn.Config(**DIGITS_IMAGE, width=48, depth=6, dropout=0.2),
         data=DIGITS,
-        training=Training(
-            optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50, weight_decay=0.05, eps=1e-6),
-            ema_decay=0.995,
+        training=replace(
+            TINY,
+            optimizer=replace(TINY_OPTIMIZER, learning_rate=3e-3, weight_decay=0.05),
             steps=800,
             batch_size=64,
             checkpoint_every=100,
@@ -31,17 +41,10 @@ def pixelcnn_fashion_mnist() -> Experiment:
     """
     return Experiment(
         model=pixelcnn.Config(
-            image_size=28, channels=1, mixtures=10, width=128, depth=12, kernel=5, dropout=0.2, dtype="bfloat16"
+            **FASHION_IMAGE, mixtures=10, width=128, depth=12, kernel=5, dropout=0.2, dtype="bfloat16"
         ),
         data=replace(FASHION_MNIST, fields=FLIPPED),
-        training=Training(
-            optimizer=Optimizer(learning_rate=1e-3, warmup_steps=500, weight_decay=0.01, eps=1e-6),
-            ema_decay=0.999,
-            steps=40_000,
-            batch_size=128,
-            log_every=50,
-            checkpoint_every=2000,
-        ),
+        training=replace(SMALL, steps=40_000, checkpoint_every=2000),
     )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from experiments.data import DIGITS, FLIPPED, TINY, TINY_OPTIMIZER
+from experiments.data import DIGITS, DIGITS_IMAGE, FLIPPED, TINY, TINY_OPTIMIZER
 from vlm_jax.data import Data
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import tarflow
@@ -16,9 +16,7 @@ def tarflow_tiny() -> Experiment:
     """Handwritten digits, 8x8, 17 levels, in patches of 2x2 pixels; minutes on a CPU."""
     return Experiment(
         model=tarflow.Config(
-            image_size=8,
-            channels=1,
-            levels=17,
+            **DIGITS_IMAGE,
             patch_size=2,
             blocks=4,
             transformer=Transformer(width=64, depth=2, heads=4, mlp=256, dropout=0.1),

@@ -52,15 +52,15 @@ class Row:
     standard_error: float | None
     """None: there is one image."""
     bound: str
-    given: str
+    given: str = ""
     """What the likelihood is conditional on: "class", or nothing; a class tells at most its own entropy."""
     dequantisation: str
-    parameters: int | None
-    training_flops: float | None
+    parameters: int | None = None
+    training_flops: float | None = None
     """Of matrix products and convolutions, up to the checkpoint that is measured; a model may do without any."""
-    evaluate_seconds: float | None
+    evaluate_seconds: float | None = None
     """An image, the compilation not counted."""
-    sample_seconds: float | None
+    sample_seconds: float | None = None
 
 
 def likelihood(
@@ -274,12 +274,7 @@ def baselines(experiment: Experiment, data_dir: Path) -> list[Row]:
                 bits_per_dim=bits_per_dim,
                 standard_error=standard_error,
                 bound=bound,
-                given="",
                 dequantisation=dequantisation,
-                parameters=None,
-                training_flops=None,
-                evaluate_seconds=None,
-                sample_seconds=None,
             )
         )
     return rows
