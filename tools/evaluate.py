@@ -300,7 +300,7 @@ def on_device(
 ) -> Iterator[tuple[Batch, int]]:
     """Examples in order, on the devices, with a progress bar."""
     batches = evaluation_batches(rows, data, inputs, loaded.tokenizer, batch_size=batch_size)
-    for batch, valid in tqdm(batches, total=-(-len(rows) // batch_size), desc=data.name, leave=False):
+    for batch, valid in tqdm(batches, total=-(-len(rows) // batch_size), desc=data.name, leave=False, disable=None):
         fields = check_batch(inputs, batch)
         yield {name: jax.device_put(values, sharding) for name, values in fields.items()}, valid
 

@@ -1,7 +1,8 @@
 """Perplexity: its mean over tokens, its standard error over rows, its bytes, and the 3-gram beside it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -109,3 +110,20 @@ def ids(text: str) -> list[int]:
 def test_a_split_without_targets_has_no_perplexity():
     rows = perplexity.Rows(np.zeros(2), np.zeros(2, int), np.zeros(2, int))
     assert perplexity.summary(rows) == {"perplexity": None, "perplexity_standard_error": None, "tokens": 0}
+
+
+def test_the_model_scores_a_split_once_for_both_evaluations():
+    given = subject(lambda batch: jnp.ones((1, 1)))
+    read: list[int] = []
+
+    def batches() -> Iterator[tuple[Batch, int]]:
+        for batch, valid in given.batches():
+            read.append(valid)
+            yield batch, valid
+
+    once = replace(given, batches=batches)
+    perplexity.run_kneser_ney(once)
+    before = len(read)
+    assert perplexity.run(once) == perplexity.run(given)
+    assert len(read) == before
+    assert replace(once, variables={"params": {}}).shared == {}

@@ -108,7 +108,7 @@ def packed(source: Source, reader: TextReader, tokenizer: Tokenizer, length: int
 
 
 def _pieces(source: Source, reader: TextReader, tokenizer: Tokenizer, length: int) -> Iterator[Tokens]:
-    for index in tqdm(range(len(source)), desc=f"reading {source.name}", unit=" records", leave=False):
+    for index in tqdm(range(len(source)), desc=f"reading {source.name}", unit=" records", leave=False, disable=None):
         for each in reader.documents(source[index], tokenizer):
             for start in range(0, len(each.tokens), length):
                 tokens, target = (part[start : start + length] for part in each)

@@ -71,24 +71,26 @@ def summary(rows: Rows) -> dict[str, float | None]:
 
 
 def model_rows(subject: Subject) -> Rows:
+    """Computed once, for both evaluations."""
+    if "rows" not in subject.shared:
+        subject.shared["rows"] = Rows(*map(np.concatenate, zip(*scored(subject), strict=True)))
+    return subject.shared["rows"]
+
+
+def scored(subject: Subject) -> Iterator[Rows]:
+    """Batch by batch."""
     assert subject.model.log_likelihood is not None and subject.model.count is not None
     log_likelihood, count = jax.jit(subject.model.log_likelihood), jax.jit(subject.model.count)
-    parts = []
     for batch, valid in subject.batches():
         values = log_likelihood(subject.variables, batch, jax.random.key(0))
         sizes = [text_bytes(documents, subject) for documents in row_documents(batch, valid)]
-        parts.append(Rows(np.asarray(values)[:valid], np.asarray(count(batch))[:valid], np.array(sizes)))
-    return Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        yield Rows(np.asarray(values)[:valid], np.asarray(count(batch))[:valid], np.array(sizes))
 
 
-def kneser_ney_rows(subject: Subject, model: KneserNey) -> Rows:
-    found = []
-    for batch, valid in subject.batches():
-        for documents in row_documents(batch, valid):
-            log_likelihood = math.fsum(value for document in documents for value in model.log_probs(document))
-            tokens = sum(len(targets(document)) for document in documents)
-            found.append((log_likelihood, tokens, text_bytes(documents, subject)))
-    return Rows(*map(np.array, zip(*found, strict=True)))
+def kneser_ney_log_likelihood(subject: Subject, model: KneserNey) -> Float[np.ndarray, " N"]:
+    """Of each row."""
+    rows = (documents for batch, valid in subject.batches() for documents in row_documents(batch, valid))
+    return np.array([math.fsum(value for document in row for value in model.log_probs(document)) for row in rows])
 
 
 def run(subject: Subject) -> dict[str, float | None]:
@@ -111,7 +113,8 @@ def run_kneser_ney(subject: Subject) -> dict[str, float | None]:
             break
     vocab_size = subject.model.inputs["tokens"].limit
     assert vocab_size is not None
-    baseline, model = kneser_ney_rows(subject, KneserNey(training, vocab_size)), model_rows(subject)
+    model = model_rows(subject)
+    baseline = model._replace(log_likelihood=kneser_ney_log_likelihood(subject, KneserNey(training, vocab_size)))
     more: dict[str, float | None] = {}
     if model.tokens.sum():
         bits, error = mean_and_error(baseline.log_likelihood - model.log_likelihood, model.tokens)

@@ -1,7 +1,7 @@
 """What an evaluation is, and what it sees."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +51,8 @@ class Subject:
     """The settings by which the model samples; None: its family's."""
     judge: Judge | None = None
     """For evaluations of images by what another model sees in them."""
+    shared: dict[str, Any] = field(default_factory=dict, init=False)
+    """What one evaluation of this subject has computed that another needs as well, by name."""
 
 
 class Evaluation(NamedTuple):
