@@ -1,6 +1,7 @@
 """Eight CPU devices, caches that outlive the run, and two small runs for the tests of what reads them."""
 
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from experiments.presets import presets
 from experiments.run import run
 from vlm_jax.experiment import Experiment
+from vlm_jax.paths import cache_directory
 from vlm_jax.sharding import MeshShape
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vlm_jax"
+CACHE = (cache_directory() or Path(tempfile.gettempdir())) / "vlm_jax"
 
 # Most of the time goes into compiling what runs for milliseconds: without LLVM's optimizations it takes half.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"

@@ -14,7 +14,7 @@ import pytest
 from experiments.presets import presets
 from vlm_jax.contract import Input, Model
 from vlm_jax.errors import UserError
-from vlm_jax.models import autoregressive, build, diffusion, probability_flow, vdm
+from vlm_jax.models import autoregressive, build, diffusion, probability_flow, tarflow, vdm
 from vlm_jax.nn.transformer import Transformer
 
 CONFIGS = {name: experiment.model for name, (_, experiment) in presets().items()}
@@ -216,7 +216,7 @@ def test_a_family_with_classes_is_no_less_told_under_jit() -> None:
 
 
 @pytest.mark.parametrize("guidance", [math.nan, math.inf, -1.0])
-@pytest.mark.parametrize("family", [diffusion, probability_flow, vdm])
+@pytest.mark.parametrize("family", [diffusion, probability_flow, tarflow, vdm])
 def test_guidance_is_a_share(family: Any, guidance: float) -> None:
     with pytest.raises(UserError, match=f"guidance is {guidance}: it must be a number, at least 0"):
         family.Sampling(guidance=guidance)

@@ -21,6 +21,7 @@ from vlm_jax.commandline import command
 from vlm_jax.contract import Input, Model, abstract_batch, check_batch
 from vlm_jax.data import make_tokenizer, open_training_data, rows_of, train_batches
 from vlm_jax.experiment import Experiment, data_of, model_of
+from vlm_jax.files import check_writable, write_output
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import check_batch_size, make_mesh, process_rows, to_global
 from vlm_jax.train.flops import count_flops, model_flops
@@ -73,6 +74,9 @@ def main() -> None:
         "python -m tools.benchmark", purpose, lambda preset: Benchmark(experiment=brief(preset))
     )
     join(options.experiment.distributed)
+    out = None if options.json is None else local_path(options.json)
+    if out is not None:
+        check_writable(out)
     results: Results = {"preset": preset}
     if options.against is None:
         results |= benchmark(options.experiment, pipeline=options.pipeline)
@@ -80,9 +84,9 @@ def main() -> None:
         results |= compare(options.experiment, options.against, random_batch)
     if jax.process_index() == 0:
         print_table(results)
-        if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(results, indent=2) + "\n")
+        if out is not None:
+            text = json.dumps(results, indent=2) + "\n"
+            write_output(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def brief(experiment: Experiment) -> Experiment:

@@ -33,7 +33,7 @@ from vlm_jax.data.fields import Inputs
 from vlm_jax.errors import UserError, check_seed
 from vlm_jax.evals import EVALUATIONS, Evaluation, Judge, Labelled, Subject
 from vlm_jax.experiment import ZeroShot, data_of
-from vlm_jax.files import check_writable, write_output
+from vlm_jax.files import check_writable, parse_json, write_output
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import MeshShape, batch_sharding, make_mesh
 from vlm_jax.workdir import Loaded, load
@@ -88,6 +88,7 @@ def evaluate(
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}: it must be at least 1")
     check_seed(seed)
+    workdir, out = local_path(workdir), None if out is None else local_path(out)
     if out is not None:
         check_writable(out)
     mesh = make_mesh(MeshShape())
@@ -233,7 +234,7 @@ def name_classes(classes: Source, task: ZeroShot) -> tuple[str, ...]:
             )
         raise UserError(f"{task.name} has no labels to classify: choose another data set for --zero-shot")
     if task.names is not None:
-        return read_class_names(Path(task.names).expanduser(), classes.label_names)
+        return read_class_names(local_path(task.names), classes.label_names)
     return class_names(classes.label_names)
 
 
@@ -256,7 +257,7 @@ def keep(path: Path, facts: Results, results: Results) -> None:
       UserError: the file cannot be written.
     """
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         old = None
     same = isinstance(old, dict) and all(old.get(name) == value for name, value in facts.items())

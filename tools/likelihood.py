@@ -80,7 +80,7 @@ def likelihood(
       presets: Their names; none: all on --data that have a likelihood.
       data: The data set that all are measured on.
       workdir: Each preset's run is in WORKDIR/PRESET; where there is none it is trained, which may take long.
-      out: Directory for ledger.md, ledger.json and ledger.png; None: WORKDIR/likelihood-DATA.
+      out: Directory for ledger.md, ledger.json, ledger.png and each preset's results; None: WORKDIR/likelihood-DATA.
       data_dir: Where prepared data sets are; None: where the presets have them.
       seed: Of the samples and of the noise that bounds are averaged over.
 
@@ -88,10 +88,11 @@ def likelihood(
       UserError: presets cannot be compared, a file cannot be written, or a preset failed.
     """
     require_one_process()
+    workdir = local_path(workdir)
     chosen = begun(choose(presets, data), workdir, data_dir)
     first = next(iter(chosen.values()))
     directory = local_path(data_dir or first.data_dir)
-    out = workdir / f"likelihood-{data}" if out is None else out
+    out = workdir / f"likelihood-{data}" if out is None else local_path(out)
     check_writable(out / "ledger.json")
     check_seed(seed)
     rows, sheets = baselines(first, directory), {}
@@ -101,14 +102,13 @@ def likelihood(
         try:
             if not complete(path, experiment):
                 run(name, replace(experiment, workdir=str(path), data_dir=str(directory)))
-            sheets[name], row = measure(path, load(path), directory, seed)
+            sheets[name], row = measure(path, load(path), directory, seed, out / f"{name}.json")
+            rows.append(row)
+            rows.sort(key=lambda row: -row.bits_per_dim)
+            write(rows, out)
         except Exception as error:
             failures[name] = error
             tell(name, error)
-            continue
-        rows.append(row)
-        rows.sort(key=lambda row: -row.bits_per_dim)
-        write(rows, out)
     print(f"{table(rows)}\n\n{out}")
     if any(images is not None for images in sheets.values()):
         with rc_context({"text.parse_math": False, "text.usetex": False}):  # names are text, not formulae
@@ -197,11 +197,13 @@ def has_likelihood(experiment: Experiment) -> bool:
     return model.log_likelihood is not None and "image" in model.inputs and "tokens" not in model.inputs
 
 
-def measure(path: Path, loaded: Loaded, data_dir: Path, seed: int) -> tuple[Int[np.ndarray, "n H W C"] | None, Row]:
-    """A trained run's samples and its line."""
+def measure(
+    path: Path, loaded: Loaded, data_dir: Path, seed: int, out: Path
+) -> tuple[Int[np.ndarray, "n H W C"] | None, Row]:
+    """A trained run's samples and its line; what was evaluated for it goes to `out`, for the run is only read."""
     model, experiment = loaded.model, loaded.experiment
     data = data_of(experiment)
-    results = evaluate(path, data_dir=str(data_dir), seed=seed, only=("likelihood",))
+    results = evaluate(path, data_dir=str(data_dir), seed=seed, only=("likelihood",), out=out)
     bits, error = (results[f"likelihood/{metric}"] for metric in ("bits_per_dim", "bits_per_dim_standard_error"))
     if bits is None:
         raise UserError(f"the likelihood of {path} is not finite: train it anew, or leave it out of --presets")

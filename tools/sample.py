@@ -114,7 +114,8 @@ def sample(workdir: Path, options: Options = Options()) -> Path | list[str]:
       UserError: the directory is no run, or what is asked for does not exist, is beyond the model or cannot be written.
     """
     require_one_process()
-    out = workdir / "samples.png" if options.out is None else options.out
+    workdir = local_path(workdir)
+    out = workdir / "samples.png" if options.out is None else local_path(options.out)
     loaded = load(workdir, step=options.checkpoint_step)
     check_writable(out)
     model = loaded.model

@@ -1,12 +1,26 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what JSON others have written."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from vlm_jax.errors import UserError
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, for which what is nested too deep is no JSON either.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

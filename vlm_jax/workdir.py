@@ -19,7 +19,7 @@ from vlm_jax.data import Tokenizer, load_tokenizer
 from vlm_jax.data.tokenizer import files_of
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment, from_record, model_of
-from vlm_jax.files import replace_file
+from vlm_jax.files import parse_json, replace_file
 from vlm_jax.identity import changes, identity, listed
 from vlm_jax.locks import exclusive
 from vlm_jax.lora import merged, without_adapters
@@ -109,7 +109,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
     """
     path = workdir / CONFIG
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
         if not isinstance(record, dict):
             raise ValueError("it is no JSON object")
         identity(record)  # fails where it is nested too deep

@@ -88,6 +88,7 @@ def test_names_come_from_a_file(tmp_path: Path, file: str, text: str) -> None:
         ("names.txt", b"\nb\n", "has no name for the class '0'"),
         ("names.txt", b"\xff\n", "cannot be read"),
         ("names.json", b"[", "cannot be read"),
+        ("names.json", b"[" * 100_000, r"cannot be read \(it is nested too deep\)"),
         ("names.json", b"3", "holds no list of names"),
         ("names.json", b"[1, 2]", "has no name for the class '0'"),
         ("names.json", b'{"0": "nought"}', "has no name for the class '1'"),

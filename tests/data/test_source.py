@@ -73,6 +73,13 @@ def _images(source) -> list[np.ndarray]:
     return [record["image"].pixels(1) for record in source]
 
 
+@pytest.mark.parametrize("name", ["a[0]", "*?", "%20%s", "{x}", "a b\\c"])
+def test_the_directory_of_data_is_text(foreign: Path, tmp_path: Path, name: str) -> None:
+    directory = shutil.copytree(foreign, tmp_path / name)
+    here, there = (open_source("foreign", "nested", each) for each in (foreign, directory))
+    assert list(there.strings()) == list(here.strings()) and len(there)
+
+
 def test_keys_of_other_data_sets(foreign):
     source = open_source("foreign", "nested", foreign)
     assert source.label_names == ("cat", "dog")

@@ -78,6 +78,19 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(monkeypatch: pytest.Monke
         figures(monkeypatch, tmp_path / "results.json", "--batch-size", "12")
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(benchmark, "benchmark", None)
+    with pytest.raises(UserError, match="is a directory: name a file in it"):
+        figures(monkeypatch, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"results\.json cannot be written"):
+        figures(monkeypatch, tmp_path / "file" / "results.json")
+    with pytest.raises(UserError, match="is not a directory or file of this machine"):
+        figures(monkeypatch, Path("gs://bucket/results.json"))
+
+
 def test_random_batches_are_what_the_model_accepts() -> None:
     inputs = {
         "image": Input((4, 4, 3), "uint8", 256),

@@ -186,6 +186,23 @@ def test_what_is_not_finite_is_null_in_the_file(
     assert "odd/inf   inf\n" in out and "odd/none  undefined\n" in out
 
 
+@pytest.mark.parametrize(
+    ("tool", "options", "written"),
+    [(evaluate, {"only": ("reconstruction",)}, "eval.json"), (sample, {}, "samples.png")],
+)
+def test_a_tilde_that_the_shell_left_is_the_home_directory_in_what_is_written_too(
+    vae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: Callable, options: dict, written: str
+) -> None:
+    monkeypatch.setattr("tools.sample.samples", lambda loaded, options, source: [("drawn", [])])
+    shutil.copytree(vae_run, tmp_path / "home" / "run", ignore=shutil.ignore_patterns(written))
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    tool(Path("~/run"), **options)
+    assert (tmp_path / "home" / "run" / written).exists()
+    assert not list((tmp_path / "here").iterdir())
+
+
 def test_results_are_printed_though_they_cannot_be_written(
     vae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -227,6 +244,7 @@ def test_damage_in_the_newest_checkpoint_is_told_and_the_one_before_is_used(
         ({"seed": 2**70}, "the seed is 1180591620717411303424"),
         ({"out": Path("/dev/null/eval.json")}, r"/dev/null/eval\.json cannot be written"),
         ({"out": Path("/dev")}, "/dev is a directory"),
+        ({"out": Path("gs://bucket/eval.json")}, "gs:/bucket/eval.json is not a directory or file of this machine"),
         ({"zero_shot_names": "absent"}, r"names of the classes in absent cannot be read \(No such file or directory\)"),
         ({"zero_shot_label": "colour"}, "easy_vqa/color has no label 'colour': choose among label"),
         ({"only": ("likelihod",)}, "no evaluation likelihod: choose from retrieval, zero_shot, .* for --only"),
@@ -365,6 +383,7 @@ def test_sheets_of_fewer_images_than_asked_for(vae_run: Path, clip_run: Path, tm
         ({"sampling": vdm.Sampling()}, r"are vlm_jax\.models\.vdm\.Sampling and the model has none: give it its own"),
         ({"num": 0}, "--num is 0"),
         ({"out": Path("sheet")}, r"--out is sheet: it must end in \.png"),
+        ({"out": Path("s3://bucket/a.png")}, "s3:/bucket/a.png is not a directory or file of this machine"),
         ({"temperature": float("nan")}, "--temperature is nan: it must be a number, at least 0"),
         ({"temperature": float("inf")}, "--temperature is inf"),
         ({"temperature": -1.0}, "--temperature is -1.0"),

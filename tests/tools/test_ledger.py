@@ -20,6 +20,7 @@ def test_a_finished_run_is_measured_as_it_is_beside_the_baselines(
 ) -> None:
     """The run has other settings than its preset and was trained for four steps: it is not trained anew."""
     shutil.copytree(vae_run, tmp_path / "vae-tiny")
+    before = sorted((tmp_path / "vae-tiny").rglob("*"))
     rows = likelihood(presets=("vae-tiny",), workdir=tmp_path, data_dir=str(data_dir))
     results = evaluate(vae_run)
     (row,) = (row for row in rows if row.family == "vae")
@@ -33,6 +34,8 @@ def test_a_finished_run_is_measured_as_it_is_beside_the_baselines(
     out = tmp_path / "likelihood-digits"
     assert [entry["variant"] for entry in json.loads((out / "ledger.json").read_text())] == [r.variant for r in rows]
     assert (out / "ledger.md").read_text() in capsys.readouterr().out
+    assert json.loads((out / "vae-tiny.json").read_text())["likelihood/bits_per_dim"] == row.bits_per_dim
+    assert sorted((tmp_path / "vae-tiny").rglob("*")) == before  # a run is read, and may lie where nothing is written
     assert (out / "ledger.png").stat().st_size > 10_000
     uniform = next(row for row in rows if row.variant == "uniform")
     assert uniform.bits_per_dim == pytest.approx(math.log2(17))

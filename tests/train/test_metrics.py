@@ -98,6 +98,7 @@ ODD = {
     "other JSON": b"3\nnull\n[1]\n{}\n",
     "other steps": b'{"step": null}\n{"step": "two"}\n{"step": NaN}\n{"step": Infinity}\n',
     "no text": b"\xff\xfe\n",
+    "nested too deep": b"[" * 100_000 + b"\n",
 }
 
 

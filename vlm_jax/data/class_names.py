@@ -2,12 +2,12 @@
 
 import functools
 import importlib.resources
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_jax.errors import UserError
+from vlm_jax.files import parse_json
 
 
 def class_names(label_names: Sequence[str]) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def read_class_names(path: Path, label_names: Sequence[str]) -> tuple[str, ...]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        names = json.loads(text) if path.suffix == ".json" else text.rstrip().splitlines()
+        names = parse_json(text) if path.suffix == ".json" else text.rstrip().splitlines()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"the names of the classes in {path} cannot be read ({reason}): give another file") from error

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import logging
 import os
 import socket
@@ -19,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
-from vlm_jax.files import replace_file
+from vlm_jax.files import parse_json, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +128,7 @@ def keep_until(path: Path, step: int) -> None:
 def step_of(line: str) -> int:
     """The step of a line of a metrics file; -1 if it is none."""
     try:
-        return int(json.loads(line)["step"])
+        return int(parse_json(line)["step"])
     except (ValueError, TypeError, KeyError, OverflowError):
         return -1
 
