@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlm_jax.data import Data, Dialogue, Image
+from vlm_jax.data import Data, Image
 from vlm_jax.errors import UserError
 
 
@@ -10,12 +10,6 @@ from vlm_jax.errors import UserError
 def test_a_crop_is_a_share_of_the_image(area):
     with pytest.raises(UserError, match=rf"crop_min_area is {area}: it must lie in \(0, 1\]"):
         Image(crop_min_area=area)
-
-
-@pytest.mark.parametrize("template", ["{answer}", "{question}", "{answer} {question}", "{question}{question}{answer}"])
-def test_a_template_holds_the_question_once_and_ends_with_the_answer(template):
-    with pytest.raises(UserError, match=r"must hold \{question\} once and end with \{answer\}"):
-        Dialogue(template=template)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])

@@ -1,6 +1,7 @@
 """Packed rows: every document once, whole, in little room; and mixtures of data sets that any host reads alike."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from vlm_jax.data import (
     Data,
     Dialogue,
     Document,
+    Image,
     Text,
+    VisualCaption,
+    VisualQuestion,
     evaluation_batches,
     examples,
     make_tokenizer,
@@ -22,6 +26,7 @@ from vlm_jax.data import (
     train_batches,
     versions,
 )
+from vlm_jax.data.conversation import LINE, V1
 from vlm_jax.data.packing import plan
 from vlm_jax.errors import UserError
 
@@ -89,6 +94,17 @@ def test_of_the_rows_with_room_the_fullest_is_taken() -> None:
     """Three tokens fit both beside seven and beside six of ten."""
     rows = plan(np.array([7, 6, 3]), 10, seed=0)
     assert sorted(map(sorted, rows)) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize("window", [7, 10_000])
+def test_a_plan_keeps_to_the_images_that_a_row_takes(window: int) -> None:
+    """Of documents with one image or two, beside some without, which fill what is left."""
+    images = np.random.default_rng(1).choice([0, 1, 2], len(LENGTHS))
+    rows = plan(LENGTHS, LENGTH, seed=0, window=window, images=images, most=3)
+    assert sorted(document for row in rows for document in row) == list(range(len(LENGTHS)))
+    assert max(LENGTHS[row].sum() for row in rows) <= LENGTH
+    assert max(images[row].sum() for row in rows) == 3
+    assert len(rows) < (1.15 if window > 4096 else 1.6) * images.sum() / 3  # few fit beside few
 
 
 def test_a_plan_follows_from_its_seed() -> None:
@@ -187,7 +203,72 @@ def test_a_document_longer_than_a_row_becomes_several_whose_firsts_are_not_predi
         assert row["target"].sum() == (row["segment"] > 0).sum() - 1 and not row["target"][0]
 
 
+SEES = {**INPUTS, "image": Input((3, 4, 4, 3), "uint8", 256), "image_at": Input((3,), "int32", LENGTH + 1, span=5)}
+VISUAL = Data(
+    name="openmoji",
+    mixture=(("easy_vqa", 1.0),),
+    train="train[:40]",
+    fields=(VisualQuestion(template=LINE), VisualCaption(template=LINE, image=Image(flip=True))),
+    pack=True,
+)
+
+
+@pytest.fixture(scope="module")
+def visual(data_dir, tokenizer):
+    sources = open_training_data(VISUAL, SEES, data_dir)
+    return sources, [rows_of(source, VISUAL, SEES, tokenizer) for source in sources]
+
+
+def test_packed_rows_hold_what_rows_of_their_own_do(visual, tokenizer) -> None:
+    """Of questions about images and of captions: the same tokens and targets, and each its own copy of its image."""
+    for source, rows in zip(*visual, strict=True):
+        field = VISUAL.fields["question" not in source.keys]
+        captions = [len(record.get("text", ())) for record in (source[index] for index in range(len(source)))]
+        found = []
+        for batch, valid in evaluation_batches(rows, VISUAL, SEES, None, batch_size=4):
+            for row in ({name: array[index] for name, array in batch.items()} for index in range(valid)):
+                assert row.keys() == SEES.keys()
+                for number, place in enumerate(row["image_at"]):
+                    if place < LENGTH:
+                        inside = row["segment"] == row["segment"][place]
+                        start = int(np.argmax(inside))
+                        parts = (row["tokens"][inside], row["target"][inside], row["image"][number])
+                        found.append((place - start, *(part.tobytes() for part in parts)))
+        expected = []
+        for index in range(len(source)):
+            record = source[index]
+            for text in record["text"]:
+                one = field.read({**record, "text": (text,)}, SEES, tokenizer, None)
+                inside = one["segment"] == 1
+                parts = (one["tokens"][inside], one["target"][inside], one["image"][0])
+                expected.append((one["image_at"][0], *(part.tobytes() for part in parts)))
+        assert len(found) == sum(captions) and Counter(found) == Counter(expected)
+        assert rows.records.tolist() == [index for index, count in enumerate(captions) for _ in range(count)]
+
+
+def test_images_of_packed_rows_are_augmented_anew_at_each_visit_and_alike_on_any_host(visual) -> None:
+    span = {"batch_size": 4, "seed": 5, "start": 0, "stop": 12}
+    whole, again = (list(train_batches(visual[1], VISUAL, SEES, None, rows=np.arange(4), **span)) for _ in range(2))
+    half = list(train_batches(visual[1], VISUAL, SEES, None, rows=np.array([3, 1]), **span))
+    seen: dict[bytes, set[bytes]] = {}
+    for batch, same, mine in zip(whole, again, half, strict=True):
+        for name in SEES:
+            np.testing.assert_array_equal(batch[name], same[name])
+            np.testing.assert_array_equal(batch[name][[3, 1]], mine[name])
+        for tokens, images in zip(batch["tokens"], batch["image"], strict=True):
+            seen.setdefault(tokens.tobytes(), set()).add(images.tobytes())
+    assert max(map(len, seen.values())) > 1
+
+
+def test_a_packed_conversation_that_does_not_fit_is_refused_by_name(data_dir, tokenizer) -> None:
+    source = open_data(VISUAL, "train[:5]", SEES, data_dir)
+    with pytest.raises(
+        UserError, match=r"record 0 of openmoji.* is a conversation of \d+ tokens and the model reads 48"
+    ):
+        rows_of(source, replace(VISUAL, fields=(VisualCaption(template=V1),)), SEES, tokenizer)
+
+
 def test_what_is_no_text_is_not_packed(data_dir) -> None:
     inputs = {"image": Input((8, 8, 1), "uint8", 17)}
-    with pytest.raises(UserError, match=r"data\.pack lays text alone in rows, and the model reads image"):
+    with pytest.raises(UserError, match=r"data\.pack lays text and its images in rows, and the model reads image"):
         open_data(Data(name="digits", pack=True), "test", inputs, data_dir)

@@ -2,7 +2,8 @@
 
 from vlm_jax.data.class_names import class_names, read_class_names
 from vlm_jax.data.config import Data, Text
-from vlm_jax.data.fields import Caption, Dialogue, Document, Image, Label, Latent, prompts
+from vlm_jax.data.conversation import Dialogue, Message, VisualCaption, VisualQuestion, conversation
+from vlm_jax.data.fields import Caption, Document, Image, Label, Latent, prompts
 from vlm_jax.data.loader import evaluation_batches, example, train_batches
 from vlm_jax.data.mixture import examples, make_tokenizer, open_data, open_training_data, rows_of, versions
 from vlm_jax.data.packing import Packed
@@ -19,12 +20,16 @@ __all__ = [
     "Image",
     "Label",
     "Latent",
+    "Message",
     "Packed",
     "Source",
     "Text",
     "Tokenizer",
+    "VisualCaption",
+    "VisualQuestion",
     "check_tokenizer",
     "class_names",
+    "conversation",
     "evaluation_batches",
     "example",
     "examples",

@@ -3,8 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from vlm_jax.data.fields import Caption, Field, Image, Label
+from vlm_jax.data.conversation import Dialogue, VisualCaption, VisualQuestion
+from vlm_jax.data.fields import Caption, Document, Image, Label, Latent
 from vlm_jax.errors import UserError
+
+Field = Image | Caption | Label | Latent | Document | Dialogue | VisualQuestion | VisualCaption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,8 @@ class Data:
     fields: tuple[Field, ...] = (Image(), Caption(), Label())
     """How what the model reads is made of a record: of those that make the same, by the first that the data set has."""
     pack: bool = False
-    """Lay documents of text one after the other in rows, whole, each once an epoch; else a row holds one."""
+    """Lay documents of text, with their images, one after the other in rows, each once an epoch; else a row holds
+    one."""
     text: Text | None = None
     """How texts are tokenized; None: the model reads none."""
 

@@ -123,109 +123,116 @@ class Latent(Reader):
 
 
 class Tokens(NamedTuple):
-    """A text as a language model reads it: the tokenizer's beginning if it has one, the text, the end."""
+    """A document as a language model reads it."""
 
     tokens: Int[np.ndarray, " T"]
     target: Bool[np.ndarray, " T"]
     """Tokens to predict from those before them; never the first, which has none before it."""
+    image_at: Int[np.ndarray, " N"] = np.zeros(0, np.int32)
+    """The place of each image's first token, in order."""
 
 
 class TextReader(Reader):
     """`tokens` int32, `target` bool and `segment` int32 [T] of text: documents in a row.
 
-    In rows of their own, one of a record's documents, in training any of them, else the first, which loses its end
-    where it is too long; in packed rows (`Data.pack`) all of them, whole.
+    In rows of their own, one of a record's documents, in training any of them, else the first; in packed rows
+    (`Data.pack`) all of them.
     """
 
-    gives = ("tokens", "target", "segment")
+    gives: ClassVar[tuple[str, ...]] = ("tokens", "target", "segment")
 
     @abc.abstractmethod
-    def documents(self, record: Record, tokenizer: Tokenizer) -> list[Tokens]:
+    def documents(self, record: Record, inputs: Inputs, tokenizer: Tokenizer) -> list[Tokens]:
         """All that there are in a record."""
 
+    @abc.abstractmethod
+    def parts(self, document: Tokens, length: int, record: Record) -> list[Tokens]:
+        """What rows of a length take of a document, or a `UserError` that names the record."""
+
+    def images(self, records: Sequence[Record], inputs: Inputs, rng: Rng) -> Example:
+        """The images of a row, each of one of the records; of a model that reads none, nothing."""
+        return {}
+
     def read(self, record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
-        length = inputs["tokens"].shape[0]
-        whole = one_of(self.documents(record, known(tokenizer)), record, rng)
-        tokens = Tokens(*(part[:length] for part in whole))
-        if not tokens.target.any():
+        tokenizer, length = known(tokenizer), inputs["tokens"].shape[0]
+        document = one_of(self.documents(record, inputs, tokenizer), record, rng)
+        part = self.parts(document, length, record)[0]
+        if not part.target.any():
             raise UserError(
                 f"{record['record']} has nothing to predict within the {length} tokens that the model reads: leave it "
                 f"out, or choose a longer context_length"
             )
-        return row([tokens], length, known(tokenizer).pad_id)
+        pictures = self.images([record] * len(part.image_at), inputs, rng)
+        return row([part], inputs, tokenizer.pad_id) | pictures
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document(TextReader):
-    """Each of the record's texts as a document of which every token is predicted: `tokens`, `target`, `segment` [T]."""
+    """Each of the record's texts as a document of which every token is predicted: `tokens`, `target`, `segment` [T].
+
+    One that is longer than a row is cut: a row of its own keeps the beginning, and packed rows hold all parts.
+    """
 
     takes = ("text",)
 
-    def documents(self, record: Record, tokenizer: Tokenizer) -> list[Tokens]:
-        return [tokens_of(text, 0, tokenizer) for text in record["text"]]
+    def documents(self, record: Record, inputs: Inputs, tokenizer: Tokenizer) -> list[Tokens]:
+        return [tokens_of(text, tokenizer) for text in record["text"]]
+
+    def parts(self, document: Tokens, length: int, record: Record) -> list[Tokens]:
+        tokens, target, _ = document
+        target = target & (np.arange(len(target)) % length > 0)  # before the first of a row there is nothing
+        cuts = range(0, len(tokens), length)
+        return [Tokens(tokens[start : start + length], target[start : start + length]) for start in cuts]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dialogue(TextReader):
-    """A question and its answer, of which the answer and the end are predicted: `tokens`, `target`, `segment` [T]."""
-
-    takes = ("question", "answer")
-
-    template: str = "{question} {answer}"
-    """What stands around the question; the answer comes last."""
-
-    def __post_init__(self) -> None:
-        if self.template.count("{question}") != 1 or self.template.partition("{answer}")[1:] != ("{answer}", ""):
-            raise UserError(f"the template {self.template!r} must hold {{question}} once and end with {{answer}}")
-
-    def documents(self, record: Record, tokenizer: Tokenizer) -> list[Tokens]:
-        # Whatever else stands in a question or an answer is text: braces, too.
-        prompt = self.template.removesuffix("{answer}").replace("{question}", record["question"])
-        return [tokens_of(prompt + record["answer"], len(prompt), tokenizer)]
-
-
-Field = Image | Caption | Label | Latent | Document | Dialogue
-
-
-def tokens_of(text: str, start: int, tokenizer: Tokenizer) -> Tokens:
-    """A text of which what reaches beyond the character `start` is to be predicted, and the end.
-
-    It is encoded as a whole: the tokens of a word depend on what stands before it.
-    """
-    encoding = tokenizer.tokenizer.encode(text, add_special_tokens=False)
+def tokens_of(text: str, tokenizer: Tokenizer) -> Tokens:
+    """A text, all to be predicted: the tokenizer's beginning if it has one, the text, the end."""
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    tokens = np.array([*first, *encoding.ids, tokenizer.eos_id], np.int32)
-    # A text without a prompt is predicted whole, and so is what the tokenizer sets before it.
-    predicted = [start == 0 or end > start for _, end in encoding.offsets]
-    target = np.array([*[False] * len(first), *predicted, True])
-    target[0] = False
-    return Tokens(tokens, target)
+    ids = tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+    tokens = np.array([*first, *ids, tokenizer.eos_id], np.int32)
+    return Tokens(tokens, np.arange(len(tokens)) > 0)
 
 
 def prompts(texts: Sequence[str], tokenizer: Tokenizer) -> Example:
     """The beginnings of documents, padded on the left to one length, with nothing to predict: for `generate`."""
-    whole = [tokens_of(text, 0, tokenizer).tokens[:-1] for text in texts]
-    length = max(map(len, whole))
+    whole = [tokens_of(text, tokenizer).tokens[:-1] for text in texts]
     if not min(map(len, whole)):
         raise UserError("a prompt is empty, and the tokenizer has no token to begin a text with: give a word at least")
-    rows = [row([Tokens(tokens, np.zeros(len(tokens), bool))], len(tokens), tokenizer.pad_id) for tokens in whole]
-    padding = {"tokens": tokenizer.pad_id, "target": False, "segment": 0}
-    return {
-        name: np.stack([np.pad(each[name], (length - len(each[name]), 0), constant_values=value) for each in rows])
-        for name, value in padding.items()
-    }
+    return left_padded([Tokens(tokens, np.zeros(len(tokens), bool)) for tokens in whole], {}, tokenizer.pad_id)
 
 
-def row(documents: Sequence[Tokens], length: int, pad_id: int) -> Example:
-    """Documents one after the other, numbered in `segment` from 1; then padding, whose segment is 0."""
+def left_padded(documents: Sequence[Tokens], inputs: Inputs, pad_id: int) -> Example:
+    """A row for each document, at its end: `tokens`, `target`, `segment` and, where the model reads it, `image_at`."""
+    length = max(len(document.tokens) for document in documents)
+    fields = {"tokens": Input((length,), "int32"), **{name: inputs[name] for name in inputs if name == "image_at"}}
+    rows = []
+    for document in documents:
+        found, padding = row([document], fields, pad_id), length - len(document.tokens)
+        moved = {name: np.roll(found[name], padding) for name in ("tokens", "target", "segment")}
+        at = {name: np.minimum(found[name] + padding, length) for name in found.keys() - moved.keys()}
+        rows.append(moved | at)
+    return {name: np.stack([each[name] for each in rows]) for name in rows[0]}
+
+
+def row(documents: Sequence[Tokens], inputs: Inputs, pad_id: int) -> Example:
+    """Documents one after the other, numbered in `segment` from 1; then padding, whose segment is 0.
+
+    And `image_at` [N], where the model reads it: the row's length stands for none.
+    """
+    length = inputs["tokens"].shape[0]
     tokens, target = np.full(length, pad_id, np.int32), np.zeros(length, bool)
     segment = np.zeros(length, np.int32)
-    start = 0
+    start, places = 0, []
     for number, each in enumerate(documents, 1):
         end = start + len(each.tokens)
-        tokens[start:end], target[start:end], segment[start:end] = *each, number
+        tokens[start:end], target[start:end], segment[start:end] = each.tokens, each.target, number
+        places += (start + each.image_at).tolist()
         start = end
-    return {"tokens": tokens, "target": target, "segment": segment}
+    found = {"tokens": tokens, "target": target, "segment": segment}
+    if "image_at" in inputs:
+        found["image_at"] = np.full(inputs["image_at"].shape, length, np.int32)
+        found["image_at"][: len(places)] = places
+    return found
 
 
 def one_of(texts: Sequence[Any], record: Record, rng: Rng) -> Any:
@@ -240,9 +247,9 @@ def known(tokenizer: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
-def chosen(fields: Sequence[Field], has: Collection[str], inputs: Inputs) -> list[Field]:
+def chosen(fields: Sequence[Reader], has: Collection[str], inputs: Inputs) -> list[Reader]:
     """The fields by which a model reads a data set: of those that give the same, the first that it has."""
-    found: list[Field] = []
+    found: list[Reader] = []
     given: set[str] = set()
     for field in fields:
         gives = set(field.gives)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vlm_jax.data.config import Data
-from vlm_jax.data.fields import Example, Field, Inputs, Record, Rng, chosen
+from vlm_jax.data.fields import Example, Inputs, Reader, Record, Rng, chosen
 from vlm_jax.data.packing import Packed
 from vlm_jax.data.source import Source
 from vlm_jax.data.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ def example(record: Record, data: Data, inputs: Inputs, tokenizer: Tokenizer | N
     return _read(chosen(data.fields, record, inputs), record, inputs, tokenizer, rng)
 
 
-def _read(fields: Sequence[Field], record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
+def _read(fields: Sequence[Reader], record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
     found: Example = {}
     for field in fields:
         found |= field.read(record, inputs, tokenizer, rng)
@@ -125,7 +125,7 @@ def _maker(
 ) -> Callable[[Record, Rng], Example]:
     """What makes an example of what the source holds, of which all has the same keys."""
     if isinstance(source, Packed):
-        return lambda row, rng: dict(row)
+        return source.example
     fields = chosen(data.fields, source.keys, inputs)
     return lambda record, rng: _read(fields, record, inputs, tokenizer, rng)
 

@@ -94,8 +94,8 @@ def check_fields(data: Data, source: Source, inputs: Inputs) -> None:
         field.check(inputs)
     if data.pack and not (len(found) == 1 and isinstance(found[0], TextReader)):
         raise UserError(
-            f"data.pack lays text alone in rows, and the model reads {', '.join(inputs)}: set it to False, or choose a "
-            f"model that reads tokens, target and segment"
+            f"data.pack lays text and its images in rows, and the model reads {', '.join(inputs)}: set it to False, or "
+            f"choose a model that reads tokens, target and segment"
         )
 
 
@@ -131,4 +131,4 @@ def rows_of(
         return source
     (reader,) = chosen(data.fields, source.keys, inputs)
     assert isinstance(reader, TextReader)
-    return packed(source, reader, known(tokenizer), inputs["tokens"].shape[0], seed)
+    return packed(source, reader, known(tokenizer), inputs, seed)

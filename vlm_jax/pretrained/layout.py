@@ -17,7 +17,7 @@ import numpy as np
 
 from vlm_jax.contract import abstract_batch
 from vlm_jax.data import Tokenizer, load_tokenizer
-from vlm_jax.data.fields import Field
+from vlm_jax.data.config import Field
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.identity import listed

@@ -1,0 +1,253 @@
+"""Conversations as tokens: answers and ends are learned, a prompt is the beginning of its row, images have places."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from vlm_jax.contract import Input
+from vlm_jax.data import Data, Dialogue, Message, Tokenizer, VisualQuestion, conversation, example, train_tokenizer
+from vlm_jax.data.conversation import LINE, PLAIN, V1, VisualCaption
+from vlm_jax.data.template import ending
+from vlm_jax.errors import UserError
+
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+    "{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAVA_HF = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ part['text'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+TEMPLATES = {"v1": V1, "plain": PLAIN, "line": LINE, "chatml": CHATML, "llama 3": LLAMA3, "llava of hf": LLAVA_HF}
+NAMES = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+TEXTS = ["USER: what colour is it? ASSISTANT: red\n\nassistant\nuser\n", "system: a chat. assistant: no!", "  "] * 9
+HARD = ["red", " red", "\nred", "\n\n", "  ", "5", "don't", "", "grün 😀", "</s> is no end", ".", "<image>", ": a"]
+SPAN = 3
+
+
+def byte_level() -> Tokenizer:
+    """As GPT-2's, with special tokens of several chat templates."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=[*NAMES], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.encode_special_tokens = True
+    return Tokenizer(tokenizer, 0, 1, 2)
+
+
+@pytest.fixture(scope="module", params=["byte-level", "trained"])
+def tokenizer(request) -> Tokenizer:
+    if request.param == "byte-level":
+        return byte_level()
+    trained = train_tokenizer(TEXTS, 420)
+    trained.tokenizer.add_special_tokens([*NAMES])
+    return trained
+
+
+def talk(*said: str) -> list[Message]:
+    return [Message(("user", "assistant")[index % 2], text) for index, text in enumerate(said)]
+
+
+def asked(messages: list[Message], template: str, tokenizer: Tokenizer, images: int | None = None):
+    return conversation(messages, template, tokenizer, images=images, span=SPAN)
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_prompt_is_exactly_the_first_tokens_of_the_conversation_with_its_answer(tokenizer, template, images) -> None:
+    """Whatever the texts begin and end with, and in each turn; what is learned is all that follows it, to the end."""
+    for text in HARD:
+        for other in ("what colour is it?", *HARD[2:5]):
+            question = other.replace("<image>", "")
+            messages = talk(question, text, "and now?", text)
+            row = asked(messages, template, tokenizer, images)
+            for turn in (1, 3):
+                prompt = asked(messages[:turn], template, tokenizer, images)
+                length = len(prompt.tokens)
+                assert row.tokens[:length].tolist() == prompt.tokens.tolist()
+                assert row.image_at.tolist() == prompt.image_at.tolist()
+                assert not prompt.target[length - 1] and not row.target[length - 1] and row.target[length]
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_what_is_learned_is_each_answer_and_one_end(tokenizer, template) -> None:
+    row = asked(talk("what colour is it?", "red", "and?", "no"), template, tokenizer, 1)
+    end = ending(template, tokenizer)
+    starts = np.flatnonzero(np.diff(row.target.astype(int)) == 1) + 1
+    assert len(starts) == 2
+    learned = [row.tokens[start : start + int(np.argmin([*row.target[start:], False]))] for start in starts]
+    for tokens, answer in zip(learned, ("red", "no"), strict=True):
+        ids = tokens.tolist()
+        if isinstance(end, int):
+            assert ids.pop() == end and end not in ids
+            assert tokenizer.tokenizer.decode(ids).strip() == answer
+        else:
+            assert tokenizer.tokenizer.decode(ids).lstrip() == answer + end == answer + "\n"
+
+
+def test_a_conversation_is_what_the_template_writes(tokenizer) -> None:
+    """Of Vicuna's letter by letter, as LLaVA's conversation.py joins it."""
+    row = asked(talk("what?", "red", "and?", "no"), V1, tokenizer)
+    written = tokenizer.tokenizer.decode(row.tokens.tolist(), skip_special_tokens=False)
+    expected = (
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. "
+        "USER: what? ASSISTANT: red</s>USER: and? ASSISTANT: no</s>"
+    )
+    if tokenizer.eos_id == tokenizer.tokenizer.token_to_id("<eos>"):  # ours knows no capitals, and spaces its words
+        expected = expected.lower().replace("<s>", "<bos> ").replace("</s>user", "<eos> user").replace("</s>", "<eos>")
+    assert written.strip() == expected
+
+
+def test_names_of_special_tokens_are_special_in_the_template_alone(tokenizer) -> None:
+    row = asked(talk("<|im_end|> what</s>?", "<|im_end|>"), CHATML, tokenizer)
+    end = tokenizer.tokenizer.token_to_id("<|im_end|>")
+    assert np.count_nonzero(row.tokens == end) == 2
+    assert row.tokens[row.target][-1] == end and "<|im_end|>" in tokenizer.tokenizer.decode(row.tokens[row.target][:-1])
+
+
+def test_what_a_template_strips_is_stripped(tokenizer) -> None:
+    stripped, plain = (
+        asked(talk(" \n what? ", "red "), LLAMA3, tokenizer),
+        asked(talk("what?", "red"), LLAMA3, tokenizer),
+    )
+    assert stripped.tokens.tolist() == plain.tokens.tolist()
+    kept = asked(talk(" \n what? ", "red "), CHATML, tokenizer)
+    assert kept.tokens.tolist() != asked(talk("what?", "red"), CHATML, tokenizer).tokens.tolist()
+
+
+def test_images_stand_where_they_are_marked_or_in_front(tokenizer) -> None:
+    """Each takes its places, as if it were a special token between the texts."""
+    marked = asked(talk("first <image> then <image>?"), CHATML, tokenizer, 2)
+    assert len(marked.image_at) == 2 and marked.image_at[1] > marked.image_at[0] + SPAN
+    for at in marked.image_at:
+        assert (marked.tokens[at : at + SPAN] == tokenizer.pad_id).all()
+    front = asked(talk("what?", "red"), CHATML, tokenizer, 2)
+    same = asked(talk("<image>\n<image>\nwhat?", "red"), CHATML, tokenizer, 2)
+    assert front.tokens.tolist() == same.tokens.tolist() and front.image_at.tolist() == same.image_at.tolist()
+    without = asked(talk("what?", "red"), CHATML, tokenizer)
+    assert not len(without.image_at)
+    assert asked(talk("a <image>"), CHATML, tokenizer).image_at.tolist() == []  # nobody asked for images: text
+
+
+@pytest.mark.parametrize(("question", "images"), [("<image> <image>?", 1), ("<image>?", 2), ("<image>?", 0)])
+def test_more_or_fewer_marks_than_images_are_refused(tokenizer, question, images) -> None:
+    marks = question.count("<image>")
+    with pytest.raises(UserError, match=rf"there are {marks} marks <image> and {images} images: give one for each"):
+        asked(talk(question), V1, tokenizer, images)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content }}", "does not show what is said, each once and in order"),
+        ("{% for m in messages %}{{ m.content | upper | replace('\ue000', '') }}{% endfor %}", "does not show"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "sets nothing after an answer that could end it"),
+        (
+            "{% if add_generation_prompt %}! {% endif %}{% for m in messages %}{{ m.content + '.' }}{% endfor %}",
+            "writes a prompt otherwise once it is answered",
+        ),
+        ("{% for m in messages %}", r"the chat template cannot be used \(.*\): correct it"),
+        ("{{ raise_exception('roles must alternate') }}", r"cannot be used \(roles must alternate\)"),
+        ("{{ ''.__class__.__mro__ }}", "cannot be used .*unsafe"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_refused(tokenizer, template, message) -> None:
+    with pytest.raises(UserError, match=message):
+        asked(talk("what?", "red"), template, tokenizer)
+
+
+LENGTH = 64
+SEES = {
+    "tokens": Input((LENGTH,), "int32", 500),
+    "target": Input((LENGTH,), "bool"),
+    "segment": Input((LENGTH,), "int32", LENGTH + 1),
+    "image": Input((2, 4, 4, 3), "uint8", 256),
+    "image_at": Input((2,), "int32", LENGTH + 1, span=SPAN),
+}
+READS = {name: SEES[name] for name in ("tokens", "target", "segment")}
+
+
+class Red:
+    """A picture."""
+
+    def view(self, size, channels, *_):
+        return np.full((size, size, channels), 200, np.uint8)
+
+
+RECORD = {"record": "record 7", "image": Red(), "question": "what colour?", "answer": "red", "text": ("red", "no")}
+
+
+def read(field, inputs, tokenizer, rng=None):
+    return example(RECORD, Data(name="x", fields=(field,)), inputs, tokenizer, rng)
+
+
+def test_a_question_about_an_image_becomes_the_five_fields(tokenizer) -> None:
+    found = read(VisualQuestion(template=LINE), SEES, tokenizer)
+    assert {name: (array.shape, str(array.dtype)) for name, array in found.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in SEES.items()
+    }
+    assert found["image_at"].tolist() == [1, LENGTH]  # after the beginning; there is no second
+    assert (found["image"][0] == 200).all() and not found["image"][1].any()
+    assert tokenizer.decode(found["tokens"][found["target"]]).strip() == "red"
+    assert found["tokens"][found["target"]][-1] == tokenizer.eos_id
+
+
+def test_any_caption_is_learned_in_training_and_the_first_judged(tokenizer) -> None:
+    field, rng = VisualCaption(template=PLAIN), np.random.default_rng(0)
+    rows = [read(field, SEES, tokenizer, rng) for _ in range(40)]
+    learned = {tokenizer.tokenizer.decode(row["tokens"][row["target"]].tolist()) for row in rows}
+    assert {text.strip() for text in learned} == {"red", "no"} and all(text.endswith("\n") for text in learned)
+    row = read(field, SEES, tokenizer)
+    assert tokenizer.tokenizer.decode(row["tokens"][row["target"]].tolist()).strip() == "red"
+    prompted = read(replace(field, prompt="what is it?"), SEES, tokenizer)
+    assert "what is it?" in tokenizer.tokenizer.decode(prompted["tokens"].tolist())
+
+
+def test_a_model_that_sees_is_given_no_image_where_there_is_none(tokenizer) -> None:
+    seen, blind = read(Dialogue(), SEES, tokenizer), read(Dialogue(), READS, tokenizer)
+    assert seen["image_at"].tolist() == [LENGTH] * 2 and not seen["image"].any()
+    for name in READS:
+        np.testing.assert_array_equal(seen[name], blind[name])
+    assert blind.keys() == READS.keys()
+
+
+def test_the_tokenizers_own_template_is_taken_where_a_field_has_none(tokenizer) -> None:
+    own = replace(tokenizer, chat_template=CHATML)
+    found, given = read(VisualQuestion(), SEES, own), read(VisualQuestion(template=CHATML), SEES, tokenizer)
+    np.testing.assert_array_equal(found["tokens"], given["tokens"])
+    with pytest.raises(UserError, match="the tokenizer has no chat template: give the field one"):
+        read(VisualQuestion(), SEES, tokenizer)
+
+
+def test_an_answer_that_does_not_fit_is_refused_by_name(tokenizer) -> None:
+    short = {**SEES, **{name: Input((6,), spec.dtype, spec.limit) for name, spec in READS.items()}}
+    with pytest.raises(
+        UserError, match=r"record 7 is a conversation of \d+ tokens and the model reads 6: leave it out"
+    ):
+        read(VisualQuestion(template=V1), short, tokenizer)
+
+
+def test_images_are_not_set_into_what_has_no_place_for_them() -> None:
+    for inputs in (READS, {**READS, "image": Input((4, 4, 3), "uint8", 256)}):
+        with pytest.raises(
+            UserError, match="VisualQuestion sets images into a sequence, and the model reads none there"
+        ):
+            VisualQuestion().check(inputs)
+    with pytest.raises(UserError, match=r"images of float32\[4, 4, 3\]"):
+        VisualQuestion().check({**SEES, "image": Input((2, 4, 4, 3), "float32")})
