@@ -27,7 +27,7 @@ from vlm_jax.data import (
     versions,
 )
 from vlm_jax.errors import UserError
-from vlm_jax.experiment import Distributed, Experiment, data_of, model_of, to_record
+from vlm_jax.experiment import Distributed, Experiment, model_of, to_record
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import batch_shards, check_batch_size, make_mesh, process_rows, to_global
 from vlm_jax.start import Start
@@ -80,7 +80,7 @@ def run(preset: str, experiment: Experiment) -> None:
     mesh = make_mesh(training.mesh)
     check_batch_size(training.batch_size, mesh, training.micro_steps)
     workdir, data_dir = (local_path(path) for path in (experiment.workdir or f"runs/{preset}", experiment.data_dir))
-    model, data = model_of(experiment), data_of(experiment)
+    model, data = model_of(experiment), experiment.data
     check_sampling(model, experiment.sampling)
     sources = open_training_data(data, model.inputs, data_dir)
     held_out = None if data.validation is None else open_data(data, data.validation, model.inputs, data_dir)

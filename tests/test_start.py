@@ -88,6 +88,12 @@ def test_another_function_of_the_same_shapes_is_refused_by_the_setting(changes: 
         check_configs(INTO_VISION, CLIP, other)
 
 
+def test_a_tower_of_other_pixels_is_another_function() -> None:
+    other = Seeing(replace(IMAGE, std=(0.25,)))
+    with pytest.raises(UserError, match=r"\(vision\.std: \(0\.5,\) -> \(0\.25,\)\)"):
+        check_configs(INTO_VISION, CLIP, other)
+
+
 def test_settings_of_how_a_function_is_computed_or_trained_may_differ() -> None:
     how = replace(TRANSFORMER, scan=True, remat="all", dtype="bfloat16", dropout=0.1)
     check_configs(INTO_VISION, CLIP, Seeing(replace(IMAGE, transformer=how)))

@@ -20,7 +20,7 @@ from tools.peers import compare
 from vlm_jax.commandline import command
 from vlm_jax.contract import Input, Model, abstract_batch, check_batch
 from vlm_jax.data import make_tokenizer, open_training_data, rows_of, train_batches
-from vlm_jax.experiment import Experiment, data_of, model_of
+from vlm_jax.experiment import Experiment, model_of
 from vlm_jax.files import check_writable, write_output
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import check_batch_size, make_mesh, process_rows, to_global
@@ -121,7 +121,7 @@ def benchmark(experiment: Experiment, *, pipeline: bool = True) -> Results:
 
 def pipeline_rate(model: Model, experiment: Experiment, mesh: Mesh) -> float:
     """Examples a second from the data set to checked host arrays, over all processes, while no device computes."""
-    data, training, data_dir = data_of(experiment), experiment.training, local_path(experiment.data_dir)
+    data, training, data_dir = experiment.data, experiment.training, local_path(experiment.data_dir)
     sources = open_training_data(data, model.inputs, data_dir)
     tokenizer = make_tokenizer(data, sources)
     batches = train_batches(

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 from vlm_jax.data import Data
-from vlm_jax.experiment import data_of
 from vlm_jax.workdir import Loaded
 
 
@@ -16,12 +15,6 @@ class OtherData:
 
 
 def choose_data(loaded: Loaded, other: OtherData) -> Data:
-    """The run's data, or another data set read as the run's is.
-
-    Raises:
-      UserError: there is neither.
-    """
-    if other.name is None:
-        return data_of(loaded.experiment)
-    plain, own = Data(name=other.name), loaded.experiment.data
-    return plain if own is None else replace(own, name=plain.name, mixture=plain.mixture, test=plain.test)
+    """The run's data, or another data set read as the run's is."""
+    own, plain = loaded.experiment.data, Data(name=other.name)
+    return own if other.name is None else replace(own, name=plain.name, mixture=plain.mixture, test=plain.test)

@@ -32,7 +32,7 @@ from vlm_jax.data import (
 from vlm_jax.data.fields import Inputs
 from vlm_jax.errors import UserError, check_seed
 from vlm_jax.evals import EVALUATIONS, Evaluation, Judge, Labelled, Subject
-from vlm_jax.experiment import ZeroShot, data_of
+from vlm_jax.experiment import ZeroShot
 from vlm_jax.files import check_writable, parse_json, write_output
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import MeshShape, batch_sharding, make_mesh
@@ -110,12 +110,12 @@ def evaluate(
             return lambda: on_device(rows, data, loaded, batch_size, inputs, batch_sharding(mesh))
 
         def training() -> Iterator[tuple[Batch, int]]:
-            own = data_of(loaded.experiment)
+            own = loaded.experiment.data
             for source in open_training_data(own, inputs, directory):
                 yield from batches(rows_of(source, own, inputs, loaded.tokenizer), own, inputs)()
 
         def training_texts() -> Iterator[str]:
-            for source in open_training_data(data_of(loaded.experiment), inputs, directory):
+            for source in open_training_data(loaded.experiment.data, inputs, directory):
                 yield from source.texts()
 
         one_by_one = batches(source, replace(read, pack=False), inputs)
@@ -144,8 +144,8 @@ def evaluate(
             records=source.strings,
             questions=one_by_one if sees and asks else None,
             captions=one_by_one if sees and not asks and "text" in source.keys else None,
-            training_texts=None if loaded.experiment.data is None else training_texts,
-            training=None if loaded.experiment.data is None else training,
+            training_texts=None if loaded.experiment.data.name is None else training_texts,
+            training=None if loaded.experiment.data.name is None else training,
             labelled=labelled,
             sampling=loaded.experiment.sampling,
             judge=None if judge is None else load_judge(judge, mesh),

@@ -23,11 +23,11 @@ from experiments.run import run
 from tools.evaluate import evaluate, sentence, tell
 from vlm_jax.commandline import command, require_one_process
 from vlm_jax.contract import abstract_batch
-from vlm_jax.data import example, open_source
+from vlm_jax.data import example, named, open_source
 from vlm_jax.data.find import find_data_set, full_name
 from vlm_jax.errors import UserError, check_seed
 from vlm_jax.evals.likelihood import mean_and_error
-from vlm_jax.experiment import Experiment, data_of, from_record
+from vlm_jax.experiment import Experiment, from_record
 from vlm_jax.files import check_writable, write_output
 from vlm_jax.models import build, family_of
 from vlm_jax.paths import local_path
@@ -140,7 +140,7 @@ def choose(names: tuple[str, ...], data: str) -> dict[str, Experiment]:
     for name in names:
         if name not in known:
             raise unknown_preset(name, known)
-        own = data_of(known[name]).name
+        own = known[name].data.name
         if own != data:
             raise UserError(f"{name} trains on {own}, not on {data}: leave it out, or change --data")
         if not has_likelihood(known[name]):
@@ -171,8 +171,8 @@ def begun(chosen: dict[str, Experiment], workdir: Path, data_dir: str | None) ->
 
 def held_out(experiment: Experiment, data_dir: str | None) -> str:
     """What two runs must share for their bits to be comparable."""
-    data, image = data_of(experiment), build(experiment.model).inputs["image"]
-    name, directory = data.name, local_path(data_dir or experiment.data_dir)
+    data, image = experiment.data, build(experiment.model).inputs["image"]
+    name, directory = named(data), local_path(data_dir or experiment.data_dir)
     if ":" not in name:  # a preset's; a run's record has the version
         name = full_name(find_data_set(name, directory), directory)
     return f"{name}, split {data.test}, shape {image.shape}, {image.limit} levels"
@@ -188,7 +188,7 @@ def complete(path: Path, experiment: Experiment) -> bool:
 
 def on_data(experiment: Experiment, data: str) -> bool:
     """Whether a preset belongs in the ledger of a data set."""
-    return data_of(experiment).name == data and has_likelihood(experiment)
+    return experiment.data.name == data and has_likelihood(experiment)
 
 
 def has_likelihood(experiment: Experiment) -> bool:
@@ -202,13 +202,13 @@ def measure(
 ) -> tuple[Int[np.ndarray, "n H W C"] | None, Row]:
     """A trained run's samples and its line; what was evaluated for it goes to `out`, for the run is only read."""
     model, experiment = loaded.model, loaded.experiment
-    data = data_of(experiment)
+    data = experiment.data
     results = evaluate(path, data_dir=str(data_dir), seed=seed, only=("likelihood",), out=out)
     bits, error = (results[f"likelihood/{metric}"] for metric in ("bits_per_dim", "bits_per_dim_standard_error"))
     if bits is None:
         raise UserError(f"the likelihood of {path} is not finite: train it anew, or leave it out of --presets")
     assert model.log_likelihood is not None and model.bound is not None
-    source = open_source(data.name, data.test, data_dir)
+    source = open_source(named(data), data.test, data_dir)
     records = [example(source[i], data, model.inputs, None, None) for i in range(min(TIMED, len(source)))]
     batch = {field: jnp.stack([record[field] for record in records]) for field in model.inputs}
     key = jax.random.key(seed)
@@ -250,12 +250,12 @@ def timed(call: Callable[[], jax.Array]) -> tuple[np.ndarray, float]:
 
 def baselines(experiment: Experiment, data_dir: Path) -> list[Row]:
     """What needs no training but a look at this run's: a model that does not beat them has learned little."""
-    data, image = data_of(experiment), build(experiment.model).inputs["image"]
+    data, image = experiment.data, build(experiment.model).inputs["image"]
     levels = image.limit
     assert levels is not None
 
     def images(split: str) -> Int[np.ndarray, "N D"]:
-        source = open_source(data.name, split, data_dir)
+        source = open_source(named(data), split, data_dir)
         return np.stack(
             [example(source[i], data, {"image": image}, None, None)["image"].ravel() for i in range(len(source))]
         )

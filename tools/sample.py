@@ -20,7 +20,7 @@ from vlm_jax.commandline import command, require_one_process
 from vlm_jax.contract import Model
 from vlm_jax.data import Source, example, open_data, prompts
 from vlm_jax.errors import UserError, check_seed
-from vlm_jax.experiment import Experiment, data_of, from_record
+from vlm_jax.experiment import Experiment, from_record
 from vlm_jax.files import check_writable
 from vlm_jax.models import build
 from vlm_jax.paths import local_path
@@ -228,7 +228,7 @@ def first_images(loaded: Loaded, source: Source, num: int) -> np.ndarray:
     """At most `num`, as many as there are."""
     records = [source[i] for i in range(min(num, len(source)))]
     inputs = {"image": loaded.model.inputs["image"]}
-    return np.stack([example(record, data_of(loaded.experiment), inputs, None, None)["image"] for record in records])
+    return np.stack([example(record, loaded.experiment.data, inputs, None, None)["image"] for record in records])
 
 
 def completions(loaded: Loaded, source: Source, options: Options) -> list[Row]:
@@ -260,7 +260,7 @@ def reconstructions(loaded: Loaded, source: Source, num: int) -> list[Row]:
 
 def nearest_images(loaded: Loaded, source: Source, prompts: tuple[str, ...], num: int) -> list[Row]:
     """Each caption with the images of the split nearest to it, the nearest first."""
-    model, data, tokenizer = loaded.model, data_of(loaded.experiment), loaded.tokenizer
+    model, data, tokenizer = loaded.model, loaded.experiment.data, loaded.tokenizer
     assert model.embed_image is not None and model.embed_text is not None and tokenizer is not None
     records = [source[i] for i in range(len(source))]
     captions = [record["text"][0] for record in records]

@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 
 from vlm_jax.data import Tokenizer, load_tokenizer
 from vlm_jax.errors import UserError
-from vlm_jax.experiment import Experiment, data_of, from_record
+from vlm_jax.experiment import Experiment, from_record
 from vlm_jax.lora import without_adapters
 from vlm_jax.paths import local_path
 from vlm_jax.start import check_configs, part_of, reads_tokens, taken
 from vlm_jax.train.step import TrainState, eval_variables
 from vlm_jax.train.terminal import say
-from vlm_jax.workdir import has_checkpoints, keeps_tokenizer, load, read_record, read_tokenizer, taken_from
+from vlm_jax.workdir import has_checkpoints, load, read_record, read_tokenizer, taken_from
 
 
 def facts_of_starts(experiment: Experiment, workdir: Path) -> list[dict[str, Any]]:
@@ -56,9 +56,9 @@ def tokenizer_of_starts(experiment: Experiment) -> Tokenizer | None:
     for start in experiment.start:
         workdir = local_path(start.workdir)
         source = from_record(read_record(workdir))
-        if keeps_tokenizer(workdir, source) and reads_tokens(part_of(source.model, start.take)):
+        if source.data.text is not None and reads_tokens(part_of(source.model, start.take)):
             tokenizers[start.workdir] = read_tokenizer(workdir)
-    text = data_of(experiment).text
+    text = experiment.data.text
     if tokenizers and text is not None and text.tokenizer is not None:
         tokenizers[text.tokenizer] = load_tokenizer(local_path(text.tokenizer))
     first, *others = tokenizers or [""]

@@ -65,8 +65,7 @@ class Experiment:
 
     model: Any
     """The `Config` of a family in `vlm_jax.models`."""
-    data: Data | None
-    """None: the model was trained elsewhere, on no data set that is known here."""
+    data: Data
     training: Annotated[Training, tyro.conf.arg(name="")]
     """Its fields have no prefix on the command line: `--steps`, `--optimizer.learning-rate`."""
     start: tuple[Start, ...] = ()
@@ -105,17 +104,6 @@ def model_of(experiment: Experiment) -> Model:
     """What a run trains: its family's model, with adapters where it has them."""
     model = build(experiment.model)
     return model if experiment.lora.rank is None else adapted(model, experiment.lora)
-
-
-def data_of(experiment: Experiment) -> Data:
-    """What the experiment reads.
-
-    Raises:
-      UserError: nothing that is known here.
-    """
-    if experiment.data is None:
-        raise UserError("the model was trained on no data set that is known here: give --data.name")
-    return experiment.data
 
 
 def to_record(

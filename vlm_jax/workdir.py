@@ -67,7 +67,7 @@ def load(workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = No
     experiment = from_record(read_record(workdir))
     if not has_checkpoints(workdir):
         raise UserError(f"{workdir} has no checkpoint yet: let the run reach its first one")
-    tokenizer = read_tokenizer(workdir) if keeps_tokenizer(workdir, experiment) else None
+    tokenizer = None if experiment.data.text is None else read_tokenizer(workdir)
     directory, facts = workdir / CHECKPOINTS, read_identity(workdir)
     with Checkpoints(directory, read_only=True, identity=facts) as checkpoints:
         model = model_of(experiment)
@@ -143,11 +143,6 @@ def read_identity(workdir: Path) -> dict[str, str]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): mend that") from error
     return facts
-
-
-def keeps_tokenizer(workdir: Path, experiment: Experiment) -> bool:
-    """Whether a run has a tokenizer; of a model that was trained elsewhere, the directory says so."""
-    return (workdir / TOKENIZER).exists() if experiment.data is None else experiment.data.text is not None
 
 
 def read_tokenizer(workdir: Path) -> Tokenizer:

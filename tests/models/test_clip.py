@@ -173,14 +173,20 @@ def test_siglip_reads_texts_without_a_causal_mask():
     np.testing.assert_allclose(encode(variables, shuffled), encode(variables, TOKENS), atol=1e-5)
 
 
-def test_levels_are_put_on_the_unit_range_before_the_tower():
-    """0 is -1 and 255 is 1."""
+def test_pixels_are_normalised_before_the_tower():
+    """0 is -1 and 255 is 1, unless the tower says otherwise."""
     variables = random_variables(CLIP)
     params = variables["params"]
-    x = jax.jit(VisionTower(CLIP.image).apply)({"params": params["image"]}, IMAGE.astype(np.float32) / 255 * 2 - 1)
-    x = x @ params["image_projection"]["kernel"]
+    tower = jax.jit(
+        lambda x, pooled: VisionTower(CLIP.image).apply({"params": params["image"]}, x, pooled=pooled), static_argnums=1
+    )
+    x = tower(IMAGE.astype(np.float32) / 255 * 2 - 1, True) @ params["image_projection"]["kernel"]
     expected = x / np.linalg.norm(x, axis=1, keepdims=True)
     np.testing.assert_allclose(embed_image("clip", variables), expected, atol=1e-5)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
+    model = clip.build(replace(CLIP, image=replace(CLIP.image, mean=mean, std=std)))
+    x = np.float32((IMAGE / 255 - np.array(mean)) / np.array(std))
+    np.testing.assert_allclose(jax.jit(model.image_features)(variables, IMAGE), tower(x, False), atol=1e-4)
 
 
 def test_a_text_without_end_is_refused_only_where_it_is_read_there():

@@ -11,7 +11,7 @@ import pytest
 import reference
 from vlm_jax.errors import UserError
 from vlm_jax.nn.transformer import Transformer
-from vlm_jax.nn.vision import VisionTower, VisionTransformer, patchify, unpatchify
+from vlm_jax.nn.vision import VisionTower, VisionTransformer, normalised, patchify, unpatchify
 
 RANDOM = np.random.default_rng(0)
 IMAGE = RANDOM.normal(size=(2, 8, 8, 3)).astype(np.float32)
@@ -83,6 +83,35 @@ def test_bfloat16_computes_every_product_in_bfloat16(pool: str):
     attentions = 1 if pool == "class" else 2
     assert sorted(products) == ["bf16"] * (len(products) - attentions) + ["f32"] * attentions
     assert jax.eval_shape(module.apply, variables, IMAGE).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_are_normalised_by_each_channel_s_mean_and_deviation(channels: int):
+    mean, std = (0.48145466, 0.4578275, 0.40821073)[:channels], (0.26862954, 0.26130258, 0.27577711)[:channels]
+    image = RANDOM.integers(0, 256, (2, 8, 8, channels)).astype(np.uint8)
+    plain = replace(CLASS, channels=channels)
+    np.testing.assert_allclose(normalised(image, plain), image / 127.5 - 1, atol=1e-6)
+    expected = (image / 255 - np.array(mean)) / np.array(std)
+    np.testing.assert_allclose(normalised(image, replace(plain, mean=mean, std=std)), expected, atol=1e-6)
+
+
+def test_a_mean_of_all_channels_is_that_of_each():
+    """So that a tower whose numbers are written either way is one tower, in colour and in grey."""
+    assert replace(CLASS, mean=(0.5, 0.5, 0.5)) == CLASS
+    assert replace(CLASS, channels=1).mean == CLASS.mean
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": (0.5, 0.4)}, r"mean is \[0\.5, 0\.4\] and images have 3 channels: give one number, or one of each"),
+        ({"mean": ()}, r"mean is \[\] and images have 3 channels"),
+        ({"std": (0.5, 0.0, 0.5)}, r"std is \[0\.5, 0\.0, 0\.5\], by which pixels are divided: each must be above 0"),
+    ],
+)
+def test_means_and_deviations_that_no_image_can_have_are_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        replace(CLASS, **changes)
 
 
 @pytest.mark.parametrize("size", [0, 3])

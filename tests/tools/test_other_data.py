@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image as PillowImage
 
 import vlm_jax
 from tools.data import OtherData, choose_data
 from tools.evaluate import evaluate, results_name
 from tools.sample import Options, sample
-from vlm_jax.data import Data
+from vlm_jax.data import Data, Image, open_data, open_training_data
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import from_record, to_record
 
 
 def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+    with PillowImage.open(path) as image:
         return np.asarray(image)
 
 
@@ -40,14 +40,16 @@ def test_another_data_set_needs_what_the_model_reads(clip_run: Path) -> None:
         evaluate(clip_run, OtherData(name="digits"))
 
 
-def test_a_run_without_data_asks_for_them(vae_run: Path) -> None:
-    """As that of a model which was trained elsewhere."""
+def test_a_run_without_data_asks_for_them(vae_run: Path, data_dir: Path) -> None:
+    """As that of a model which was trained elsewhere, whose images are made as they were there."""
     loaded = vlm_jax.load(vae_run)
-    foreign = replace(loaded, experiment=replace(loaded.experiment, data=None))
+    squashed = Data(name=None, fields=(Image(resize="squash"),))
+    foreign = replace(loaded, experiment=replace(loaded.experiment, data=squashed))
     assert from_record(to_record("vae-tiny", foreign.experiment, {})) == foreign.experiment
-    with pytest.raises(UserError, match=r"trained on no data set that is known here: give --data\.name"):
-        choose_data(foreign, OtherData())
-    assert choose_data(foreign, OtherData(name="digits")) == Data(name="digits")
+    for opened in (open_data, lambda data, split, *rest: open_training_data(data, *rest)):
+        with pytest.raises(UserError, match=r"trained on no data set that is known here: give --data\.name"):
+            opened(choose_data(foreign, OtherData()), "test", loaded.model.inputs, data_dir)
+    assert choose_data(foreign, OtherData(name="digits")) == replace(squashed, name="digits")
     assert choose_data(loaded, OtherData(name="openmoji")) == replace(loaded.experiment.data, name="openmoji")
 
 

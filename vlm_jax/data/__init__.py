@@ -1,7 +1,7 @@
 """Data sets by name, tokenizers, and the batches that models read."""
 
 from vlm_jax.data.class_names import class_names, read_class_names
-from vlm_jax.data.config import Data, Text
+from vlm_jax.data.config import Data, Text, named
 from vlm_jax.data.conversation import Dialogue, Message, VisualCaption, VisualQuestion, conversation
 from vlm_jax.data.fields import Caption, Document, Image, Label, Latent, prompts
 from vlm_jax.data.loader import evaluation_batches, example, train_batches
@@ -35,6 +35,7 @@ __all__ = [
     "examples",
     "load_tokenizer",
     "make_tokenizer",
+    "named",
     "open_data",
     "open_source",
     "open_training_data",

@@ -24,8 +24,9 @@ class Text:
 class Data:
     """A data set and how its records become examples, of the size and length that the model reads."""
 
-    name: str
-    """One of ours, such as openmoji, easy_vqa/captions or digits, or a data set that TFDS has prepared."""
+    name: str | None
+    """One of ours, such as openmoji, easy_vqa/captions or digits, or a data set that TFDS has prepared; None: what the
+    model was trained on is not here."""
     mixture: tuple[tuple[str, float], ...] = ()
     """Other data sets to train on with it, and how many of their examples for one of its own."""
     train: str = "train"
@@ -49,3 +50,14 @@ class Data:
         names = [self.name, *(name for name, _ in self.mixture)]
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"{repeated} is twice in the mixture: give it once, with the weight of both")
+
+
+def named(data: Data) -> str:
+    """The data set's name.
+
+    Raises:
+      UserError: there is none, for the model was trained elsewhere.
+    """
+    if data.name is None:
+        raise UserError("the model was trained on no data set that is known here: give --data.name")
+    return data.name

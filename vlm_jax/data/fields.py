@@ -4,14 +4,14 @@ import abc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from vlm_jax.contract import Input
 from vlm_jax.data.tokenizer import Tokenizer
-from vlm_jax.data.transforms import Box, centre_box, random_box, random_flip
+from vlm_jax.data.transforms import Box, Method, centre_box, random_box, random_flip, resample, square_box, whole_box
 from vlm_jax.errors import UserError
 
 Record = Mapping[str, Any]
@@ -42,11 +42,18 @@ class Reader(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Image(Reader):
-    """`image` uint8 [S, S, C]: scaled by the shorter side and cropped at the centre, in grey or RGB."""
+    """`image` uint8 [S, S, C]: a square of the picture, in grey or RGB."""
 
     takes = ("image",)
     gives = ("image",)
 
+    resize: Literal["crop", "squash", "pad"] = "crop"
+    """Scale by the shorter side and crop at the centre, as CLIP does; give up the proportions, as SigLIP does; or scale
+    by the longer side, with bars of one colour beside the picture, as LLaVA-1.5 does."""
+    pad_colour: tuple[int, int, int] = (0, 0, 0)
+    """Of the bars: red, green, blue."""
+    method: Method = "bicubic"
+    """By what filter to scale."""
     crop_min_area: float = 1.0
     """Random crops of training images keep at least this share of the area; 1.0: none."""
     flip: bool = False
@@ -55,6 +62,12 @@ class Image(Reader):
     def __post_init__(self) -> None:
         if not 0.0 < self.crop_min_area <= 1.0:
             raise UserError(f"crop_min_area is {self.crop_min_area}: it must lie in (0, 1], and 1 means no crops")
+        if self.crop_min_area < 1.0 and self.resize != "crop":
+            raise UserError(
+                f"crop_min_area is {self.crop_min_area} and resize {self.resize}, which crops nothing: choose one"
+            )
+        if not 0 <= min(self.pad_colour) <= max(self.pad_colour) <= 255:
+            raise UserError(f"pad_colour is {list(self.pad_colour)}: each must lie in [0, 255]")
 
     def check(self, inputs: Inputs) -> None:
         spec = inputs["image"]
@@ -66,10 +79,17 @@ class Image(Reader):
 
     def read(self, record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
         size, _, channels = inputs["image"].shape
-        choose: Callable[[int, int], Box] = centre_box
+        boxes: dict[str, Callable[[int, int], Box]] = {
+            "crop": partial(centre_box, size=size),
+            "squash": whole_box,
+            "pad": square_box,
+        }
+        choose = boxes[self.resize]
         if rng is not None and self.crop_min_area < 1.0:
             choose = partial(random_box, min_area=self.crop_min_area, rng=rng)
-        image = record["image"].view(size, channels, choose)
+        levels = inputs["image"].limit or 256
+        scale = partial(resample, levels=levels, method=self.method, around=self.pad_colour)
+        image = record["image"].view(size, channels, choose, scale)
         return {"image": image if rng is None or not self.flip else random_flip(image, rng)}
 
 

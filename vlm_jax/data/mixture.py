@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.data.config import Data
+from vlm_jax.data.config import Data, named
 from vlm_jax.data.fields import Inputs, Label, TextReader, chosen, known
 from vlm_jax.data.packing import Packed, packed
 from vlm_jax.data.source import Source, open_source
@@ -23,10 +23,11 @@ def open_data(data: Data, split: str, inputs: Inputs, data_dir: Path, *, name: s
       name: one of the mixture; None: the data set itself.
 
     Raises:
-      UserError: as `open_source`; or no field gives what the model reads, or the data set has nothing to make it of.
+      UserError: as `named` and `open_source`; or no field gives what the model reads, or the data set has nothing to
+        make it of.
     """
     label = next((field.name for field in data.fields if isinstance(field, Label)), None)
-    source = open_source(name or data.name, split, data_dir, label=label if "label" in inputs else None)
+    source = open_source(name or named(data), split, data_dir, label=label if "label" in inputs else None)
     check_fields(data, source, inputs)
     return source
 
@@ -37,7 +38,7 @@ def open_training_data(data: Data, inputs: Inputs, data_dir: Path) -> tuple[Sour
     Raises:
       UserError: as `open_data`; or the labels of two of them mean different things.
     """
-    names = [data.name, *(name for name, _ in data.mixture)]
+    names = [named(data), *(name for name, _ in data.mixture)]
     sources = tuple(open_data(data, data.train, inputs, data_dir, name=name) for name in names)
     for source in sources:
         if "label" in inputs and source.label_names != sources[0].label_names:

@@ -50,8 +50,14 @@ class Picture:
             shown = _shown(image, channels)
             return np.asarray(shown).reshape(shown.height, shown.width, channels)
 
-    def view(self, size: int, channels: int, choose: Callable[[int, int], Box]) -> np.ndarray:
-        """The box `choose(height, width)` of it, scaled to uint8 [size, size, channels] as `resample` does.
+    def view(
+        self,
+        size: int,
+        channels: int,
+        choose: Callable[[int, int], Box],
+        scale: Callable[[Image.Image, Box, int], np.ndarray] = resample,
+    ) -> np.ndarray:
+        """The box `choose(height, width)` of it, scaled to uint8 [size, size, channels] by `scale`.
 
         A JPEG that is much larger is decoded at a half, a quarter or an eighth of its size, which takes less time and
         hardly changes the result.
@@ -62,14 +68,14 @@ class Picture:
         with self._told(), Image.open(io.BytesIO(self.encoded)) as image:
             if image.format not in ("JPEG", "MPO"):
                 shown = _shown(image, channels)
-                return resample(shown, choose(shown.height, shown.width), size)
+                return scale(shown, choose(shown.height, shown.width), size)
             width, height = image.size
             box = choose(width, height) if _orientation(image) in (5, 6, 7, 8) else choose(height, width)
             spare = min(box[2] - box[0], box[3] - box[1]) / (_LEAST * size)
             factor = max(candidate for candidate in (1, 2, 4, 8) if candidate <= max(1, spare))
             image.draft("L" if channels == 1 else None, (width // factor, height // factor))
             left, upper, right, lower = (edge / factor for edge in box)
-            return resample(_shown(image, channels), (left, upper, right, lower), size)
+            return scale(_shown(image, channels), (left, upper, right, lower), size)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

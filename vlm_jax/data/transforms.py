@@ -1,18 +1,40 @@
 """Which part of an image is taken, and how it becomes the array that a model reads."""
 
 import math
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 Box = tuple[float, float, float, float]
 """Left, upper, right and lower edge in pixels."""
+Method = Literal["bicubic", "bilinear"]
+"""The filter by which an image is scaled."""
 
 
-def centre_box(height: int, width: int) -> Box:
-    """The largest square in the middle."""
-    side = min(height, width)
-    left, upper = (width - side) / 2, (height - side) / 2
+def centre_box(height: int, width: int, *, size: int) -> Box:
+    """The square in the middle, as CLIP's images are cropped, which is not always the very middle.
+
+    The image is thought of as scaled until its shorter side is `size`, the longer one a whole number of pixels, and cut
+    at a whole pixel.
+    """
+    if height > width:
+        upper, left, lower, right = centre_box(width, height, size=size)
+        return left, upper, right, lower
+    scaled = size * width // height
+    first = (scaled - size) // 2
+    return first * width / scaled, 0, (first + size) * width / scaled, height
+
+
+def whole_box(height: int, width: int) -> Box:
+    """All of it, whatever its shape."""
+    return 0, 0, width, height
+
+
+def square_box(height: int, width: int) -> Box:
+    """The smallest square around it; of an odd number of pixels outside, one more lies after it than before."""
+    side = max(height, width)
+    left, upper = -((side - width) // 2), -((side - height) // 2)
     return left, upper, left + side, upper + side
 
 
@@ -30,16 +52,42 @@ def random_box(height: int, width: int, min_area: float, rng: np.random.Generato
     return left, upper, left + box_width, upper + box_height
 
 
-def resample(image: Image.Image, box: Box, size: int) -> np.ndarray:
-    """The box of an image of mode L or RGB, scaled to uint8 [size, size, C] by a bicubic filter with antialiasing.
+def resample(
+    image: Image.Image,
+    box: Box,
+    size: int,
+    *,
+    levels: int = 256,
+    method: Method = "bicubic",
+    around: tuple[int, int, int] = (0, 0, 0),
+) -> np.ndarray:
+    """The box of an image of mode L or RGB, scaled to uint8 [size, size, C] with antialiasing.
 
-    A whole image of that size comes back as it is, so its values never change; and none exceeds the image's largest.
+    A whole image of that size comes back as it is, so its values never change.
+
+    Args:
+      levels: where there are fewer than 256, no value exceeds the image's largest.
+      around: the colour of what of the box lies outside the image.
     """
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
-    if pixels.max() < 255:
+    image, box = extended(image, box, around)
+    pixels = np.asarray(image.resize((size, size), Image.Resampling[method.upper()], box))
+    if levels < 256:
         # The filter overshoots at edges: of 17 levels it would make some that there are not.
         pixels = np.minimum(pixels, np.uint8(np.max(image.getextrema())))
     return pixels.reshape(size, size, -1)
+
+
+def extended(image: Image.Image, box: Box, colour: tuple[int, int, int]) -> tuple[Image.Image, Box]:
+    """The image with as much of a colour around it as holds the box, and where the box is then."""
+    # A box that was drawn up to an edge may lie beyond it by a rounding.
+    left, upper = (max(0, math.ceil(-edge - 1e-6)) for edge in box[:2])
+    right, lower = (max(0, math.ceil(edge - side - 1e-6)) for edge, side in zip(box[2:], image.size, strict=True))
+    if left == upper == right == lower == 0:
+        return image, box
+    width, height = image.width + left + right, image.height + upper + lower
+    canvas = Image.new("RGB", (width, height), colour).convert(image.mode)
+    canvas.paste(image, (left, upper))
+    return canvas, (box[0] + left, box[1] + upper, box[2] + left, box[3] + upper)
 
 
 def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from vlm_jax.contract import Model, Variables
-from vlm_jax.data.transforms import resample
+from vlm_jax.contract import Input, Model, Variables
+from vlm_jax.data.transforms import resample, whole_box
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class Judge:
         assert self.model.embed_image is not None
         embed = jax.jit(self.model.embed_image)
         spec = self.model.inputs["image"]
-        size, _, channels = spec.shape
         # Each level by that of its share of the whole range.
         scaled = np.round(np.arange(levels) * (((spec.limit or 256) - 1) / (levels - 1))).astype(np.uint8)
         vectors = []
         for batch in batches:
-            shown = np.stack([_shown(scaled[image], size, channels) for image in batch])
+            shown = np.stack([_shown(scaled[image], spec) for image in batch])
             vectors.append(np.asarray(embed(self.variables, shown)))
         return np.concatenate(vectors)
 
 
-def _shown(image: UInt8[np.ndarray, "H W C"], size: int, channels: int) -> UInt8[np.ndarray, "S S K"]:
+def _shown(image: UInt8[np.ndarray, "H W C"], spec: Input) -> UInt8[np.ndarray, "S S K"]:
+    size, _, channels = spec.shape
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     picture = picture.convert("L" if channels == 1 else "RGB")
-    return resample(picture, (0, 0, picture.width, picture.height), size)
+    return resample(picture, whole_box(picture.height, picture.width), size, levels=spec.limit or 256)

@@ -17,9 +17,8 @@ from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.nn.stack import Remat
 from vlm_jax.nn.text import TextTower, TextTransformer
 from vlm_jax.nn.transformer import Transformer
-from vlm_jax.nn.vision import VisionTower, VisionTransformer, vision_rules
+from vlm_jax.nn.vision import VisionTower, VisionTransformer, normalised, vision_rules
 from vlm_jax.objectives.contrastive import info_nce, sigmoid
-from vlm_jax.objectives.likelihood import to_unit_range
 
 MAX_SCALE = 100.0
 """The inverse temperature is clipped here (2103.00020, section 2.5)."""
@@ -111,14 +110,14 @@ class CLIP(nn.Module):
             self.logit_bias = self.param("logit_bias", nn.initializers.constant(-10.0), ())
 
     def embed_image(self, image: Int[Array, "B H W C"], *, train: bool = False) -> Float[Array, "B D"]:
-        x = self.image(to_unit_range(image, 256), train=train)
+        x = self.image(normalised(image, self.config.image), train=train)
         return unit(self.image_projection(x) if self.config.projection else x)
 
     def embed_text(self, tokens: Int[Array, "B T"], *, train: bool = False) -> Float[Array, "B D"]:
         return unit(self.text(tokens, train=train))
 
     def image_features(self, image: Int[Array, "B H W C"]) -> Float[Array, "B T D"]:
-        return self.image(to_unit_range(image, 256), pooled=False).astype(jnp.float32)
+        return self.image(normalised(image, self.config.image), pooled=False).astype(jnp.float32)
 
     def text_features(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return self.text.features(tokens).astype(jnp.float32)

@@ -27,9 +27,8 @@ from vlm_jax.nn.sequence import (
     positions,
     prefix_numbers,
 )
-from vlm_jax.nn.vision import VisionTower, VisionTransformer, vision_rules
+from vlm_jax.nn.vision import VisionTower, VisionTransformer, normalised, vision_rules
 from vlm_jax.objectives.language import cross_entropy, shares
-from vlm_jax.objectives.likelihood import to_unit_range
 from vlm_jax.sharding import under
 
 
@@ -109,7 +108,7 @@ class LLaVA(nn.Module):
     ) -> Float[Array, "B T"]:
         """Each part as a whole: features do not reach a tower's last layers, which a published tower has."""
         vision = self.config.vision
-        self.vision(to_unit_range(image[:, 0], 256))
+        self.vision(normalised(image[:, 0], vision))
         self.projector(jnp.zeros((1, (vision.image_size // vision.patch_size) ** 2, vision.transformer.width)))
         return self.language(tokens, segment, tokens)[0]
 
@@ -123,7 +122,8 @@ class LLaVA(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Tokens, and images in their places."""
         batch, images = image.shape[:2]
-        features = self.vision(to_unit_range(image.reshape(-1, *image.shape[2:]), 256), pooled=False, train=train)
+        pixels = normalised(image.reshape(-1, *image.shape[2:]), self.config.vision)
+        features = self.vision(pixels, pooled=False, train=train)
         features = self.projector(features)
         features = features.reshape(batch, images, *features.shape[1:])
         return place_images(self.language.embed(tokens), features, image_at)

@@ -1,12 +1,13 @@
 """The vision transformer."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Num, UInt8
 
 from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
@@ -26,6 +27,10 @@ class VisionTransformer:
     pre_norm: bool = False
     """Normalise the embedded patches before the first block, as CLIP does."""
     patch_bias: bool = True
+    mean: tuple[float, ...] = (0.5,)
+    """Of the pixels of [0, 1], taken from them: one of each channel, or one of all."""
+    std: tuple[float, ...] = (0.5,)
+    """What the rest is divided by, likewise. The defaults put pixels on [-1, 1]."""
     features: int = 0
     """Of how many blocks, counted from the last, features know nothing. 0: of none; they come from after the final norm
     (SigLIP, Stable Diffusion). 1: before the last block, without a norm (LLaVA)."""
@@ -33,6 +38,10 @@ class VisionTransformer:
 
     def __post_init__(self) -> None:
         check_patches(self.image_size, self.patch_size)
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, each_channel(name, getattr(self, name), self.channels))
+        if min(self.std) <= 0:
+            raise UserError(f"std is {list(self.std)}, by which pixels are divided: each must be above 0")
         feature_layers(self.transformer, self.features)
 
 
@@ -43,6 +52,21 @@ def check_patches(image_size: int, patch_size: int) -> None:
             f"an image of {image_size} pixels a side cannot be cut into patches of {patch_size}: "
             f"choose a patch_size that divides image_size"
         )
+
+
+def each_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A number of each channel, or the only one if they are the same, so that what is equal compares equal."""
+    if len(values) not in (1, channels):
+        raise UserError(
+            f"{name} is {list(values)} and images have {channels} channels: give one number, or one of each"
+        )
+    return tuple(values) if len(set(values)) > 1 else (values[0],)
+
+
+def normalised(image: UInt8[Array, "B H W C"], config: VisionTransformer) -> Float[Array, "B H W C"]:
+    """What the tower reads: (pixels / 255 - mean) / std, in fp32."""
+    mean, std = jnp.asarray(config.mean, jnp.float32), jnp.asarray(config.std, jnp.float32)
+    return image.astype(jnp.float32) * jnp.asarray([1 / (255 * each) for each in config.std], jnp.float32) - mean / std
 
 
 def patchify(image: Num[Array, "B H W C"], size: int) -> Num[Array, "B T D"]:
@@ -61,7 +85,7 @@ def unpatchify(patches: Num[Array, "B T D"], size: int, channels: int) -> Num[Ar
 
 
 class VisionTower(nn.Module):
-    """Image in [-1, 1] -> one vector, or one for each patch."""
+    """Image as `normalised` gives it -> one vector, or one for each patch."""
 
     config: VisionTransformer
 
