@@ -191,7 +191,7 @@ def test_a_coupling_starts_as_the_identity():
 
 
 def test_squeezing_gathers_squares_of_pixels():
-    x = jnp.arange(32).reshape(1, 4, 4, 2)
+    x = jnp.arange(32.0).reshape(1, 4, 4, 2)
     y = squeeze(x)
     np.testing.assert_array_equal(y[0, 0, 0], [0, 1, 2, 3, 8, 9, 10, 11])
     np.testing.assert_array_equal(unsqueeze(y), x)
@@ -200,6 +200,6 @@ def test_squeezing_gathers_squares_of_pixels():
 @pytest.mark.parametrize(("depth", "loops"), [(8, False), (9, True)])
 def test_a_short_stack_is_no_loop(depth: int, loops: bool):
     """In one, a convolution takes tens of times as long on the CPU."""
-    module = Repeated(partial(MaskedStep, 8, 8), depth)
+    module = Repeated(partial(MaskedStep, 8, partial(Step, 8)), depth)
     variables = jax.eval_shape(module.init, KEY, X)
     assert ("while" in jax.jit(module.apply).lower(variables, X).as_text()) == loops

@@ -9,7 +9,7 @@ import pytest
 
 from invertible import jacobian_log_det, random_variables
 from reference import conv, elu, random_params
-from vlm_jax.nn.coupling import MultiScale
+from vlm_jax.nn.coupling import MultiScale, Step
 from vlm_jax.nn.masked_flow import MaskedStep, MaskedUnit, RowFlow
 
 KEY = jax.random.key(0)
@@ -18,7 +18,7 @@ X = jax.random.normal(KEY, (3, 4, 4, 2))
 LAYERS = {
     "rows": RowFlow(8, 2),
     "unit": MaskedUnit(8),
-    "step": MaskedStep(8, 8, mixtures=2),
+    "step": MaskedStep(8, partial(Step, 8, mixtures=2)),
 }
 
 
@@ -40,7 +40,7 @@ def test_a_layer_is_undone_by_its_inverse_and_knows_its_determinant(name: str):
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_scales_of_masked_steps_are_undone(dtype: str):
     """In bfloat16 the networks round, and their input that the inverse has recovered rounds otherwise now and then."""
-    module = MultiScale(partial(MaskedStep, 8, 8, dtype=dtype), 2, 2)
+    module = MultiScale(partial(MaskedStep, 8, partial(Step, 8, dtype=dtype), dtype), 2, 2)
     x = jax.random.normal(KEY, (16, 4, 4, 1))
     variables = random_variables(module, x, scale=0.05)
     noise, log_det = jax.jit(module.apply)(variables, x)
@@ -92,7 +92,7 @@ def test_a_row_is_scaled_and_shifted_by_the_formula():
 
 def test_the_coupling_of_a_step_sees_the_context_and_drops_out_in_training():
     context = jax.random.normal(jax.random.key(1), (3, 4, 4, 2))
-    module, rngs = MaskedStep(8, 8, dropout=0.5), {"dropout": KEY}
+    module, rngs = MaskedStep(8, partial(Step, 8, dropout=0.5)), {"dropout": KEY}
     variables = random_params(jax.eval_shape(module.init, KEY, X, context))
     apply = jax.jit(partial(module.apply, rngs=rngs), static_argnames="train")
     still, _ = apply(variables, X, context)

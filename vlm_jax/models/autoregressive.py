@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.contract import Aux, Batch, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, empty_cache
+from vlm_jax.nn.images import Images
 from vlm_jax.nn.labels import check_classes, inferred_labels, label_input, sampling_labels
 from vlm_jax.nn.stack import unrolled
 from vlm_jax.nn.subpixels import MixtureHead, PatchEmbedding, SoftmaxHead, known_prefix, subpixel_rules
@@ -38,13 +39,9 @@ from vlm_jax.sampling.autoregressive import decode
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Images):
     """A causal transformer over the patches of an image."""
 
-    image_size: int
-    channels: int = 3
-    levels: int = 256
-    """Values of a sub-pixel: 0 ... levels - 1."""
     patch_size: int = 1
     mixtures: int | None = None
     """Logistics in each pixel's mixture; None: a softmax over the levels of each sub-pixel."""
@@ -167,10 +164,10 @@ def patch_length(config: Config) -> int:
 def build(config: Config) -> Model:
     """An exact density over images."""
     module: Any = Autoregressive(config)  # linen types what `apply` returns as a union
-    shape = (config.image_size, config.image_size, config.channels)
+    shape = config.shape
     length = (config.image_size // config.patch_size) ** 2
     conditions = label_input(config.classes)
-    inputs = {"image": Input(shape, "uint8", config.levels), **conditions}
+    inputs = {"image": config.image, **conditions}
 
     def init(key: Array, batch: Batch) -> Variables:
         return module.init(key, *(batch[name] for name in inputs))

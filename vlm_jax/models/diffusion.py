@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.contract import Aux, Batch, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.denoiser import (
     Denoiser,
@@ -21,6 +21,7 @@ from vlm_jax.nn.denoiser import (
     check_network,
     network_rules,
 )
+from vlm_jax.nn.images import ImagesOrLatents
 from vlm_jax.nn.labels import label_input, sampling_labels, training_labels
 from vlm_jax.objectives.diffusion import (
     Level,
@@ -52,14 +53,9 @@ BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ImagesOrLatents):
     """A network, the chain that it undoes, and what it predicts."""
 
-    image_size: int
-    channels: int = 3
-    levels: int | None = 256
-    """Values of a sub-pixel: 0 ... levels - 1. None: the data are real vectors, such as an autoencoder's latents, of
-    about unit variance; the model then has no likelihood of images."""
     network: Network
     timesteps: int = 1000
     betas: Literal["linear", "cosine"] = "linear"
@@ -101,7 +97,7 @@ def build(config: Config) -> Model:
     """Samples, and a bound on the likelihood where the data are levels."""
     learned = config.variance == "learned"
     module: Any = Denoiser(config.network, config.channels * (2 if learned else 1))
-    shape, network = (config.image_size, config.image_size, config.channels), config.network
+    shape, network = config.shape, config.network
     gammas = discrete_gammas(BETAS[config.betas](config.timesteps))
 
     def to_input(image: Num[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -249,9 +245,8 @@ def build(config: Config) -> Model:
         return x if config.levels is None else from_unit_range(x, config.levels)
 
     conditions = label_input(network.classes)
-    image = Input(shape, "float32") if config.levels is None else Input(shape, "uint8", config.levels)
     return Model(
-        inputs={"image": image, **conditions},
+        inputs={"image": config.image, **conditions},
         init=init,
         loss=loss,
         rules=network_rules(config.network),

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.contract import Aux, Batch, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.coupling import MultiScale, Repeated, Step, flow_rules, squeeze, unsqueeze
+from vlm_jax.nn.images import Images
 from vlm_jax.nn.masked_flow import MASKED_RULES, MaskedStep
 from vlm_jax.objectives.dequantisation import (
     from_logit,
@@ -32,13 +33,9 @@ from vlm_jax.objectives.likelihood import nats_to_bits_per_dim, subpixels, to_un
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Images):
     """Steps of actnorm, invertible convolution and coupling, at resolutions that halve."""
 
-    image_size: int
-    channels: int = 3
-    levels: int = 256
-    """Values of a sub-pixel: 0 ... levels - 1."""
     scales: int
     """Resolutions; the first is half the image's."""
     steps: int
@@ -88,7 +85,7 @@ class Flow(nn.Module):
         if c.dequantisation == "variational":
             self.dequantiser = Repeated(step, c.dequantisation_steps)
         if c.masked_width is not None:
-            step = partial(MaskedStep, c.masked_width, c.width, c.mixtures, c.dropout, c.dtype)
+            step = partial(MaskedStep, c.masked_width, step, c.dtype)
         self.flow = MultiScale(step, c.steps, c.scales)
 
     def __call__(
@@ -126,7 +123,7 @@ class Flow(nn.Module):
     def decode(self, latent: Float[Array, "B D"]) -> Int[Array, "B H W C"]:
         """The image whose bin holds what the noise stands for."""
         c = self.config
-        y = self.flow.invert(latent, (c.image_size, c.image_size, c.channels))
+        y = self.flow.invert(latent, c.shape)
         if c.logit_margin is None:
             return from_symmetric(y, c.levels)
         return from_logit(y, c.levels, c.logit_margin)
@@ -135,7 +132,7 @@ class Flow(nn.Module):
 def build(config: Config) -> Model:
     """A density over images: its likelihood is bounded from below."""
     module: Any = Flow(config)  # linen types what `apply` returns as a union
-    shape = (config.image_size, config.image_size, config.channels)
+    shape = config.shape
     draw = jax.random.normal if config.dequantisation == "variational" else jax.random.uniform
 
     def init(key: Array, batch: Batch) -> Variables:
@@ -169,7 +166,7 @@ def build(config: Config) -> Model:
         return module.apply(variables, temperature * jax.random.normal(key, (num, math.prod(shape))), method="decode")
 
     return Model(
-        inputs={"image": Input(shape, "uint8", config.levels)},
+        inputs={"image": config.image},
         init=init,
         loss=loss,
         rules=(*(() if config.masked_width is None else MASKED_RULES), *flow_rules(config.scales)),

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.contract import Aux, Batch, Model, Variables
 from vlm_jax.errors import UserError
+from vlm_jax.nn.images import Images
 from vlm_jax.objectives.dequantisation import to_level
 from vlm_jax.objectives.likelihood import nats_to_bits_per_dim, subpixels
 from vlm_jax.objectives.multivariate_normal import condition, log_density
@@ -27,13 +28,9 @@ JITTER = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Images):
     """A stationary kernel over the pixels of a square image."""
 
-    image_size: int
-    channels: int = 3
-    levels: int = 256
-    """Values of a sub-pixel: 0 ... levels - 1."""
     kernel: Literal["rbf", "matern12", "matern32", "matern52"]
     """Of the squared exponential or, with the smoothness 1/2, 3/2 or 5/2, of Matern."""
 
@@ -73,7 +70,7 @@ def covariance(config: Config, params: Variables) -> Float[Array, "D D"]:
 
 def build(config: Config) -> Model:
     """A density in closed form over images, which can be conditioned on any of their pixels."""
-    shape = (config.image_size, config.image_size, config.channels)
+    shape = config.shape
     dimensions = math.prod(shape)
 
     def init(key: Array, batch: Batch) -> Variables:
@@ -148,7 +145,7 @@ def build(config: Config) -> Model:
         return jnp.where(known[..., None], image, to_image(y))
 
     return Model(
-        inputs={"image": Input(shape, "uint8", config.levels)},
+        inputs={"image": config.image},
         init=init,
         loss=loss,
         rules=(

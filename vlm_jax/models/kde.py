@@ -16,21 +16,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.contract import Aux, Batch, Model, Variables
 from vlm_jax.errors import UserError
+from vlm_jax.nn.images import Images
 from vlm_jax.objectives.kernel_density import discretised_log_kernel, gaussian_log_kernel, mixture_log_density
 from vlm_jax.objectives.likelihood import nats_to_bits_per_dim, subpixels
 from vlm_jax.sharding import constrain
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Images):
     """A mean of Gaussians, one at each image of the batch that the model is initialised with."""
 
-    image_size: int
-    channels: int = 3
-    levels: int = 256
-    """Values of a sub-pixel: 0 ... levels - 1."""
     kernel: Literal["discretised", "gaussian"]
     """discretised: an exact probability of levels; gaussian: a density, and by uniform dequantisation a lower bound."""
     queries: int | None = None
@@ -60,7 +57,7 @@ def scott_factor(images: int, dimensions: int) -> float:
 
 def build(config: Config) -> Model:
     """A density in closed form over images, from the training images themselves."""
-    shape = (config.image_size, config.image_size, config.channels)
+    shape = config.shape
 
     def init(key: Array, batch: Batch) -> Variables:
         """Keeps the images of the batch: make it the whole training split."""
@@ -144,7 +141,7 @@ def build(config: Config) -> Model:
         return jnp.clip(jnp.round(centre + noise), 0, config.levels - 1).astype(jnp.uint8)
 
     return Model(
-        inputs={"image": Input(shape, "uint8", config.levels)},
+        inputs={"image": config.image},
         init=init,
         loss=loss,
         rules=((r"log_bandwidth$", ()),),

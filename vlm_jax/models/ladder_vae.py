@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.convolution import unroll
+from vlm_jax.nn.images import Images
 from vlm_jax.objectives.likelihood import (
     from_unit_range,
     gaussian_kl,
@@ -33,18 +34,17 @@ from vlm_jax.objectives.likelihood import (
 )
 from vlm_jax.sharding import constrain
 
+Seen = list[Float[Array, "B _ _ D"]]
+Noise = list[Float[Array, "_ B _ _ Z"]]
+"""Of the blocks of each resolution, the finest first."""
 MAX_LOG_DEVIATION = 5.0
 """Of priors and posteriors: beyond it a step of the optimizer can make a divergence that no gradient survives."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Images):
     """Residual blocks at resolutions that shrink to the coarsest and grow again."""
 
-    image_size: int
-    channels: int = 3
-    levels: int = 256
-    """Values of a sub-pixel: 0 ... levels - 1."""
     width: int
     """Channels of both ways."""
     hidden: int
@@ -199,7 +199,7 @@ class Encoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> list[Float[Array, "B h w D"]]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Seen:
         c = self.config
         x = nn.Conv(c.width, (3, 3), name="first")(x)
         seen = []
@@ -224,8 +224,8 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, seen: list[Float[Array, "B h w D"]] | None, noise: list[Float[Array, "L B h w Z"]], *, train: bool = False
-    ) -> tuple[Float[Array, "B H W O"], Terms, list[Float[Array, "L B h w Z"]]]:
+        self, seen: Seen | None, noise: Noise, *, train: bool = False
+    ) -> tuple[Float[Array, "B H W O"], Terms, Noise]:
         """`seen` is what the encoder tells; None: latents are drawn from their priors."""
         c, batch = self.config, noise[0].shape[1]
         x, parts = jnp.zeros((batch, c.sizes[-1], c.sizes[-1], c.width)), []
@@ -263,18 +263,16 @@ class LadderVAE(nn.Module):
         self.decoder = Decoder(self.config)
 
     def __call__(
-        self, image: Int[Array, "B H W C"], noise: list[Float[Array, "L B h w Z"]], *, train: bool = False
+        self, image: Int[Array, "B H W C"], noise: Noise, *, train: bool = False
     ) -> tuple[Float[Array, "B H W O"], Terms]:
         """The pixels' mixtures at latents of the posterior, and what the latents cost."""
         return self.decoder(self.encoder(to_unit_range(image, self.config.levels)), noise, train=train)[:2]
 
-    def encode(
-        self, image: Int[Array, "B H W C"], noise: list[Float[Array, "L B h w Z"]]
-    ) -> list[Float[Array, "L B h w Z"]]:
+    def encode(self, image: Int[Array, "B H W C"], noise: Noise) -> Noise:
         """The noise by which the prior would have drawn these latents of the posterior."""
         return self.decoder(self.encoder(to_unit_range(image, self.config.levels)), noise)[2]
 
-    def draw(self, noise: list[Float[Array, "L B h w Z"]]) -> Float[Array, "B H W O"]:
+    def draw(self, noise: Noise) -> Float[Array, "B H W O"]:
         """The pixels' mixtures at latents of the prior."""
         return self.decoder(None, noise)[0]
 
@@ -282,11 +280,11 @@ class LadderVAE(nn.Module):
 def build(config: Config) -> Model:
     """A latent-variable model of images: its likelihood is bounded from below."""
     module: Any = LadderVAE(config)  # linen types what `apply` returns as a union
-    shape = (config.image_size, config.image_size, config.channels)
+    shape = config.shape
     sizes = list(zip(config.sizes, config.decoder_blocks, strict=True))
     latents = {f"size_{size}": Input((blocks, size, size, config.latent), "float32") for size, blocks in sizes}
 
-    def draw_noise(key: Array, count: int) -> list[Float[Array, "L B h w Z"]]:
+    def draw_noise(key: Array, count: int) -> Noise:
         shapes = [(blocks, count, size, size, config.latent) for size, blocks in sizes]
         return [jax.random.normal(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes)]
 
@@ -337,7 +335,7 @@ def build(config: Config) -> Model:
         parts = module.apply(variables, image, noise, method="encode")
         return {name: jnp.moveaxis(part, 0, 1) for name, part in zip(latents, parts, strict=True)}
 
-    def decode(variables: Variables, given: Mapping[str, Float[Array, "B L h w Z"]]) -> Int[Array, "B H W C"]:
+    def decode(variables: Variables, given: Mapping[str, Float[Array, "B _ _ _ Z"]]) -> Int[Array, "B H W C"]:
         """The mean of each pixel's mixture."""
         noise = [jnp.moveaxis(given[name], 1, 0) for name in latents]
         outputs = module.apply(variables, noise, method="draw")
@@ -356,7 +354,7 @@ def build(config: Config) -> Model:
         return sample_logistic_mixture(pixel_key, outputs, config.channels, config.levels, temperature)
 
     return Model(
-        inputs={"image": Input(shape, "uint8", config.levels)},
+        inputs={"image": config.image},
         init=init,
         loss=loss,
         rules=(

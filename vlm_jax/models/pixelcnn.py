@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.contract import Aux, Batch, Model, Variables
 from vlm_jax.errors import UserError
+from vlm_jax.nn.images import Images
 from vlm_jax.nn.labels import check_classes, inferred_labels, label_input, sampling_labels
 from vlm_jax.nn.masked import GatedStack, Pixels, Rows, check_kernel, masked_rules
 from vlm_jax.nn.subpixels import MixtureHead, PatchEmbedding, SoftmaxHead, known_prefix, subpixel_rules
@@ -33,13 +34,9 @@ from vlm_jax.trees import unstack
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Images):
     """Gated masked convolutions over the pixels of an image."""
 
-    image_size: int
-    channels: int = 3
-    levels: int = 256
-    """Values of a sub-pixel: 0 ... levels - 1."""
     mixtures: int | None = None
     """Logistics in each pixel's mixture; None: a softmax over the levels of each sub-pixel."""
     classes: int | None = None
@@ -125,10 +122,9 @@ class PixelCNN(nn.Module):
 def build(config: Config) -> Model:
     """An exact density over images."""
     module: Any = PixelCNN(config)  # linen types what `apply` returns as a union
-    size = config.image_size
-    shape = (size, size, config.channels)
+    size, shape = config.image_size, config.shape
     conditions = label_input(config.classes)
-    inputs = {"image": Input(shape, "uint8", config.levels), **conditions}
+    inputs = {"image": config.image, **conditions}
 
     def init(key: Array, batch: Batch) -> Variables:
         return module.init(key, *(batch[name] for name in inputs))

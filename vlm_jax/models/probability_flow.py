@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.contract import Aux, Batch, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.denoiser import (
     Denoiser,
@@ -20,6 +20,7 @@ from vlm_jax.nn.denoiser import (
     check_network,
     network_rules,
 )
+from vlm_jax.nn.images import ImagesOrLatents
 from vlm_jax.nn.labels import label_input, sampling_labels, training_labels
 from vlm_jax.objectives.dequantisation import from_symmetric, to_symmetric
 from vlm_jax.objectives.diffusion import (
@@ -38,14 +39,9 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ImagesOrLatents):
     """A network and the path between noise and data."""
 
-    image_size: int
-    channels: int = 3
-    levels: int | None = 256
-    """Values of a sub-pixel: 0 ... levels - 1. None: the data are real vectors, such as an autoencoder's latents, of
-    about unit variance; the model then has no likelihood of images."""
     network: Network
     process: Literal["rectified_flow", "edm"] = "rectified_flow"
     """Straight lines from data to noise, learned as a velocity; or noise of growing deviation, with a preconditioned
@@ -77,7 +73,7 @@ def karras_times(steps: int) -> Float[Array, " N"]:
 def build(config: Config) -> Model:
     """Samples, and an estimate of the likelihood where the data are levels."""
     module: Any = Denoiser(config.network, config.channels)
-    shape, network = (config.image_size, config.image_size, config.channels), config.network
+    shape, network = config.shape, config.network
     straight = config.process == "rectified_flow"
     schedule = rectified_flow if straight else variance_exploding
 
@@ -169,9 +165,8 @@ def build(config: Config) -> Model:
         return x if config.levels is None else from_symmetric(x, config.levels)
 
     conditions = label_input(network.classes)
-    image = Input(shape, "float32") if config.levels is None else Input(shape, "uint8", config.levels)
     return Model(
-        inputs={"image": image, **conditions},
+        inputs={"image": config.image, **conditions},
         init=init,
         loss=loss,
         rules=network_rules(config.network),

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.contract import Aux, Batch, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, empty_cache
+from vlm_jax.nn.images import Images
 from vlm_jax.nn.labels import check_classes, label_input, sampling_labels, training_labels
 from vlm_jax.nn.stack import unrolled
 from vlm_jax.nn.transformer import TRANSFORMER_RULES, Transformer, TransformerStack
@@ -31,13 +32,9 @@ from vlm_jax.trees import map_with_path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Images):
     """A stack of autoregressive blocks over the patches of an image."""
 
-    image_size: int
-    channels: int = 3
-    levels: int = 256
-    """Values of a sub-pixel: 0 ... levels - 1."""
     patch_size: int = 1
     blocks: int
     classes: int | None = None
@@ -107,7 +104,7 @@ class Block(nn.Module):
     def parameters(
         self,
         before: Float[Array, "B T N"],
-        place: Float[Array, "#T D"],
+        place: Float[Array, "T D"] | Float[Array, " D"],
         label: Int[Array, " B"] | None,
         *,
         train: bool = False,
@@ -219,9 +216,9 @@ class TarFlow(nn.Module):
 def build(config: Config) -> Model:
     """A density over images, whose likelihood is bounded from below; with Gaussian noise, a sampler alone."""
     module: Any = TarFlow(config)  # linen types what `apply` returns as a union
-    c, shape = config, (config.image_size, config.image_size, config.channels)
+    c, shape = config, config.shape
     conditions = label_input(c.classes)
-    inputs = {"image": Input(shape, "uint8", c.levels), **conditions}
+    inputs = {"image": c.image, **conditions}
 
     def init(key: Array, batch: Batch) -> Variables:
         return module.init(key, patchify(to_unit_range(batch["image"], c.levels), c.patch_size), batch.get("label"))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.convolution import CONVOLUTION_RULES, GROUPS, downwards, upwards
+from vlm_jax.nn.images import Images
 from vlm_jax.objectives.likelihood import (
     from_unit_range,
     gaussian_kl,
@@ -32,13 +33,9 @@ from vlm_jax.sharding import constrain
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Images):
     """A Gaussian latent vector between a convolutional encoder and decoder."""
 
-    image_size: int
-    channels: int = 3
-    levels: int = 256
-    """Values of a sub-pixel: 0 ... levels - 1."""
     latent: int
     """Dimensions of the latent vector."""
     pseudo_inputs: int | None = None
@@ -113,7 +110,7 @@ class VAE(nn.Module):
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
         if c.pseudo_inputs is not None:
-            shape = (c.pseudo_inputs, c.image_size, c.image_size, c.channels)
+            shape = (c.pseudo_inputs, *c.shape)
             self.pseudo_inputs = self.param("pseudo_inputs", nn.initializers.zeros, shape)
 
     def encode(
@@ -165,7 +162,7 @@ class VAE(nn.Module):
 def build(config: Config) -> Model:
     """A latent-variable model of images: its likelihood is bounded from below."""
     module: Any = VAE(config)  # linen types what `apply` returns as a union
-    shape = (config.image_size, config.image_size, config.channels)
+    shape = config.shape
 
     def noise_like(image: Int[Array, "B H W C"], key: Array) -> Float[Array, "B Z"]:
         return jax.random.normal(key, (len(image), config.latent))
@@ -243,7 +240,7 @@ def build(config: Config) -> Model:
         *CONVOLUTION_RULES,
     )
     return Model(
-        inputs={"image": Input(shape, "uint8", config.levels)},
+        inputs={"image": config.image},
         init=init,
         loss=loss,
         rules=rules,

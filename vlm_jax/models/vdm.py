@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.contract import Aux, Batch, Model, Variables
 from vlm_jax.errors import UserError
+from vlm_jax.nn.conditioning import Image, Label
 from vlm_jax.nn.denoiser import (
     Denoiser,
     Network,
     check_network,
     network_rules,
 )
+from vlm_jax.nn.images import Images
 from vlm_jax.nn.labels import label_input, sampling_labels, training_labels
 from vlm_jax.nn.schedule import MONOTONE_SCHEDULE_RULES, MonotoneSchedule
 from vlm_jax.objectives.diffusion import (
@@ -40,13 +42,9 @@ from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, Solving
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Images):
     """A network, and the noise that it learns to undo."""
 
-    image_size: int
-    channels: int = 3
-    levels: int = 256
-    """Values of a sub-pixel: 0 ... levels - 1."""
     network: Network
     predict: Literal["eps", "x", "v"] = "eps"
     gamma_min: float = -13.3
@@ -105,14 +103,8 @@ class VDM(nn.Module):
         return self.schedule(t) if self.config.schedule == "monotone" else (t, jnp.ones_like(t))
 
     def __call__(
-        self,
-        x_t: Float[Array, "B H W C"],
-        gamma: Float[Array, "*B"],
-        label: Int[Array, " B"] | None = None,
-        *,
-        train: bool = False,
-        guidance: float = 1.0,
-    ) -> Float[Array, "B H W C"]:
+        self, x_t: Image, gamma: Float[Array, "*B"], label: Label = None, *, train: bool = False, guidance: float = 1.0
+    ) -> Image:
         """The prediction of x."""
         c = self.config
         if self.is_initializing():
@@ -131,7 +123,7 @@ class VDM(nn.Module):
 def build(config: Config) -> Model:
     """A bound on the likelihood, and samples by undoing the noise step by step."""
     module: Any = VDM(config)  # linen types what `apply` returns as a union
-    shape, network = (config.image_size, config.image_size, config.channels), config.network
+    shape, network = config.shape, config.network
 
     def init(key: Array, batch: Batch) -> Variables:
         image = batch["image"]
@@ -226,7 +218,7 @@ def build(config: Config) -> Model:
 
     conditions = label_input(network.classes)
     return Model(
-        inputs={"image": Input(shape, "uint8", config.levels), **conditions},
+        inputs={"image": config.image, **conditions},
         init=init,
         loss=loss,
         rules=(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.nn.fused_attention import fused_attention
+from vlm_jax.nn.fused_attention import Keys, Mask, Queries, fused_attention
 from vlm_jax.sharding import constrain
 
 Slot = Int[Array, " #B"] | Int[Array, ""] | int
@@ -32,13 +32,8 @@ def empty_cache(batch: int, length: int, heads: int, head_width: int, *, layers:
 
 
 def dot_product_attention(
-    query: Float[Array, "B T H d"],
-    key: Float[Array, "B S K d"],
-    value: Float[Array, "B S K d"],
-    mask: Bool[Array, "#B #H T S"] | None = None,
-    *,
-    causal: bool = False,
-) -> Float[Array, "B T H d"]:
+    query: Queries, key: Keys, value: Keys, mask: Mask = None, *, causal: bool = False
+) -> Queries:
     """softmax(q k^T / sqrt(d)) v, the softmax in fp32. Where `mask` is False nothing is attended to.
 
     K divides H: H / K neighbouring heads of queries share one of keys and values (2305.13245).
@@ -52,14 +47,7 @@ def dot_product_attention(
     return plain_attention(query, key, value, mask, causal=causal) if fused is None else fused
 
 
-def plain_attention(
-    query: Float[Array, "B T H d"],
-    key: Float[Array, "B S K d"],
-    value: Float[Array, "B S K d"],
-    mask: Bool[Array, "#B #H T S"] | None = None,
-    *,
-    causal: bool = False,
-) -> Float[Array, "B T H d"]:
+def plain_attention(query: Queries, key: Keys, value: Keys, mask: Mask = None, *, causal: bool = False) -> Queries:
     """`dot_product_attention` as its formula says, for every platform, shape and derivative."""
     batch, length, heads, width = query.shape
     _, context, shared, _ = key.shape
@@ -81,15 +69,15 @@ def plain_attention(
 
 
 def attend(
-    query: Float[Array, "B T H d"],
-    key: Float[Array, "B S K d"],
-    value: Float[Array, "B S K d"],
+    query: Queries,
+    key: Keys,
+    value: Keys,
     mask: Bool[Array, "#B #H T _"] | None,
     *,
     causal: bool,
     cache: Cache | None,
     slot: Slot,
-) -> tuple[Float[Array, "B T H d"], Cache | None]:
+) -> tuple[Queries, Cache | None]:
     """`dot_product_attention`, among what a cache holds where there is one.
 
     The keys and values, as many as the queries, then go into it from `slot` on, and the queries attend to all that is

@@ -7,8 +7,12 @@ from jaxtyping import Array, Float, Int
 from vlm_jax.contract import Rule
 from vlm_jax.sharding import constrain
 
+Image = Float[Array, "B H W C"]
+Time = Float[Array, " B"]
+Label = Int[Array, " B"] | None
 
-def timestep_features(time: Float[Array, " B"], count: int, *, endpoint: bool) -> Float[Array, "B F"]:
+
+def timestep_features(time: Time, count: int, *, endpoint: bool) -> Float[Array, "B F"]:
     """Sines, then cosines, of the time at frequencies that fall geometrically from 1 to 1/10000 (1706.03762).
 
     Args:
@@ -32,7 +36,7 @@ class Conditioning(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, time: Float[Array, " B"], label: Int[Array, " B"] | None = None) -> Float[Array, "B D"]:
+    def __call__(self, time: Time, label: Label = None) -> Float[Array, "B D"]:
         x = timestep_features(time, self.features, endpoint=self.endpoint)
         x = nn.Dense(self.width, dtype=self.dtype, name="time_in")(x)
         x = nn.Dense(self.width, dtype=self.dtype, name="time_out")(nn.silu(x))

@@ -8,6 +8,7 @@ predict the parameters of a coupling may run in another dtype.
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -19,6 +20,8 @@ from vlm_jax.nn.convolution import unroll
 from vlm_jax.sharding import constrain
 
 Image = Float[Array, "B H W C"]
+Half = Float[Array, "B H W c"]
+Context = Float[Array, "B H W E"]
 LogDet = Float[Array, " B"]
 
 MAX_LOG_SCALE = 2.0
@@ -194,13 +197,22 @@ class Coupling(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Image, context: Image | None = None, *, inverse: bool = False, train: bool = False
+        self, x: Image, context: Context | None = None, *, inverse: bool = False, train: bool = False
     ) -> tuple[Image, LogDet]:
         kept, changed = jnp.split(x, [x.shape[-1] // 2], axis=-1)
         condition = kept if context is None else jnp.concatenate([kept, context], axis=-1)
         net = CouplingNet(self.width, changed.shape[-1], self.mixtures, self.dropout, self.dtype, name="net")
         changed, log_det = transform(changed, net(condition, train=train), self.mixtures, inverse=inverse)
         return jnp.concatenate([kept, changed], axis=-1), log_det
+
+
+def in_turn(x: Image, *layers: Callable[..., tuple[Image, LogDet]], inverse: bool) -> tuple[Image, LogDet]:
+    """The layers one after the other; their inverses from the last on."""
+    log_dets = []
+    for layer in reversed(layers) if inverse else layers:
+        x, log_det = layer(x, inverse=inverse)
+        log_dets.append(log_det)
+    return x, sum(log_dets[1:], log_dets[0])
 
 
 class Split(nn.Module):
@@ -210,7 +222,7 @@ class Split(nn.Module):
     """
 
     @nn.compact
-    def __call__(self, x: Image, noise: Image | None = None) -> tuple[Image, Image, LogDet]:
+    def __call__(self, x: Image, noise: Half | None = None) -> tuple[Half, Half, LogDet]:
         """The channels that go on, the others, and the log-determinant; of given noise, the inverse."""
         kept, other = jnp.split(x, 2, axis=-1) if noise is None else (x, noise)
         init = nn.initializers.zeros
@@ -229,19 +241,11 @@ class Step(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Image, context: Image | None = None, *, inverse: bool = False, train: bool = False
+        self, x: Image, context: Context | None = None, *, inverse: bool = False, train: bool = False
     ) -> tuple[Image, LogDet]:
         coupling = Coupling(self.width, self.mixtures, self.dropout, self.dtype, name="coupling")
-        norm, convolution = ActNorm(name="norm"), InvertibleConv(name="convolution")
-        if inverse:
-            x, first = coupling(x, context, inverse=True, train=train)
-            x, second = convolution(x, inverse=True)
-            x, third = norm(x, inverse=True)
-        else:
-            x, first = norm(x)
-            x, second = convolution(x)
-            x, third = coupling(x, context, train=train)
-        return x, first + second + third
+        told = partial(coupling, context=context, train=train)
+        return in_turn(x, ActNorm(name="norm"), InvertibleConv(name="convolution"), told, inverse=inverse)
 
 
 class Repeated(nn.Module):
@@ -253,7 +257,7 @@ class Repeated(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Image, context: Image | None = None, *, inverse: bool = False, train: bool = False
+        self, x: Image, context: Context | None = None, *, inverse: bool = False, train: bool = False
     ) -> tuple[Image, LogDet]:
         def body(step: nn.Module, carry: tuple[Image, LogDet]) -> tuple[tuple[Image, LogDet], None]:
             x, log_det = carry

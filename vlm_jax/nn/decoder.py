@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, Slot, attend
-from vlm_jax.nn.stack import Remat, stack
+from vlm_jax.nn.stack import StackConfig, stack
 from vlm_jax.sharding import constrain
 
 
@@ -37,17 +37,12 @@ class RotaryScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Sizes of a stack of pre-norm blocks with rotary positions, shared keys and values, and gated feed-forward."""
+class DecoderConfig(StackConfig):
+    """Sizes of a stack of blocks with rotary positions, shared keys and values, and gated feed-forward."""
 
-    width: int
-    depth: int
-    heads: int
     kv_heads: int
     """Heads of keys and values, each of which heads / kv_heads neighbouring heads of queries share (2305.13245)."""
     head_width: int
-    mlp: int
-    """Hidden units of each feed-forward layer."""
     rope_base: float = 10_000.0
     rope_scaling: RotaryScaling | None = None
     qk_norm: Literal["none", "rms", "layer"] = "none"
@@ -56,14 +51,6 @@ class DecoderConfig:
     qkv_bias: bool = False
     """As Qwen2 (2407.10671)."""
     norm_eps: float = 1e-5
-    dropout: float = 0.0
-    """Share of each residual branch's output that is dropped in training."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters are float32."""
-    scan: bool = True
-    """Compile one block and loop over the layers; False unrolls them."""
-    remat: Remat = "none"
-    """What to compute again in the backward pass instead of keeping it: nothing, all but products, or each block."""
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
@@ -82,6 +69,15 @@ class Rotation(NamedTuple):
 
     cos: Float[Array, "B T 1 d2"]
     sin: Float[Array, "B T 1 d2"]
+
+
+class Setting(NamedTuple):
+    """What the attention of every layer is told of the tokens."""
+
+    rotation: Rotation
+    mask: Bool[Array, "#B #H T _"] | None
+    slot: Slot
+    """Where in a cache the tokens go."""
 
 
 def rotary_frequencies(config: DecoderConfig) -> list[float]:
@@ -119,13 +115,7 @@ class RotaryAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rotation: Rotation,
-        mask: Bool[Array, "#B #H T _"] | None,
-        slot: Slot,
-        causal: bool,
-        cache: Cache | None,
+        self, x: Float[Array, "B T D"], told: Setting, causal: bool, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config
 
@@ -143,10 +133,10 @@ class RotaryAttention(nn.Module):
                     )
             return y
 
-        query = rotate(normalised("query_norm", project("query", c.heads, "heads")), rotation)
-        key = rotate(normalised("key_norm", project("key", c.kv_heads, "kv_heads")), rotation)
+        query = rotate(normalised("query_norm", project("query", c.heads, "heads")), told.rotation)
+        key = rotate(normalised("key_norm", project("key", c.kv_heads, "kv_heads")), told.rotation)
         value = project("value", c.kv_heads, "kv_heads")
-        y, cache = attend(query, key, value, mask, causal=causal, cache=cache, slot=slot)
+        y, cache = attend(query, key, value, told.mask, causal=causal, cache=cache, slot=told.slot)
         out = nn.Dense(c.width, use_bias=False, kernel_init=branch_init(c), dtype=c.dtype, name="out")
         return out(y.reshape(*x.shape[:2], -1)), cache
 
@@ -176,20 +166,13 @@ class DecoderBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rotation: Rotation,
-        mask: Bool[Array, "#B #H T _"] | None,
-        slot: Slot,
-        causal: bool,
-        train: bool,
-        cache: Cache | None = None,
+        self, x: Float[Array, "B T D"], told: Setting, causal: bool, train: bool, cache: Cache | None = None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config
         dropout = nn.Dropout(c.dropout, deterministic=not train)
         x = constrain(x, "batch", None, None)
         y = nn.RMSNorm(c.norm_eps, dtype=c.dtype, name="attention_norm")(x)
-        y, cache = RotaryAttention(c, name="attention")(y, rotation, mask, slot, causal, cache)
+        y, cache = RotaryAttention(c, name="attention")(y, told, causal, cache)
         x = x + dropout(y)
         y = nn.RMSNorm(c.norm_eps, dtype=c.dtype, name="mlp_norm")(x)
         return x + dropout(SwiGLU(c, name="mlp")(y)), cache
@@ -218,8 +201,8 @@ class Decoder(nn.Module):
         layers are then `unrolled`.
         """
         c = self.config
-        rotation = rotary(positions, c)
-        x, cache = stack(DecoderBlock, c, x.astype(c.dtype), rotation, mask, slot, causal, train, cache=cache)
+        told = Setting(rotary(positions, c), mask, slot)
+        x, cache = stack(DecoderBlock, c, x.astype(c.dtype), told, causal, train, cache=cache)
         return nn.RMSNorm(c.norm_eps, dtype=c.dtype, name="final_norm")(constrain(x, "batch", None, None)), cache
 
 

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
+from vlm_jax.nn.conditioning import Image, Label, Time
 from vlm_jax.nn.dit import DiT, DiTTower, dit_rules
 from vlm_jax.nn.labels import check_classes
 from vlm_jax.nn.unet import UNet, UNetTower, check_unet, unet_rules
@@ -45,9 +46,9 @@ class Denoiser(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B H W C"],
-        time: Float[Array, "*B"],
-        label: Int[Array, " B"] | None = None,
+        x: Image,
+        time: Time | Float[Array, ""],
+        label: Label = None,
         *,
         train: bool = False,
         guidance: float = 1.0,

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import ATTENTION_RULES, Attention
-from vlm_jax.nn.conditioning import Conditioning, conditioning_rules
+from vlm_jax.nn.conditioning import Conditioning, Image, Label, Time, conditioning_rules
 from vlm_jax.nn.stack import stack
 from vlm_jax.nn.transformer import MLP, Transformer
 from vlm_jax.nn.vision import patchify, unpatchify
@@ -79,14 +79,7 @@ class DiTTower(nn.Module):
     classes: int | None = None
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B H W C"],
-        time: Float[Array, " B"],
-        label: Int[Array, " B"] | None = None,
-        *,
-        train: bool = False,
-    ) -> Float[Array, "B H W O"]:
+    def __call__(self, x: Image, time: Time, label: Label = None, *, train: bool = False) -> Float[Array, "B H W O"]:
         p, c = self.config.patch_size, self.config.transformer
         side = x.shape[1] // p
         condition = Conditioning(c.width, TIME_FEATURES, False, self.classes, c.dtype, name="conditioning")(time, label)

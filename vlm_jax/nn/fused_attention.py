@@ -9,6 +9,11 @@ from jaxtyping import Array, Bool, Float
 
 from vlm_jax.sharding import batch_shards, partition_spec, platform
 
+Queries = Float[Array, "B T H d"]
+Keys = Float[Array, "B S K d"]
+"""And values: of K heads, each of which H / K neighbouring heads of queries share."""
+Mask = Bool[Array, "#B #H T S"] | None
+
 SHORTEST = 64
 """Tokens from which there is something to save: below, the logits are no larger than the keys."""
 LANES = 128
@@ -16,14 +21,7 @@ LANES = 128
 a v5e's program moves a third more bytes with the kernel than without, at 256 a third less."""
 
 
-def fused_attention(
-    query: Float[Array, "B T H d"],
-    key: Float[Array, "B S K d"],
-    value: Float[Array, "B S K d"],
-    mask: Bool[Array, "#B #H T S"] | None,
-    *,
-    causal: bool,
-) -> Float[Array, "B T H d"] | None:
+def fused_attention(query: Queries, key: Keys, value: Keys, mask: Mask, *, causal: bool) -> Queries | None:
     """`dot_product_attention` by a kernel of the platform that is compiled for; None: it has none for this case.
 
     The kernels read a shared head of keys and values where it lies, and have a derivative in reverse mode only.
@@ -47,14 +45,7 @@ def fused_attention(
     return None
 
 
-def cudnn_attention(
-    query: Float[Array, "B T H d"],
-    key: Float[Array, "B S K d"],
-    value: Float[Array, "B S K d"],
-    mask: Bool[Array, "#B #H T S"] | None,
-    *,
-    causal: bool,
-) -> Float[Array, "B T H d"]:
+def cudnn_attention(query: Queries, key: Keys, value: Keys, mask: Mask, *, causal: bool) -> Queries:
     """cuDNN's, whose derivative jax offers for even lengths only: what pads S is masked, what pads T is cut off."""
     length, context = query.shape[1], key.shape[1]
     lengths = {}
@@ -68,14 +59,7 @@ def cudnn_attention(
     return attention(query, key, value, **lengths)[:, :length]
 
 
-def pallas_attention(
-    query: Float[Array, "B T H d"],
-    key: Float[Array, "B S K d"],
-    value: Float[Array, "B S K d"],
-    *,
-    causal: bool,
-    interpret: bool = False,
-) -> Float[Array, "B T H d"]:
+def pallas_attention(query: Queries, key: Keys, value: Keys, *, causal: bool, interpret: bool = False) -> Queries:
     """Splash attention on one TPU; what pads S to whole blocks is masked, what pads T is cut off.
 
     Args:

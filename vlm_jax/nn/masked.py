@@ -25,7 +25,7 @@ class Pixels(NamedTuple):
     """What a layer's horizontal convolution reads in a row: the pixels so far, and what the vertical stack tells."""
 
     pixels: Float[Array, "B 1 Wk D"]
-    link: Float[Array, "B 1 W 2D"]
+    link: Float[Array, "B 1 W D2"]
 
 
 def check_kernel(kernel: int) -> None:
@@ -34,7 +34,7 @@ def check_kernel(kernel: int) -> None:
         raise UserError(f"the kernel of a masked convolution is {kernel} pixels a side: choose an odd number")
 
 
-def gate(x: Float[Array, "*B 2D"]) -> Float[Array, "*B D"]:
+def gate(x: Float[Array, "*B D2"]) -> Float[Array, "*B D"]:
     """tanh(a) sigmoid(b) of the two halves."""
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.tanh(a) * nn.sigmoid(b)
@@ -86,7 +86,7 @@ class GatedLayer(nn.Module):
 
     def vertical(
         self, window: Float[Array, "B Rk W D"], label: Int[Array, " B"] | None, *, train: bool = False
-    ) -> tuple[Float[Array, "B R W D"], Float[Array, "B R W 2D"]]:
+    ) -> tuple[Float[Array, "B R W D"], Float[Array, "B R W D2"]]:
         """Rows below a margin -> the rows of the next layer, and what they tell the horizontal stack."""
         margin = self.kernel // 2
         x = self.vertical_conv(jnp.pad(window, ((0, 0), (0, 0), (margin, margin), (0, 0))))
@@ -98,7 +98,7 @@ class GatedLayer(nn.Module):
     def horizontal(
         self,
         window: Float[Array, "B R Wk D"],
-        link: Float[Array, "B R W 2D"],
+        link: Float[Array, "B R W D2"],
         label: Int[Array, " B"] | None,
         *,
         train: bool = False,

@@ -4,6 +4,8 @@ A layer transforms every row of an image by functions of the rows above it, for 
 by row. Four of them, one from each side, are a unit.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.nn.convolution import unroll
-from vlm_jax.nn.coupling import ActNorm, Image, LogDet, Step, transform
+from vlm_jax.nn.coupling import ActNorm, Context, Image, LogDet, in_turn, transform
 
 ROWS, COLUMNS = 2, 5
 """The convolution's window: rows, all of them above the one that it describes, and columns."""
@@ -83,26 +85,17 @@ class MaskedStep(nn.Module):
     """Of MaCow: actnorm and a unit, then a step of Glow, whose coupling alone sees a context or has mixtures."""
 
     masked_width: int
-    width: int
-    mixtures: int = 0
-    dropout: float = 0.0
+    step: Callable[..., nn.Module]
+    """Makes Glow's."""
     dtype: str = "float32"
 
     @nn.compact
     def __call__(
-        self, x: Image, context: Image | None = None, *, inverse: bool = False, train: bool = False
+        self, x: Image, context: Context | None = None, *, inverse: bool = False, train: bool = False
     ) -> tuple[Image, LogDet]:
-        norm, unit = ActNorm(name="norm"), MaskedUnit(self.masked_width, self.dtype, name="unit")
-        step = Step(self.width, self.mixtures, self.dropout, self.dtype, name="step")
-        if inverse:
-            x, first = step(x, context, inverse=True, train=train)
-            x, second = unit(x, inverse=True)
-            x, third = norm(x, inverse=True)
-        else:
-            x, first = norm(x)
-            x, second = unit(x)
-            x, third = step(x, context, train=train)
-        return x, first + second + third
+        unit = MaskedUnit(self.masked_width, self.dtype, name="unit")
+        told = partial(self.step(name="step"), context=context, train=train)
+        return in_turn(x, ActNorm(name="norm"), unit, told, inverse=inverse)
 
 
 MASKED_RULES = ((r"conv_(in|hidden)/bias$", ("filters",)),)

@@ -1,8 +1,8 @@
 """A stack of equal layers: compiled once and looped over or one after the other, their activations kept or not."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
 import jax
@@ -22,20 +22,23 @@ POLICIES: dict[Remat, Callable[..., bool]] = {
 }
 
 
-class StackConfig(Protocol):
-    """What a configuration says of its layers as a stack."""
+@dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """Sizes of a stack of pre-norm blocks, and how it is computed."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def depth(self) -> int: ...
-
-    @property
-    def scan(self) -> bool:
-        """Compile one layer and loop over all; False unrolls them."""
-
-    @property
-    def remat(self) -> Remat: ...
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    """Hidden units of each feed-forward layer."""
+    dropout: float = 0.0
+    """Share of each residual branch's output that is dropped in training."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters are float32."""
+    scan: bool = True
+    """Compile one block and loop over the layers; False unrolls them."""
+    remat: Remat = "none"
+    """What to compute again in the backward pass instead of keeping it: nothing, all but products, or each block."""
 
 
 Config = TypeVar("Config", bound=StackConfig)

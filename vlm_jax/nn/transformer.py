@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import ATTENTION_RULES, Attention, Cache, Slot
-from vlm_jax.nn.stack import Remat, stack
+from vlm_jax.nn.stack import StackConfig, stack
 from vlm_jax.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -20,24 +20,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transformer:
-    """Sizes of a stack of pre-norm blocks."""
+class Transformer(StackConfig):
+    """Sizes of a stack of blocks with layer norms and one activation between two layers."""
 
-    width: int
-    depth: int
-    heads: int
-    mlp: int
-    """Hidden units of each feed-forward layer."""
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu_tanh"
     norm_eps: float = 1e-6
-    dropout: float = 0.0
-    """Share of each residual branch's output that is dropped in training."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters are float32."""
-    scan: bool = True
-    """Compile one block and loop over the layers; False unrolls them."""
-    remat: Remat = "none"
-    """What to compute again in the backward pass instead of keeping it: nothing, all but products, or each block."""
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width % self.heads:

@@ -5,12 +5,12 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import dot_product_attention
-from vlm_jax.nn.conditioning import Conditioning, conditioning_rules
+from vlm_jax.nn.conditioning import Conditioning, Image, Label, Time, conditioning_rules
 from vlm_jax.nn.convolution import Downsample, GroupNorm, Upsample
 from vlm_jax.sharding import constrain
 
@@ -102,14 +102,7 @@ class UNetTower(nn.Module):
     classes: int | None = None
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B H W C"],
-        time: Float[Array, " B"],
-        label: Int[Array, " B"] | None = None,
-        *,
-        train: bool = False,
-    ) -> Float[Array, "B H W O"]:
+    def __call__(self, x: Image, time: Time, label: Label = None, *, train: bool = False) -> Float[Array, "B H W O"]:
         c = self.config
         conditioning = Conditioning(4 * c.widths[0], c.widths[0], True, self.classes, c.dtype, name="conditioning")
         condition = conditioning(time, label)

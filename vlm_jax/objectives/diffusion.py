@@ -202,15 +202,15 @@ def level_log_prob(
 class Posterior(NamedTuple):
     """q(x_s | x_t, x), s less noisy than t."""
 
-    mean: Float[Array, "*B"]
-    log_variance: Float[Array, "*B"]
+    mean: Float[Array, "*#B"]
+    log_variance: Float[Array, "*#B"]
     """betatilde, the least that an optimal step has."""
-    log_forward_variance: Float[Array, "*B"]
+    log_forward_variance: Float[Array, "*#B"]
     """beta, of q(x_t | x_s): the most that it has."""
 
 
 def posterior(
-    x: Float[Array, "*B"], x_t: Float[Array, "*B"], gamma_s: Float[Array, "*B"], gamma_t: Float[Array, "*B"]
+    x: Float[Array, "*#B"], x_t: Float[Array, "*#B"], gamma_s: Float[Array, "*#B"], gamma_t: Float[Array, "*#B"]
 ) -> Posterior:
     """DDPM's (2006.11239, equations 6 and 7) between two levels of `variance_preserving`."""
     (alpha_s, sigma_s), (_, sigma_t) = variance_preserving(gamma_s), variance_preserving(gamma_t)
@@ -222,17 +222,17 @@ def posterior(
 
 
 def divergence_of_gaussians(
-    mean: Float[Array, "*B"],
-    log_variance: Float[Array, "*B"],
-    other_mean: Float[Array, "*B"],
-    other_log_variance: Float[Array, "*B"],
+    mean: Float[Array, "*#B"],
+    log_variance: Float[Array, "*#B"],
+    other_mean: Float[Array, "*#B"],
+    other_log_variance: Float[Array, "*#B"],
 ) -> Float[Array, "*B"]:
     """KL(N(mean, .) || N(other_mean, .)), elementwise."""
     return gaussian_kl((mean - other_mean) * jnp.exp(-0.5 * other_log_variance), log_variance - other_log_variance)
 
 
 def discretised_gaussian_log_prob(
-    mean: Float[Array, "*B"], log_variance: Float[Array, "*B"], image: Int[Array, "*B"], levels: int
+    mean: Float[Array, "*#B"], log_variance: Float[Array, "*#B"], image: Int[Array, "*#B"], levels: int
 ) -> Float[Array, "*B"]:
     """log of the mass of a level's bin of width 2 / (levels - 1) on [-1, 1]; the outermost bins absorb the tails.
 

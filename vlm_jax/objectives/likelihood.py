@@ -39,7 +39,7 @@ def gaussian_log_density(
     return -0.5 * (math.log(2 * math.pi) + log_variance + jnp.square(x - mean) * jnp.exp(-log_variance))
 
 
-def gaussian_kl(mean: Float[Array, "*B"], log_variance: Float[Array, "*B"]) -> Float[Array, "*B"]:
+def gaussian_kl(mean: Float[Array, "*#B"], log_variance: Float[Array, "*#B"]) -> Float[Array, "*B"]:
     """KL(N(mean, exp(log_variance)) || N(0, 1)), elementwise (1312.6114, appendix B)."""
     return 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance)
 

@@ -8,12 +8,11 @@ be 0. With n + 1 times there are n steps.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from vlm_jax.errors import UserError
 
@@ -42,7 +41,7 @@ class Moved(NamedTuple):
     mean: Float[Array, "B ..."]
     data: Float[Array, "B ..."]
     """What the next step is told of this one: its prediction of x, where it made one."""
-    deviation: Float[Array, ""] | None = None
+    deviation: Float[Array, "..."] | None = None
     """None: the next state is the mean."""
 
 
@@ -50,37 +49,25 @@ Step = Callable[[Array, Array, Array], Moved]
 """`(x, data of the step before, i) -> Moved`, from the state at `times[i]` to that at `times[i + 1]`."""
 
 
-class Solver(Protocol):
-    """One of `SOLVERS`."""
+@dataclass(frozen=True)
+class Solver:
+    """The loop over the steps that a function describes."""
+
+    steps: Callable[[Denoise, Schedule, Array], Step]
+    """`(denoise, schedule, times) -> Step`"""
 
     def __call__(
         self,
         denoise: Denoise,
         schedule: Schedule,
-        times: Float[Array, " N"],
-        x: Float[Array, "B ..."],
-        key: Array,
-        *,
-        temperature: float = 1.0,
-        on_step: OnStep | None = None,
-    ) -> Float[Array, "B ..."]: ...
-
-
-def solver(steps: Callable[[Denoise, Schedule, Array], Step]) -> Solver:
-    """The loop over the steps that `steps(denoise, schedule, times)` describes."""
-
-    @wraps(steps)
-    def solve(
-        denoise: Denoise,
-        schedule: Schedule,
-        times: Float[Array, " N"],
+        times: Num[Array, " N"],
         x: Float[Array, "B ..."],
         key: Array,
         *,
         temperature: float = 1.0,
         on_step: OnStep | None = None,
     ) -> Float[Array, "B ..."]:
-        step = steps(denoise, schedule, times)
+        step = self.steps(denoise, schedule, times)
 
         def body(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], None]:
             x, data, deviation = step(*carry, i)
@@ -92,8 +79,6 @@ def solver(steps: Callable[[Denoise, Schedule, Array], Step]) -> Solver:
 
         return jax.lax.scan(body, (x, jnp.zeros_like(x)), jnp.arange(len(times) - 1))[0][0]
 
-    return solve
-
 
 def transfer(x: Array, data: Array, level: tuple[Array, Array], next_level: tuple[Array, Array]) -> Array:
     """The state at the next level that has the same noise, of x at this one and the data behind it."""
@@ -102,8 +87,8 @@ def transfer(x: Array, data: Array, level: tuple[Array, Array], next_level: tupl
     return ratio * x + (alpha_s - alpha_t * ratio) * data
 
 
-@solver
-def ancestral(denoise: Denoise, schedule: Schedule, times: Float[Array, " N"]) -> Step:
+@Solver
+def ancestral(denoise: Denoise, schedule: Schedule, times: Num[Array, " N"]) -> Step:
     """Draws each state from the posterior q(x_s | x_t, x) at the prediction of x (DDPM, 2006.11239)."""
 
     def step(x: Array, previous: Array, i: Array) -> Moved:
@@ -119,8 +104,8 @@ def ancestral(denoise: Denoise, schedule: Schedule, times: Float[Array, " N"]) -
     return step
 
 
-@solver
-def ddim(denoise: Denoise, schedule: Schedule, times: Float[Array, " N"]) -> Step:
+@Solver
+def ddim(denoise: Denoise, schedule: Schedule, times: Num[Array, " N"]) -> Step:
     """Keeps the predicted noise and changes its level: deterministic, of first order (2010.02502, eta = 0)."""
 
     def step(x: Array, previous: Array, i: Array) -> Moved:
@@ -131,8 +116,8 @@ def ddim(denoise: Denoise, schedule: Schedule, times: Float[Array, " N"]) -> Ste
     return step
 
 
-@solver
-def dpm_solver(denoise: Denoise, schedule: Schedule, times: Float[Array, " N"]) -> Step:
+@Solver
+def dpm_solver(denoise: Denoise, schedule: Schedule, times: Num[Array, " N"]) -> Step:
     """DPM-Solver++(2M), of second order (2211.01095, algorithm 2).
 
     As DDIM, with the data extrapolated along log(alpha / sigma) from two predictions to the middle of the step; the
@@ -155,8 +140,8 @@ def dpm_solver(denoise: Denoise, schedule: Schedule, times: Float[Array, " N"]) 
     return step
 
 
-@solver
-def euler(denoise: Denoise, schedule: Schedule, times: Float[Array, " N"]) -> Step:
+@Solver
+def euler(denoise: Denoise, schedule: Schedule, times: Num[Array, " N"]) -> Step:
     """Euler's method on the probability-flow ODE in the schedule's own time: of first order."""
     velocity = probability_flow(denoise, schedule)
 
@@ -166,8 +151,8 @@ def euler(denoise: Denoise, schedule: Schedule, times: Float[Array, " N"]) -> St
     return step
 
 
-@solver
-def heun(denoise: Denoise, schedule: Schedule, times: Float[Array, " N"]) -> Step:
+@Solver
+def heun(denoise: Denoise, schedule: Schedule, times: Num[Array, " N"]) -> Step:
     """Heun's method: of second order, with two predictions a step (2206.00364, algorithm 1).
 
     The last step is Euler's: at its end, where sigma may be 0, there is no velocity.
@@ -203,7 +188,7 @@ def probability_flow(denoise: Denoise, schedule: Schedule) -> Callable[[Array, A
 
 def ode_log_density(
     velocity: Callable[[Array, Array], Array],
-    times: Float[Array, " N"],
+    times: Num[Array, " N"],
     x: Float[Array, "B ..."],
     probes: Float[Array, "K B ..."],
     noise_deviation: Array | float = 1.0,
