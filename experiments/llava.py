@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from experiments.clip import clip_small
 from experiments.language import language_tiny
-from vlm_jax.data import Data, Dialogue, Image, Text
+from vlm_jax.data import Data, Text
+from vlm_jax.data.conversation import LINE, PLAIN, V1, VisualCaption, VisualQuestion
 from vlm_jax.experiment import Experiment
 from vlm_jax.lora import KERNELS, LoRA
 from vlm_jax.models import language, llava
@@ -27,17 +28,25 @@ def parts(tower: str, text: str) -> tuple[Start, ...]:
     return Start(workdir=tower, take="image", into="vision"), Start(workdir=text, into="language")
 
 
-def seen(*mixture: tuple[str, float], vocab_size: int) -> Data:
-    """Captions of emoji, and questions about shapes or what else the mixture names, several in a row."""
+def seen(template: str | None, vocab_size: int, *mixture: tuple[str, float]) -> Data:
+    """Captions of emoji, and questions about what else the mixture names, several in a row, each with its image.
+
+    Args:
+      template: of the conversations; None: the tokenizer's own.
+    """
     return Data(
         name="openmoji",
         mixture=mixture,
         train="train[:95%]",
         validation="train[95%:]",
-        fields=(Image(), Dialogue()),
+        fields=(VisualQuestion(template=template), VisualCaption(template=template)),
         pack=True,
         text=Text(vocab_size=vocab_size),
     )
+
+
+QUESTIONS = (("easy_vqa", 5.0), ("mosaic", 5.0))
+"""For one caption."""
 
 
 def tiny() -> llava.Config:
@@ -47,7 +56,7 @@ def tiny() -> llava.Config:
         vision=replace(clip_small().model.image, features=1),
         language=replace(text, context_length=128, decoder=replace(text.decoder, dropout=0.0)),
         shuffle=2,
-        images=3,
+        images=4,
     )
 
 
@@ -55,7 +64,7 @@ def llava_tiny_projector() -> Experiment:
     """Stage 1 of `llava-tiny`: `clip-small` and `language-tiny` stay, what is between them learns; minutes on a CPU."""
     return Experiment(
         model=tiny(),
-        data=seen(("easy_vqa", 1.0), vocab_size=512),
+        data=seen(LINE, 512, *QUESTIONS),
         training=Training(
             optimizer=Optimizer(learning_rate=2e-3, warmup_steps=20, eps=1e-6),
             steps=600,
@@ -74,7 +83,7 @@ def llava_tiny() -> Experiment:
     """
     return Experiment(
         model=tiny(),
-        data=seen(("easy_vqa", 4.0), vocab_size=512),
+        data=seen(LINE, 512, *QUESTIONS),
         training=Training(
             optimizer=Optimizer(learning_rate=2e-3, warmup_steps=60, multiples=(("^projector/", 0.5),), eps=1e-6),
             steps=2000,
@@ -103,7 +112,7 @@ def llava_smollm2_projector() -> Experiment:
     """
     return Experiment(
         model=smollm2(),
-        data=seen(("easy_vqa", 1.0), vocab_size=49_152),
+        data=seen(None, 49_152, *QUESTIONS),
         training=Training(
             optimizer=Optimizer(learning_rate=1e-3, warmup_steps=10),
             steps=150,
@@ -119,7 +128,7 @@ def llava_smollm2() -> Experiment:
     """SmolLM2-135M sees: adapters of rank 16 and the projector learn to answer questions and to name emoji."""
     return Experiment(
         model=smollm2(),
-        data=seen(("easy_vqa", 4.0), vocab_size=49_152),
+        data=seen(None, 49_152, *QUESTIONS),
         training=Training(
             optimizer=Optimizer(learning_rate=1e-3, warmup_steps=15, multiples=(("^projector/", 0.5),)),
             steps=450,
@@ -136,7 +145,7 @@ def published(
     model: llava.Config,
     start: tuple[Start, ...],
     frozen: tuple[str, ...],
-    data: str,
+    data: Data,
     *,
     learning_rate: float,
     steps: int,
@@ -145,7 +154,7 @@ def published(
     """A stage of 2310.03744, table 9: AdamW without decay, a warm-up of 3% and a half cosine, bfloat16."""
     return Experiment(
         model=model,
-        data=Data(name=data, fields=(Image(), Dialogue()), text=Text(vocab_size=model.language.vocab_size)),
+        data=data,
         training=Training(
             optimizer=Optimizer(learning_rate=learning_rate, warmup_steps=round(0.03 * steps)),
             steps=steps,
@@ -161,7 +170,9 @@ def published(
 def projector(model: llava.Config, size: str) -> Experiment:
     """Stage 1, on the 558,000 captions that LLaVA-1.5 chose of LAION, CC and SBU."""
     start = parts("runs/clip-vit-l14-336", f"runs/vicuna-{size}-v1.5")
-    return published(model, start, PARTS, "llava_pretrain", learning_rate=1e-3, steps=2180, batch_size=256)
+    text = Text(vocab_size=model.language.vocab_size)
+    data = Data(name="llava_pretrain", fields=(VisualCaption(template=PLAIN),), text=text)
+    return published(model, start, PARTS, data, learning_rate=1e-3, steps=2180, batch_size=256)
 
 
 def instructed(model: llava.Config, size: str) -> Experiment:
@@ -171,8 +182,9 @@ def instructed(model: llava.Config, size: str) -> Experiment:
     the rate for the projector (`--optimizer.multiples ^projector/ 0.1`) and PARTS frozen.
     """
     start = (Start(workdir=f"runs/llava-v1-5-{size}-projector"),)
-    frozen = (r"^vision/",)
-    return published(model, start, frozen, "llava_instruct", learning_rate=2e-5, steps=5197, batch_size=128)
+    text = Text(vocab_size=model.language.vocab_size)
+    data = Data(name="llava_instruct", fields=(VisualQuestion(template=V1),), text=text)
+    return published(model, start, (r"^vision/",), data, learning_rate=2e-5, steps=5197, batch_size=128)
 
 
 def llava_v1_5_7b_projector() -> Experiment:

@@ -25,8 +25,8 @@ COMPUTED = ("scan", "remat", "dtype", "dropout", "class_dropout", "features")
 where features are read."""
 SIZED = ("classes", "embedding")
 """Settings that may differ where some paths are left: shapes tell of them, and shapes are compared."""
-RESIZED = ("image_size", "vocab_size", "context_length")
-"""Settings that may differ always: position tables are resized, tables of tokens grow, and shapes are compared."""
+RESIZED = ("image_size", "vocab_size", "context_length", "images")
+"""Settings that may differ always: position tables are resized, tables of tokens grow, other shapes are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
