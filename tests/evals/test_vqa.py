@@ -8,7 +8,7 @@ from seeing import CONTEXT, INPUTS, SPAN, TOKENIZER, ids, rows, subject
 
 from vlm_jax.evals import vqa
 from vlm_jax.evals.normalisation import consensus, normalised
-from vlm_jax.evals.writing import by_group, prompts_of
+from vlm_jax.evals.writing import by_group, ended, prompts_of
 
 
 def test_a_prompt_is_what_stands_before_the_answer_and_its_image_moves_with_it() -> None:
@@ -34,6 +34,12 @@ def test_a_prompt_leaves_room_for_what_is_drawn() -> None:
     used = int(np.argmax(batch["target"][0]))
     prompts, draw = prompts_of(batch, INPUTS, TOKENIZER.pad_id, 2)
     assert used > 16 and used <= prompts["tokens"].shape[1] and prompts["tokens"].shape[1] + draw <= CONTEXT
+
+
+def test_an_answer_ends_as_those_that_were_learned() -> None:
+    """By the end token, where nothing is left to cut, or by the newline that a template sets."""
+    assert ended("red heart", "blue") == "red heart"
+    assert ended("red heart\nblue\n", "dark skin\n") == "red heart"
 
 
 EXAMPLES = [

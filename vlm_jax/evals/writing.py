@@ -58,10 +58,16 @@ def texts(
         prompts = prompts_of(rows, model.inputs, tokenizer.pad_id, room * int(lengths.max()), blind=blind)
         drawn = write(subject.variables, prompts.batch, prompts.draw)
         for row in range(valid):
-            truth = rows["tokens"][row][rows["target"][row]]
+            truth = tokenizer.decode(rows["tokens"][row][rows["target"][row]])
             picture = pictures.setdefault(rows["image"][row].tobytes(), len(pictures))
-            found.append(Text(tokenizer.decode(drawn[row]).strip(), tokenizer.decode(truth).strip(), picture))
+            found.append(Text(ended(tokenizer.decode(drawn[row]), truth), truth.strip(), picture))
     return found
+
+
+def ended(text: str, example: str) -> str:
+    """A text up to where one ends that the model learned: the token of the end, or what white space `example` has."""
+    end = example[len(example.rstrip()) :]
+    return (text.partition(end)[0] if end else text).strip()
 
 
 def writer(model: Model) -> Callable[[Any, Mapping[str, np.ndarray], int], Int[np.ndarray, "B L"]]:
