@@ -15,7 +15,9 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from tools.asking import LINES, Asking, about, check_images, folder
 from tools.data import OtherData, choose_data
+from vlm_jax.chat import chats
 from vlm_jax.commandline import command, require_one_process
 from vlm_jax.contract import Model
 from vlm_jax.data import Source, example, open_data, prompts
@@ -39,14 +41,18 @@ Row = tuple[str, list[Cell]]
 class Options:
     """What to draw, and how."""
 
-    num: int = 16
-    """Samples to draw, or captions to find images for."""
+    num: int | None = None
+    """Samples to draw, or captions to find images for, or answers to each prompt; None: 16, and one answer."""
     prompt: tuple[str, ...] = ()
-    """Texts to draw images of, in turn, to find images for, or to go on from; none: the held-out captions are found."""
+    """Texts to draw images of, in turn, to find images for, to go on from, or to answer; none: the held-out captions
+    are found, and of images a caption is asked for."""
+    image: tuple[Path, ...] = ()
+    """Images that belong to every prompt, in order, in the places of <image> in it, or in front of it; or a directory,
+    each of whose images is asked about alone."""
     label: tuple[str, ...] = ()
     """Classes to draw, by number or name, in turn; none: they are drawn too."""
     out: Path | None = None
-    """The PNG to write; None: WORKDIR/samples.png."""
+    """The PNG to write; None: WORKDIR/samples.png. Of a directory's images a .jsonl, with a line for each."""
     data: OtherData = OtherData()
     split: str | None = None
     """Part of the data set to show; None: the run's test split."""
@@ -62,13 +68,18 @@ class Options:
     """The settings of the run's own family; None: those that the run has."""
 
     def __post_init__(self) -> None:
-        if self.num < 1:
+        if self.num is not None and self.num < 1:
             raise UserError(f"--num is {self.num}: at least 1 must be drawn")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature is {self.temperature}: it must be a number, at least 0")
         check_seed(self.seed)
-        if self.out is not None and self.out.suffix != ".png":
+        if self.out is not None and self.out.suffix not in (".png", LINES):
             raise UserError(f"--out is {self.out}: it must end in .png")
+
+    @property
+    def count(self) -> int:
+        """Of what is drawn."""
+        return 16 if self.num is None else self.num
 
 
 def main() -> None:
@@ -105,15 +116,16 @@ def settings(experiment: Experiment, model: Model) -> Any:
 
 
 def sample(workdir: Path, options: Options = Options()) -> Path | list[str]:
-    """Writes a labelled contact sheet of samples, of reconstructions, or of the images nearest to captions.
+    """Writes a labelled contact sheet of samples, of reconstructions, of the images nearest to captions, or of answers.
 
     Returns:
-      The sheet; of a model of text alone, the texts.
+      The sheet, or the file of a directory's captions; of a model of texts, those.
 
     Raises:
       UserError: the directory is no run, or what is asked for does not exist, is beyond the model or cannot be written.
     """
     require_one_process()
+    check_images(options.image, options.prompt, options.out)
     workdir = local_path(workdir)
     out = workdir / "samples.png" if options.out is None else local_path(options.out)
     loaded = load(workdir, step=options.checkpoint_step)
@@ -133,17 +145,17 @@ def sample(workdir: Path, options: Options = Options()) -> Path | list[str]:
         return open_data(data, options.split or data.test, shown, directory)
 
     check_told(workdir, model, options, compares)
-    if model.generate is not None and "image" not in model.inputs:
-        return continuations(loaded, options)
+    if model.generate is not None:
+        return written(loaded, options, out)
     rows: list[Row] = []
     if model.sample is not None:
         rows += samples(loaded, options, source)
     if model.complete is not None:
         rows += completions(loaded, source(), options)
     if model.encode is not None and model.decode is not None:
-        rows += reconstructions(loaded, source(), min(options.num, COLUMNS))
+        rows += reconstructions(loaded, source(), min(options.count, COLUMNS))
     if compares and not (options.prompt and "tokens" in model.conditions):
-        rows += nearest_images(loaded, source(), options.prompt, options.num)
+        rows += nearest_images(loaded, source(), options.prompt, options.count)
     if not rows:
         raise UserError(
             f"{workdir} holds a model that neither samples, completes, reconstructs nor compares images with texts"
@@ -156,6 +168,8 @@ def check_told(workdir: Path, model: Model, options: Options, compares: bool) ->
     """Refuses to tell a model what it cannot be told."""
     flags = {"tokens": "--prompt", "label": "--label"}
     reads = compares or model.generate is not None
+    if options.image and "image_at" not in model.inputs:
+        raise UserError(f"{workdir} holds a model that takes no --image: leave it out")
     can = [flag for field, flag in flags.items() if field in model.conditions or (field == "tokens" and reads)]
     for flag, value in (("--prompt", options.prompt), ("--label", options.label)):
         if value and flag not in can:
@@ -165,7 +179,7 @@ def check_told(workdir: Path, model: Model, options: Options, compares: bool) ->
 
 def samples(loaded: Loaded, options: Options, source: Callable[[], Source]) -> list[Row]:
     """`num` draws, above each what it was told."""
-    model, num = loaded.model, options.num
+    model, num = loaded.model, options.count
     assert model.sample is not None
     sampling = settings(loaded.experiment, model) if options.sampling is None else options.sampling
     titles, given = told(loaded, options, source)
@@ -180,12 +194,25 @@ def samples(loaded: Loaded, options: Options, source: Callable[[], Source]) -> l
     return [(f"samples, step {loaded.step}", cells[i : i + COLUMNS]) for i in range(0, num, COLUMNS)]
 
 
+def written(loaded: Loaded, options: Options, out: Path) -> Path | list[str]:
+    """What a model of texts answers, or, where it is not asked, how it goes on."""
+    speaker = loaded.speaker(options.sampling)
+    asking = Asking(options.temperature, options.seed)
+    if any(path.is_dir() for path in options.image):
+        return folder(speaker, "".join(options.prompt), options.image[0], out, asking)
+    if options.image or (options.prompt and chats(speaker)):
+        return about(speaker, options.prompt, options.image, options.num or 1, out, asking)
+    if "image_at" in loaded.model.inputs:
+        raise UserError("the model answers questions about images: give --image FILE, --prompt TEXT or both")
+    return continuations(loaded, options)
+
+
 def continuations(loaded: Loaded, options: Options) -> list[str]:
     """`num` texts that begin with each prompt; without one, with anything."""
     model, tokenizer = loaded.model, loaded.tokenizer
     assert model.generate is not None and tokenizer is not None
     sampling = settings(loaded.experiment, model) if options.sampling is None else options.sampling
-    beginnings = [prompt for prompt in options.prompt or ("",) for _ in range(options.num)]
+    beginnings = [prompt for prompt in options.prompt or ("",) for _ in range(options.count)]
     generate = jax.jit(partial(model.generate, temperature=options.temperature, sampling=sampling))
     batch = generate(loaded.variables, jax.random.key(options.seed), prompts(beginnings, tokenizer))
     texts = zip(np.asarray(batch["tokens"]), np.asarray(batch["segment"]), strict=True)
@@ -198,12 +225,12 @@ def told(loaded: Loaded, options: Options, source: Callable[[], Source]) -> tupl
     Args:
       source: what knows the names of classes, asked where one is named.
     """
-    titles, given = [str(index) for index in range(options.num)], {}
+    titles, given = [str(index) for index in range(options.count)], {}
     if options.label:
-        titles = list(itertools.islice(itertools.cycle(options.label), options.num))
+        titles = list(itertools.islice(itertools.cycle(options.label), options.count))
         given["label"] = np.array([class_number(label, source) for label in titles], np.int32)
     if options.prompt:
-        titles = list(itertools.islice(itertools.cycle(options.prompt), options.num))
+        titles = list(itertools.islice(itertools.cycle(options.prompt), options.count))
         assert loaded.tokenizer is not None
         given["tokens"] = loaded.tokenizer.encode(titles, loaded.model.conditions["tokens"].shape[0])
     return titles, given
@@ -234,7 +261,7 @@ def first_images(loaded: Loaded, source: Source, num: int) -> np.ndarray:
 def completions(loaded: Loaded, source: Source, options: Options) -> list[Row]:
     """Held-out images above draws of their lower halves given the upper ones."""
     assert loaded.model.complete is not None
-    images = first_images(loaded, source, min(options.num, COLUMNS))
+    images = first_images(loaded, source, min(options.count, COLUMNS))
     known = np.zeros(images.shape[1:3], bool)
     known[: images.shape[1] // 2] = True
     complete = jax.jit(partial(loaded.model.complete, known=known, temperature=options.temperature))

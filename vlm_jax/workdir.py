@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import optax
 from filelock import Timeout
 from jax.sharding import Mesh
 
+from vlm_jax.chat import Shown, Speaker, chat
 from vlm_jax.contract import Model, Variables, abstract_batch
 from vlm_jax.data import Tokenizer, load_tokenizer
 from vlm_jax.data.tokenizer import files_of
@@ -50,6 +51,35 @@ class Loaded:
     experiment: Experiment
     step: int
     """Of the checkpoint that the variables come from."""
+
+    def chat(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Shown] | None = None,
+        sampling: Any = None,
+        seed: int = 0,
+        temperature: float = 1.0,
+    ) -> list[str]:
+        """The answer to each prompt, to all of which all images belong, in order: their files, or uint8 [H, W, 3].
+
+        They stand where a prompt says `<image>`, or, where it does not, in front of it. A prompt is set into the chat
+        template by which the run was trained, else into its tokenizer's own; a language model without one goes on with
+        the text. An empty prompt asks for a caption.
+
+        Args:
+          sampling: of the type of `model.sampling`; None: the run's.
+          temperature: 1: draw from the model; lower: with less noise, down to 0: the likeliest.
+
+        Raises:
+          UserError: as `vlm_jax.chat.chat`.
+        """
+        return chat(self.speaker(sampling), prompts, images or (), temperature=temperature, seed=seed)
+
+    def speaker(self, sampling: Any = None) -> Speaker:
+        """The run as one that is asked."""
+        fields = () if self.experiment.data is None else self.experiment.data.fields
+        sampling = self.experiment.sampling if sampling is None else sampling
+        return Speaker(self.model, self.variables, self.tokenizer, fields, sampling)
 
 
 def load(workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = None) -> Loaded:

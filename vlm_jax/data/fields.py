@@ -221,9 +221,13 @@ def prompts(texts: Sequence[str], tokenizer: Tokenizer) -> Example:
     return left_padded([Tokens(tokens, np.zeros(len(tokens), bool)) for tokens in whole], {}, tokenizer.pad_id)
 
 
-def left_padded(documents: Sequence[Tokens], inputs: Inputs, pad_id: int) -> Example:
-    """A row for each document, at its end: `tokens`, `target`, `segment` and, where the model reads it, `image_at`."""
-    length = max(len(document.tokens) for document in documents)
+def left_padded(documents: Sequence[Tokens], inputs: Inputs, pad_id: int, length: int | None = None) -> Example:
+    """A row for each document, at its end: `tokens`, `target`, `segment` and, where the model reads it, `image_at`.
+
+    Args:
+      length: of the rows; None: of the longest.
+    """
+    length = max(len(document.tokens) for document in documents) if length is None else length
     fields = {"tokens": Input((length,), "int32"), **{name: inputs[name] for name in inputs if name == "image_at"}}
     rows = []
     for document in documents:

@@ -4,6 +4,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -39,6 +40,8 @@ class Picture:
     """PNG, JPEG or what else Pillow opens."""
     record: str
     """What errors call the record."""
+    mend: str = "leave it out of the data set, or choose another data set"
+    """What to do about damage."""
 
     def pixels(self, channels: int) -> np.ndarray:
         """All of it: uint8 [H, W, channels], of 1 (grey: ITU-R 601 luma) or 3 (RGB).
@@ -84,10 +87,35 @@ class Picture:
             yield
         except Exception as error:
             reason = "no kind that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-            raise UserError(
-                f"{self.record} has an image that cannot be used ({reason}): leave it out of the data set, or choose "
-                f"another data set"
-            ) from error
+            raise UserError(f"{self.record} has an image that cannot be used ({reason}): {self.mend}") from error
+
+
+def picture_of(image: str | Path | Picture | np.ndarray) -> Picture:
+    """An image by its file, or of pixels, uint8 [H, W], [H, W, 1] or [H, W, 3].
+
+    Raises:
+      UserError: there is no such file, or it is no image, or the pixels are of another kind.
+    """
+    if isinstance(image, Picture):
+        return image
+    stored = io.BytesIO()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.shape[2:] not in ((), (1,), (3,)) or image.ndim not in (2, 3):
+            raise UserError(f"an image is {image.dtype}{list(image.shape)}: give uint8 [H, W], [H, W, 1] or [H, W, 3]")
+        Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image).save(stored, "png")
+        return Picture(stored.getvalue(), "an array", "give another")
+    path = Path(image)
+    try:
+        encoded = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"the image {path} cannot be read ({error.strerror}): give the path of a picture") from error
+    try:
+        Image.open(io.BytesIO(encoded)).close()
+    except Exception as error:  # of many kinds, from Pillow's parsers
+        raise UserError(
+            f"{path} is no image of a kind that Pillow knows: give a PNG, a JPEG or another such"
+        ) from error
+    return Picture(encoded, str(path), "give another picture")
 
 
 def _shown(stored: ImageFile, channels: int) -> Image.Image:
