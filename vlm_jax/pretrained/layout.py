@@ -25,6 +25,8 @@ from vlm_jax.models import build
 from vlm_jax.pretrained.tensors import BFLOAT16, Tensors, open_tensors
 from vlm_jax.trees import leaves_by_path
 
+ALIGNMENT = 64
+"""Bytes, of arrays in the memory of a host (XLA's minimum)."""
 Move = Callable[[np.ndarray], np.ndarray]
 
 
@@ -132,7 +134,7 @@ class Layout:
     """The family's `Config`; raises a `UserError` that names a setting that the family cannot express."""
     entries: Callable[[Any], Iterable[Entry]]
     """Of a `Config`, the table."""
-    fields: Callable[[Source], tuple[Field, ...]] = lambda source: ()
+    fields: Callable[[Source], tuple[Field, ...]]
     """How the model is to be shown images and texts."""
     tokenizer: Callable[[Source], Tokenizer | None] = tokenizer_beside
     """Its own; None: it reads no text, or none was published with it."""
@@ -241,7 +243,7 @@ def read_params(layout: Layout, config: Any, tensors: Tensors) -> dict[str, Any]
             f"layout, or its config.json belongs to other weights"
         )
     dtype = stored_dtype(tensors, due)
-    params = {path: np.empty(leaf.shape, dtype) for path, leaf in leaves_by_path(abstract).items()}
+    params = {path: aligned(leaf.shape, dtype) for path, leaf in leaves_by_path(abstract).items()}
     # What repeats another array is compared with it, and so comes last.
     for key in sorted(set(table) & set(tensors), key=lambda key: (table[key][0].repeats, key)):
         theirs = tensors[key]
@@ -253,6 +255,14 @@ def read_params(layout: Layout, config: Any, tensors: Tensors) -> dict[str, Any]
                 raise UserError(f"{key} in {tensors.path} is another table than it repeats: the settings are others'")
             ours[...] = array
     return nested(params)
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An array to be filled, which begins where JAX can take it for one of its own instead of copying it."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _moved(entry: Entry, theirs: np.ndarray, shape: tuple[int, ...], path: Path) -> np.ndarray:

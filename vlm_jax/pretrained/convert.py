@@ -1,0 +1,197 @@
+"""Public weights as a run, and a run as public weights.
+
+In memory there are at most the parameters as they are saved, and two arrays beside them: of published weights one as it
+was published, of a run the files that are being written, a shard of 5 GB at most.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from vlm_jax.data import Data, Text, Tokenizer, check_tokenizer
+from vlm_jax.data.fields import TextReader
+from vlm_jax.data.tokenizer import SETTINGS
+from vlm_jax.errors import UserError
+from vlm_jax.experiment import Experiment, to_record
+from vlm_jax.models import build
+from vlm_jax.pretrained import LAYOUTS
+from vlm_jax.pretrained.layout import named, open_source, read_params, recognised, written, written_keys
+from vlm_jax.pretrained.tensors import INDEX
+from vlm_jax.train.checkpoint import Checkpoints
+from vlm_jax.train.frozen import save_frozen
+from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
+from vlm_jax.trees import count_parameters, partition
+from vlm_jax.workdir import (
+    CHECKPOINTS,
+    CONFIG,
+    claimed_workdir,
+    failure_told,
+    has_checkpoints,
+    load,
+    read_identity,
+    read_record,
+    write_tokenizer,
+)
+
+SHARD = 5 * 10**9
+"""Bytes of the largest file of weights."""
+ALL = "."
+"""The regular expression of every path."""
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run's, and not one of published weights, which has a `config.json` too."""
+    return (path / CONFIG).is_file() and {"model", "training"} <= read_record(path).keys()
+
+
+def weights_to_run(path: Path, workdir: Path, layout: str | None = None) -> str:
+    """Makes a run of published weights, of which all is known before anything is written.
+
+    Weights in bfloat16 stay so: they are kept as parameters that do not train are, once and in bfloat16; a run that
+    starts from this one trains them in float32. All others are kept in float32.
+
+    Args:
+      layout: the name of their layout; None: the one that recognises them.
+
+    Returns:
+      What became of what, in a sentence.
+
+    Raises:
+      UserError: they cannot be read, or are of no known layout, or have what the model cannot express; or `workdir` is
+        a run already.
+    """
+    if has_checkpoints(workdir) or is_run(workdir):
+        raise UserError(f"{workdir} is a run already: choose another directory")
+    source = open_source(path)
+    found = recognised(source, LAYOUTS, layout)
+    config = found.config(source)
+    tokens = build(config).inputs.get("tokens")
+    tokenizer = None if tokens is None else found.tokenizer(source)
+    if tokenizer is not None and tokens is not None:
+        check_tokenizer(tokenizer, vocab_size=tokens.limit, eos_id=tokens.contains)
+    params = read_params(found, config, source.tensors)
+    dtype = next(iter(jax.tree.leaves(params))).dtype
+    fields = found.fields(source)
+    experiment = Experiment(
+        model=config,
+        data=Data(
+            name=None,
+            fields=fields,
+            pack=all(isinstance(field, TextReader) for field in fields),
+            text=None if tokenizer is None else Text(vocab_size=tokenizer.vocab_size),
+        ),
+        # Of no meaning, since nothing trains here; what starts from this run has its own.
+        training=Training(optimizer=Optimizer(learning_rate=1e-5), steps=1, batch_size=8),
+        frozen=() if dtype == np.float32 else (ALL,),
+        frozen_dtype=None if dtype == np.float32 else "bfloat16",
+    )
+    save(workdir, to_record(f"convert/{found.name}", experiment, {}), params, experiment, tokenizer)
+    return f"{workdir} holds {count_parameters(params):,} parameters in {dtype}, of layout {found.name}"
+
+
+def save(
+    workdir: Path,
+    record: dict[str, Any],
+    params: Mapping[str, Any],
+    experiment: Experiment,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Writes the directory of a run whose parameters are these, at step 0."""
+    # On the host, which may have room for what an accelerator has not, and where an array of NumPy is none of its own.
+    params = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices("cpu")[0], may_alias=True), params)
+    with claimed_workdir(workdir, record):
+        if tokenizer is not None:
+            write_tokenizer(workdir, tokenizer)
+        identity = read_identity(workdir)
+        still, live = partition(params, experiment.frozen)
+        save_frozen(workdir / CHECKPOINTS, still, identity)
+        with Checkpoints(workdir / CHECKPOINTS, identity=identity) as checkpoints:
+            checkpoints.save(0, {"params": live, "collections": {}})
+
+
+def run_to_weights(workdir: Path, directory: Path, layout: str) -> str:
+    """Writes a run's model as published weights are, into a directory that appears when all of it is there.
+
+    Returns:
+      What became of what, in a sentence.
+
+    Raises:
+      UserError: there is no such layout, or it cannot express the model; or the directory is not empty or cannot be
+        written.
+    """
+    found = named(LAYOUTS, layout)
+    if found.export is None:
+        raise UserError(f"the layout {layout} is read and not written: choose another")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} is there already: choose a directory that is empty or not there")
+    loaded = load(workdir)
+    files = found.export(loaded.experiment, loaded.tokenizer)
+    params = loaded.variables["params"]
+    shards = shards_of(written_keys(found, loaded.experiment.model, params))
+    with failure_told(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".", dir=directory.parent))
+        try:
+            weight_map: dict[str, str] = {}
+            for number, keys in enumerate(shards, 1):
+                name = shard_name(found.weights, number, len(shards))
+                write_arrays(temporary / name, dict(written(found, loaded.experiment.model, params, keys)))
+                weight_map |= dict.fromkeys(keys, name)
+            if len(shards) > 1:
+                files = {**files, Path(found.weights).stem + INDEX: {"metadata": {}, "weight_map": weight_map}}
+            for name, content in files.items():
+                (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+            if loaded.tokenizer is not None:
+                loaded.tokenizer.save(temporary / "tokenizer.json")
+                (temporary / SETTINGS).write_text(json.dumps(tokenizer_settings(loaded.tokenizer), indent=2) + "\n")
+            temporary.chmod(0o755)
+            temporary.replace(directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return f"{directory} holds step {loaded.step} of {workdir}, of layout {layout}"
+
+
+def shards_of(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Keys in their order, in files of at most `SHARD` bytes; a larger array has one of its own."""
+    shards: list[list[str]] = [[]]
+    room = SHARD
+    for key, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = SHARD
+        shards[-1].append(key)
+        room -= size
+    return shards
+
+
+def tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Beside a `tokenizer.json`, what transformers would else guess by the name of the model."""
+    ids = {"pad_token": tokenizer.pad_id, "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    return {
+        **{name: None if token is None else tokenizer.tokenizer.id_to_token(token) for name, token in ids.items()},
+        "add_bos_token": tokenizer.bos_id is not None,
+        "chat_template": tokenizer.chat_template,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def shard_name(weights: str, number: int, shards: int) -> str:
+    """Of the file of that number, from 1 on, as Hugging Face numbers them."""
+    stem, suffix = Path(weights).stem, Path(weights).suffix
+    return weights if shards == 1 else f"{stem}-{number:05}-of-{shards:05}{suffix}"
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Into one file, of the kind that its name says."""
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)  # type: ignore[arg-type]  # a key may be called as an option is
+    else:
+        save_file(arrays, path, metadata={"format": "pt"})
