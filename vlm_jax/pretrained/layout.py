@@ -305,7 +305,7 @@ def written(
             place = places[entry.path]
             leaf = np.asarray(leaves[place.leaf])
             parts.append(entry.write(leaf if place.layer is None else leaf[place.layer]))
-        yield key, np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        yield key, np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts), order="C")
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
