@@ -252,7 +252,7 @@ def test_the_schedule_is_the_published_one(name: str, learning_rate: float, b2: 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])
 def test_llava_is_trained_in_the_published_stages(size: str):
-    """2310.03744, table 9 and appendix A; what does not train is kept in half the bits."""
+    """2310.03744, appendix A; what does not train is kept in half the bits."""
     first, second = PUBLISHED[f"llava-v1-5-{size}-projector"], PUBLISHED[f"llava-v1-5-{size}"]
     assert first.model == second.model and first.model.image_tokens == 576
     rates = [(each.training.optimizer.learning_rate, each.training.batch_size) for each in (first, second)]
