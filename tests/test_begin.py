@@ -13,14 +13,14 @@ import vlm_jax
 from experiments import run
 from experiments.clip import clip_tiny
 from experiments.presets import from_command_line
-from vlm_jax.begin import facts_of_starts
+from vlm_jax.begin import facts_of_starts, tokenizer_of_starts
 from vlm_jax.data import train_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment, from_record
 from vlm_jax.sharding import MeshShape
 from vlm_jax.start import Start
 from vlm_jax.trees import leaves_by_path
-from vlm_jax.workdir import read_record
+from vlm_jax.workdir import read_record, read_tokenizer, write_tokenizer
 
 
 def settings(source: Path, workdir: Path, start: Start | None, **changes: Any) -> Experiment:
@@ -112,6 +112,27 @@ def test_another_tokenizer_than_that_of_the_text_tower_is_refused(clip_run: Path
     text = replace(whole.data.text, tokenizer=str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"the tokenizers of \S+ and \S+tokenizer\.json differ, and"):
         run.run("clip-tiny", replace(whole, data=replace(whole.data, text=text)))
+
+
+def test_a_chat_template_comes_with_the_tokenizer_or_from_one_of_the_same_tokens(
+    clip_run: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(clip_run, tmp_path / "source")
+    plain = read_tokenizer(source)
+    write_tokenizer(source, replace(plain, chat_template="theirs"))
+    begun = settings(source, tmp_path / "run", Start(workdir=str(source)))
+    found = tokenizer_of_starts(begun)
+    assert found is not None and found.same(plain) and found.chat_template == "theirs"
+    write_tokenizer(tmp_path, found)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (source / name).read_bytes()
+    replace(plain, chat_template="ours").save(tmp_path / "tokenizer.json")
+    text = replace(begun.data.text, tokenizer=str(tmp_path / "tokenizer.json"))
+    found = tokenizer_of_starts(replace(begun, data=replace(begun.data, text=text)))
+    assert found is not None and found.chat_template == "ours"
+    replace(plain, bos_id=None).save(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer\.json differ, and"):
+        tokenizer_of_starts(replace(begun, data=replace(begun.data, text=text)))
 
 
 def test_the_image_tower_knows_no_tokens(clip_run: Path, tmp_path: Path) -> None:

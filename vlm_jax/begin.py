@@ -5,6 +5,7 @@ loaded. From the first checkpoint on nothing is asked of the others, which may b
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def facts_of_starts(experiment: Experiment, workdir: Path) -> list[dict[str, Any
 def tokenizer_of_starts(experiment: Experiment) -> Tokenizer | None:
     """The tokenizer of what is taken and reads tokens, which would be worthless with another; None: there is no such.
 
+    Its chat template is the last that there is: that of `data.text.tokenizer`, else of what is taken.
+
     Raises:
       UserError: there are two, or the data ask for another.
     """
@@ -68,7 +71,8 @@ def tokenizer_of_starts(experiment: Experiment) -> Tokenizer | None:
                 f"the tokenizers of {first} and {other} differ, and what is taken knows its tokens by their ids: start "
                 f"from runs of one tokenizer, and leave data.text.tokenizer out"
             )
-    return tokenizers.get(first)
+    templates = [each.chat_template for each in tokenizers.values() if each.chat_template is not None]
+    return replace(tokenizers[first], chat_template=templates[-1] if templates else None) if tokenizers else None
 
 
 def beginning(

@@ -211,6 +211,7 @@ def test_a_saved_tokenizer_keeps_what_its_file_cannot_say_and_nothing_else(train
     changed = replace(trained, bos_id=None, eos_id=5, chat_template="{{ 'grün' }}")
     changed.save(path)
     assert load_tokenizer(path).same(changed) and not load_tokenizer(path).same(trained)
+    assert load_tokenizer(path).chat_template == changed.chat_template
     trained.save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
     assert load_tokenizer(path).same(trained)

@@ -70,8 +70,8 @@ class Tokenizer:
         return self.tokenizer.decode([token for token in tokens if token not in (self.pad_id, self.bos_id)])
 
     def same(self, other: "Tokenizer") -> bool:
-        """Whether another makes the same tokens of everything."""
-        ids = [(each.pad_id, each.bos_id, each.eos_id, each.chat_template) for each in (self, other)]
+        """Whether another makes the same tokens of every text, however it writes a chat."""
+        ids = [(each.pad_id, each.bos_id, each.eos_id) for each in (self, other)]
         return ids[0] == ids[1] and self.tokenizer.to_str() == other.tokenizer.to_str()
 
     def save(self, path: Path) -> None:
