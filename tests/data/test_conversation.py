@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from vlm_jax.contract import Input
 from vlm_jax.data import Data, Dialogue, Message, Tokenizer, VisualQuestion, conversation, example, train_tokenizer
 from vlm_jax.data.conversation import LINE, PLAIN, V1, VisualCaption
-from vlm_jax.data.template import ending
+from vlm_jax.data.template import ending, rendered
 from vlm_jax.errors import UserError
 
 CHATML = (
@@ -82,6 +82,20 @@ def test_a_prompt_is_exactly_the_first_tokens_of_the_conversation_with_its_answe
                 assert row.tokens[:length].tolist() == prompt.tokens.tolist()
                 assert row.image_at.tolist() == prompt.image_at.tolist()
                 assert not prompt.target[length - 1] and not row.target[length - 1] and row.target[length]
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_no_letter_is_lost_or_doubled_where_a_prompt_ends(template) -> None:
+    """Of two newlines there are one token or two, by what follows: the text is the same."""
+    tokenizer = byte_level()
+    for text in HARD:
+        talked = talk("what?", text, text, "no")
+        parts = [{"role": role, "content": [{"type": "text", "text": said}]} for role, said in talked]
+        told = parts if template == LLAVA_HF else [message._asdict() for message in talked]
+        written = tokenizer.tokenizer.decode(
+            asked(talked, template, tokenizer).tokens.tolist(), skip_special_tokens=False
+        )
+        assert written == rendered(template, told, "<s>", "</s>", prompt=False)
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)

@@ -24,6 +24,7 @@ from vlm_jax.data import (
     prompts,
     train_tokenizer,
 )
+from vlm_jax.data.fields import Tokens, left_padded
 from vlm_jax.errors import UserError
 
 TEXT = {
@@ -183,6 +184,17 @@ def test_prompts_are_padded_on_the_left_and_wait_for_what_follows(tokenizer: Tok
         assert real.tolist() == sorted(real.tolist()) and set(batch["tokens"][row][~real]) <= {tokenizer.pad_id}
     assert batch["segment"].all(axis=1).tolist() == [True, False]
     assert not batch["target"].any()
+
+
+def test_images_move_with_what_is_padded_on_the_left_and_none_stays_none(tokenizer: Tokenizer):
+    documents = [
+        Tokens(np.arange(n, dtype=np.int32), np.zeros(n, bool), np.array(at)) for n, at in ((6, [1, 3]), (4, [0]))
+    ]
+    inputs = {"image_at": Input((3,), "int32", 13, span=2)}
+    batch = left_padded(documents, inputs, tokenizer.pad_id, 8)
+    assert batch["image_at"].tolist() == [[3, 5, 8], [4, 8, 8]]
+    assert batch["tokens"][1].tolist() == [tokenizer.pad_id] * 4 + [0, 1, 2, 3]
+    assert batch["segment"].tolist() == [[0] * 2 + [1] * 6, [0] * 4 + [1] * 4]
 
 
 def test_an_empty_prompt_needs_a_token_that_begins_a_text(tokenizer: Tokenizer):
