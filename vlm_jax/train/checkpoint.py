@@ -37,6 +37,9 @@ PyTree = Any
 
 logger = logging.getLogger(__name__)
 
+FILE_BYTES = 64 * 2**20
+"""Of a file of arrays, which is compressed in memory before it is written; by default all of an item would be."""
+
 
 class Checkpoints:
     """The checkpoints of one run, each a directory `DIRECTORY/STEP` with the items that were saved.
@@ -130,7 +133,10 @@ class Checkpoints:
         self._items = {name: described({name: tree}) for name, tree in items.items()}
         # Within a dictionary a tree may be empty or a single array, which orbax refuses otherwise, and the path of
         # each leaf begins with its item.
-        args = {name: ocp.args.StandardSave({name: tree}) for name, tree in items.items()}
+        args = {
+            name: ocp.args.PyTreeSave({name: tree}, ocdbt_target_data_file_size=FILE_BYTES)
+            for name, tree in items.items()
+        }
         with self._failure_told():
             # Without force, orbax would skip a step that it deems untimely and say nothing.
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
