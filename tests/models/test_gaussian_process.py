@@ -12,6 +12,7 @@ import pytest
 from scipy.special import gamma, kv
 from scipy.stats import multivariate_normal
 
+from densities import IMAGES
 from optimized import mapped
 from vlm_jax.contract import Model
 from vlm_jax.errors import UserError
@@ -21,7 +22,6 @@ from vlm_jax.models.gaussian_process import JITTER, correlation, covariance
 KEY = jax.random.key(1)
 SMALL = gaussian_process.Config(image_size=2, channels=1, levels=3, kernel="matern32")
 LARGE = gaussian_process.Config(image_size=4, channels=3, levels=256, kernel="rbf")
-IMAGES = np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)
 DRAWS = 4096
 NARROW = 0.3
 """A scale at which levels are not cut at the ends of their range, which would change their moments."""

@@ -1,6 +1,5 @@
 """The kernel density estimator: all 81 probabilities of 2x2 images of 3 levels, and the plain leave-one-out loop."""
 
-import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from densities import IMAGES
 from optimized import mapped
 from vlm_jax.contract import Model
 from vlm_jax.errors import UserError
@@ -18,7 +18,6 @@ from vlm_jax.models import kde
 
 CONFIG = kde.Config(image_size=2, channels=1, levels=3, kernel="discretised", chunk=4)
 MODELS = {"discretised": kde.build(CONFIG), "gaussian": kde.build(replace(CONFIG, kernel="gaussian"))}
-IMAGES = np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)
 STORED = np.random.default_rng(0).choice(IMAGES, 6)
 BANDWIDTH = 0.7
 KEY = jax.random.key(1)

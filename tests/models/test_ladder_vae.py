@@ -1,6 +1,5 @@
 """The hierarchical VAE: on 2x2 images of 3 levels all 81 probabilities are known, and every bound is checked."""
 
-import itertools
 import math
 import re
 from dataclasses import replace
@@ -12,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from densities import IMAGES
 from optimized import mapped
 from reference import ACTIVATIONS, conv, dense, random_params
 from vlm_jax.errors import UserError
@@ -33,7 +33,6 @@ CONFIG = Config(
     mixtures=2,
 )
 MODEL = ladder_vae.build(CONFIG)
-IMAGES = np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)
 BATCH = {"image": IMAGES}
 DRAWS = 16_384
 KEY = jax.random.key(1)

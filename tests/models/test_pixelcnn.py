@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from densities import all_images
+from reference import random_params
 from vlm_jax.contract import Input, abstract_batch
 from vlm_jax.errors import UserError
 from vlm_jax.models import pixelcnn
@@ -24,19 +26,12 @@ COUNT = 50_000
 
 def random_variables(c: Config, scale: float = 0.5) -> Any:
     """Random values for every parameter, so that each conditional depends on all before it."""
-    random = np.random.default_rng(0)
     model = pixelcnn.build(c)
     shapes = jax.eval_shape(model.init, KEY, abstract_batch(model.inputs, 1))
-    variables = jax.tree.map(lambda leaf: jnp.asarray(scale * random.normal(size=leaf.shape), jnp.float32), shapes)
+    variables = jax.tree.map(jnp.asarray, random_params(shapes, scale))
     if c.classes is not None:
         variables["params"]["stack"]["layers"]["label"] *= 5  # so that images tell their labels apart
     return variables
-
-
-def all_images(c: Config) -> np.ndarray:
-    size = c.image_size**2 * c.channels
-    images = np.array(list(itertools.product(range(c.levels), repeat=size)), np.uint8)
-    return images.reshape(-1, c.image_size, c.image_size, c.channels)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Rectified flow and EDM, with the exact network for Gaussian data, whose density is in closed form."""
 
-import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from densities import IMAGES
 from optimized import mapped
 from vlm_jax.errors import UserError
 from vlm_jax.models import probability_flow
@@ -22,7 +22,7 @@ from vlm_jax.objectives.diffusion import edm_preconditioning
 
 NETWORK = Network(backbone=UNet(widths=(8,), blocks=1, groups=4))
 CONFIG = probability_flow.Config(image_size=2, channels=1, levels=3, network=NETWORK, likelihood_steps=400)
-BATCH = {"image": np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)}
+BATCH = {"image": IMAGES}
 DEVIATION = 1.0
 """Of the data: independent Gaussian sub-pixels on [-1, 1] and beyond."""
 KEY = jax.random.key(0)

@@ -1,6 +1,5 @@
 """The variational autoencoder: on 2x2 images of 3 levels all 81 probabilities are known, and every bound is checked."""
 
-import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
+from densities import IMAGES
 from optimized import mapped
 from vlm_jax.contract import Model
 from vlm_jax.errors import UserError
@@ -20,7 +20,6 @@ from vlm_jax.objectives.likelihood import logistic_mixture_mean
 
 CONFIG = vae.Config(image_size=2, channels=1, levels=3, latent=2, widths=(8,), mixtures=2)
 MODELS = {"standard": vae.build(CONFIG), "learned": vae.build(replace(CONFIG, pseudo_inputs=3))}
-IMAGES = np.array(list(itertools.product(range(3), repeat=4)), np.uint8).reshape(81, 2, 2, 1)
 BATCH = {"image": IMAGES}
 DRAWS = 8192
 KEY = jax.random.key(1)
