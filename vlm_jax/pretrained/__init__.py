@@ -1,7 +1,16 @@
 """Public checkpoints: one file for each published layout, which is read into a family's variables and written back."""
 
-from vlm_jax.pretrained import clip_hf, llama, llama_gguf, llava, siglip
+from vlm_jax.pretrained import big_vision, clip_hf, llama, llama_gguf, llava, open_clip, openai_clip, siglip
 from vlm_jax.pretrained.layout import Layout
 
-LAYOUTS: tuple[Layout, ...] = (llama.LAYOUT, llama_gguf.LAYOUT, clip_hf.LAYOUT, siglip.LAYOUT, *llava.LAYOUTS)
+LAYOUTS: tuple[Layout, ...] = (
+    llama.LAYOUT,
+    llama_gguf.LAYOUT,
+    clip_hf.LAYOUT,
+    siglip.LAYOUT,
+    open_clip.LAYOUT,
+    openai_clip.LAYOUT,
+    *big_vision.LAYOUTS,
+    *llava.LAYOUTS,
+)
 """All that `tools.convert` knows."""
