@@ -172,8 +172,8 @@ def diffusion_dit_l2() -> Experiment:
 def diffusion_dit_xl2() -> Experiment:
     """DiT-XL/2 (2212.09748, table 4): 675M parameters, FID-50K 2.27 with guidance 1.5 after 7M steps; as S/2.
 
-    Its state is 10.8 GB: on 256 v5e chips --mesh.fsdp 8, where a step takes 3.2 GB of a chip's 15.75. On 16 of them the
-    activations of 16 images a chip are 27 GB; --mesh.fsdp 16 --model.network.backbone.transformer.remat all needs 2.0.
+    Its state is 10.8 GB: on 256 v5e chips --mesh.fsdp 8, where a step takes 2.7 GB of a chip's 15.75. On 16 of them the
+    activations of 16 images a chip are 25 GB; --mesh.fsdp 16 --model.network.backbone.transformer.remat all needs 2.0.
     """
     return dit(1152, 28, 16, steps=7_000_000, guidance=1.5)
 

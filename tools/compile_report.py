@@ -114,7 +114,7 @@ def collectives(program: str) -> tuple[Counter[str], Counter[str]]:
     """
     times: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    pattern = re.compile(r"^(ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
+    pattern = re.compile(r"^(ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}$", re.MULTILINE | re.DOTALL)
     bodies = {found[2]: found[3] for found in pattern.finditer(program)}
 
     def walk(name: str, repeats: int) -> None:

@@ -26,6 +26,23 @@ def test_collectives_in_a_loop_count_as_often_as_it_runs():
     assert (times["all-gather"], sizes["all-gather"]) == (1, 16 * 4)
 
 
+def test_what_follows_a_kernel_with_lines_of_its_own_is_counted_too():
+    program = """
+%body (x: f32[4]) -> f32[4] {
+  %kernel = f32[4] custom-call(%x), kernel_metadata={
+"block": 384
+}}, metadata={}
+  ROOT %sum = f32[4] all-reduce(%kernel)
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  ROOT %call = f32[4] fusion(%x), calls=%body
+}
+"""
+    times, sizes = collectives(program)
+    assert (times, sizes) == ({"all-reduce": 1}, {"all-reduce": 16})
+
+
 @pytest.mark.parametrize(
     ("shape", "size"),
     [("f32[]", 4), ("bf16[4,8]{1,0:T(8,128)(2,1)}", 64), ("(f32[2]{0}, s8[3,5]{1,0}, /*index=2*/bf16[1])", 25)],
