@@ -1,8 +1,10 @@
 """Trains a preset: `python -m experiments.run PRESET [--field.subfield VALUE ...]`."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 import jax
@@ -27,6 +29,7 @@ from vlm_jax.data import (
     versions,
 )
 from vlm_jax.errors import UserError
+from vlm_jax.evals import written
 from vlm_jax.experiment import Distributed, Experiment, model_of, to_record
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import batch_shards, check_batch_size, make_mesh, process_rows, to_global
@@ -132,12 +135,22 @@ def run(preset: str, experiment: Experiment) -> None:
             def held_out_batches(rows: Rows) -> Iterator[tuple[dict[str, np.ndarray], int]]:
                 return evaluation_batches(scored, data, model.inputs, tokenizer, batch_size=size, rows=rows)
 
-            def seen_batches() -> Iterator[tuple[Batch, int]]:
-                for batch, valid in held_out_batches(process_rows(size, mesh)):
+            def seen_batches(one_by_one: bool = False) -> Iterator[tuple[Batch, int]]:
+                source, read = (held_out, replace(data, pack=False)) if one_by_one else (scored, data)
+                rows = process_rows(size, mesh)
+                found = evaluation_batches(source, read, model.inputs, tokenizer, batch_size=size, rows=rows)
+                for batch, valid in found:
                     yield to_global(check_batch(model.inputs, batch), size, mesh), valid
 
             validation = Validation(held_out_batches, size)
-            seen = HeldOut(batches=seen_batches, examples=len(scored), tokenizer=tokenizer, records=held_out.strings)
+            seen = HeldOut(
+                batches=seen_batches,
+                examples=len(scored),
+                tokenizer=tokenizer,
+                records=held_out.strings,
+                written=written(held_out.keys, model.inputs, partial(seen_batches, one_by_one=True)),
+                training_texts=lambda: itertools.chain.from_iterable(source.texts() for source in sources),
+            )
 
         fit(
             model,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import seeing
 
 from experiments.presets import presets
 from experiments.run import run
@@ -71,6 +72,23 @@ def test_evaluations_are_of_the_first_examples(examples: int) -> None:
     seen = evaluating(Watch(evaluations=("retrieval",), examples=examples), MODEL, HELD_OUT)(MOMENT)
     assert seen == {f"retrieval/{name}": value for name, value in retrieval.run(alone).items()}
     assert 0 < seen["retrieval/image_to_text_recall@1"] < 1 or count < 7
+
+
+def test_what_a_model_that_sees_writes_is_of_the_first_examples_too() -> None:
+    """Two of a batch of three, though the split has five: of picture 0 it says red, of picture 1 no."""
+    examples = [(0, "what?", "red"), (1, "what?", "blue"), *[(1, "what?", "no")] * 3]
+    whole = seeing.subject(examples, ["red", "no"], "no", records=lambda: iter([{}] * 5))
+    held_out: Any = HeldOut(
+        batches=whole.batches,
+        examples=5,
+        tokenizer=whole.tokenizer,
+        records=whole.records,
+        written={"questions": whole.questions},
+    )
+    seen = evaluating(Watch(evaluations=("vqa",), examples=2), whole.model, held_out)(MOMENT)
+    assert (seen["vqa/exact_match"], seen["vqa/blind_exact_match"], seen["vqa/questions_color"]) == (0.5, 0, 2)
+    with pytest.raises(UserError, match="names captions, which has nothing to measure here"):
+        evaluating(Watch(evaluations=("captions",)), whole.model, held_out)
 
 
 def test_an_evaluation_ends_where_a_signal_comes() -> None:

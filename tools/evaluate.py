@@ -31,7 +31,7 @@ from vlm_jax.data import (
 )
 from vlm_jax.data.fields import Inputs
 from vlm_jax.errors import UserError, check_seed
-from vlm_jax.evals import EVALUATIONS, Evaluation, Judge, Labelled, Subject
+from vlm_jax.evals import EVALUATIONS, Evaluation, Judge, Labelled, Subject, written
 from vlm_jax.experiment import ZeroShot
 from vlm_jax.files import check_writable, parse_json, write_output
 from vlm_jax.paths import local_path
@@ -119,8 +119,6 @@ def evaluate(
                 yield from source.texts()
 
         one_by_one = batches(source, replace(read, pack=False), inputs)
-        sees = any(spec.span is not None for spec in inputs.values())
-        asks = {"question", "answer"} <= source.keys
         labelled = None
         if task is not None and (not only or "zero_shot" in only):
             try:
@@ -142,8 +140,7 @@ def evaluate(
             key=jax.random.key(seed),
             tokenizer=loaded.tokenizer,
             records=source.strings,
-            questions=one_by_one if sees and asks else None,
-            captions=one_by_one if sees and not asks and "text" in source.keys else None,
+            **written(source.keys, inputs, one_by_one),
             training_texts=None if loaded.experiment.data.name is None else training_texts,
             training=None if loaded.experiment.data.name is None else training,
             labelled=labelled,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,10 @@ class HeldOut:
     tokenizer: Tokenizer | None
     records: Callable[[], Iterator[Mapping[str, Any]]]
     """As `Subject.records`."""
+    written: Mapping[str, Callable[[], Iterator[tuple[Batch, int]]]] = field(default_factory=dict)
+    """`Subject.questions` or `Subject.captions`."""
+    training_texts: Callable[[], Iterator[str]] | None = None
+    """As `Subject.training_texts`."""
 
 
 def watchers(watch: Watch, model: Model, held_out: HeldOut | None, sampling: Any = None) -> tuple[Watcher, ...]:
@@ -90,9 +94,9 @@ def evaluating(watch: Watch, model: Model, held_out: HeldOut) -> Watcher:
     count = min(watch.examples, held_out.examples)
 
     def subject(moment: Moment | None) -> Subject:
-        def batches() -> Iterator[tuple[Batch, int]]:
+        def first(batches: Callable[[], Iterator[tuple[Batch, int]]]) -> Iterator[tuple[Batch, int]]:
             left = count
-            for batch, valid in held_out.batches():
+            for batch, valid in batches():
                 if moment is not None and moment.stop():
                     raise Interrupted
                 yield batch, min(valid, left)
@@ -103,14 +107,17 @@ def evaluating(watch: Watch, model: Model, held_out: HeldOut) -> Watcher:
         def records() -> Iterator[Mapping[str, Any]]:
             yield from (record for record, _ in zip(held_out.records(), range(count), strict=False))
 
+        texts: dict[str, Any] = {name: partial(first, each) for name, each in held_out.written.items()}
         return Subject(
             model=model,
             variables={} if moment is None else moment.variables,
-            batches=batches,
+            batches=partial(first, held_out.batches),
             examples=count,
             key=None if moment is None else moment.key,
             tokenizer=held_out.tokenizer,
             records=records,
+            training_texts=held_out.training_texts,
+            **texts,
         )
 
     chosen: Sequence[Evaluation] = [each for each in EVALUATIONS if each.name in watch.evaluations]

@@ -1,12 +1,12 @@
 """What an evaluation is, and what it sees."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 
-from vlm_jax.contract import Batch, Model, Variables
+from vlm_jax.contract import Batch, Input, Model, Variables
 from vlm_jax.data import Tokenizer
 from vlm_jax.evals.judge import Judge
 
@@ -53,6 +53,22 @@ class Subject:
     """For evaluations of images by what another model sees in them."""
     shared: dict[str, Any] = field(default_factory=dict, init=False)
     """What one evaluation of this subject has computed that another needs as well, by name."""
+
+
+Batches = Callable[[], Iterator[tuple[Batch, int]]]
+
+
+def written(keys: Collection[str], inputs: Mapping[str, Input], one_by_one: Batches) -> dict[str, Batches]:
+    """`questions` or `captions` of a `Subject`, which a model that sees has of data with the keys of their records.
+
+    Args:
+      one_by_one: as `batches`, each row of one record.
+    """
+    if all(spec.span is None for spec in inputs.values()):
+        return {}
+    if {"question", "answer"} <= set(keys):
+        return {"questions": one_by_one}
+    return {"captions": one_by_one} if "text" in keys else {}
 
 
 class Evaluation(NamedTuple):

@@ -4,15 +4,16 @@ An evaluation counts what is written, not what is likely: one pass over given an
 right one, and nothing of the others that people gave. Prompts are as short as they are, so that it takes no longer.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.contract import Batch, Input, Model
+from vlm_jax.contract import Batch, Input, Variables
 from vlm_jax.evals.likelihood import ratio_and_error
 from vlm_jax.evals.subject import Subject
 
@@ -48,15 +49,15 @@ def texts(
       room: tokens that are drawn, for each that the longest of the examples has.
     """
     model, tokenizer = subject.model, subject.tokenizer
-    assert tokenizer is not None
-    write = writer(model)
+    assert tokenizer is not None and model.generate is not None
     found: list[Text] = []
     pictures: dict[bytes, int] = {}
     for batch, valid in batches():
         rows = {name: np.asarray(values) for name, values in batch.items()}
         lengths = rows["target"].sum(axis=1)
         prompts = prompts_of(rows, model.inputs, tokenizer.pad_id, room * int(lengths.max()), blind=blind)
-        drawn = write(subject.variables, prompts.batch, prompts.draw)
+        write = writer(model.generate, replace(model.sampling, length=prompts.draw))
+        drawn = np.asarray(write(subject.variables, prompts.batch))
         for row in range(valid):
             truth = tokenizer.decode(rows["tokens"][row][rows["target"][row]])
             picture = pictures.setdefault(rows["image"][row].tobytes(), len(pictures))
@@ -70,18 +71,15 @@ def ended(text: str, example: str) -> str:
     return (text.partition(end)[0] if end else text).strip()
 
 
-def writer(model: Model) -> Callable[[Any, Mapping[str, np.ndarray], int], Int[np.ndarray, "B L"]]:
-    """`(variables, prompts, length) -> tokens`: the likeliest continuations."""
-    generate = model.generate
-    assert generate is not None
+@functools.lru_cache(maxsize=16)
+def writer(generate: Callable[..., Batch], sampling: Any) -> Callable[..., Int[Array, "B L"]]:
+    """`(variables, prompts) -> tokens`: the likeliest continuations; compiled once, however often a run is watched."""
 
-    def drawn(variables: Any, batch: Batch, length: int) -> jax.Array:
-        sampling = replace(model.sampling, length=length)
+    def drawn(variables: Variables, batch: Batch) -> Int[Array, "B L"]:
         following = generate(variables, jax.random.key(0), batch, temperature=0.0, sampling=sampling)
         return following["tokens"][:, batch["tokens"].shape[1] :]
 
-    compiled = jax.jit(drawn, static_argnames="length")
-    return lambda variables, batch, length: np.asarray(compiled(variables, batch, length=length))
+    return jax.jit(drawn)
 
 
 class Prompts(NamedTuple):
