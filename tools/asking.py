@@ -9,11 +9,14 @@ import PIL.Image
 from tqdm import tqdm
 
 from vlm_jax.chat import Asked, Speaker, answers, seen
+from vlm_jax.data import Source
 from vlm_jax.data.picture import picture_of
 from vlm_jax.errors import UserError
 from vlm_jax.files import write_output
 from vlm_jax.sheets import write_sheet
 
+COLUMNS = 6
+"""Pictures in a row of a sheet."""
 LINES = ".jsonl"
 """How the name of a file of captions ends."""
 
@@ -56,6 +59,25 @@ def about(
         ]
         write_sheet(rows, out, levels=speaker.model.inputs["image"].limit or 256)
     return found
+
+
+def held_out(speaker: Speaker, source: Source, num: int, out: Path, asking: Asking) -> Path:
+    """A sheet of the first pictures, above each what is asked, what is answered and, where that is another, the truth.
+
+    Where the data do not ask, a caption is asked for; any of the picture's is true.
+    """
+    records = [source[index] for index in range(min(num, len(source)))]
+    asks = {"question", "answer"} <= source.keys
+    asked = [Asked(record["question"] if asks else "", (record["image"],)) for record in records]
+    found = tqdm(answers(speaker, asked, **asking._asdict()), "answering", len(asked), leave=False, disable=None)
+    cells = []
+    for record, one, text in zip(records, asked, found, strict=True):
+        truths = (record["answer"],) if asks else record["text"]
+        told = f"{one.prompt} {text}" if text in truths else f"{one.prompt} {text} ({truths[0]})"
+        cells.append((seen(speaker, one.images)[0], told.strip()))
+    rows = [(f"{source.split} images", cells[start : start + COLUMNS]) for start in range(0, len(cells), COLUMNS)]
+    write_sheet(rows, out, levels=speaker.model.inputs["image"].limit or 256)
+    return out
 
 
 def folder(speaker: Speaker, prompt: str, directory: Path, out: Path, asking: Asking) -> Path:

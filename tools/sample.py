@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from tools.asking import LINES, Asking, about, check_images, folder
+from tools.asking import LINES, Asking, about, check_images, folder, held_out
 from tools.data import OtherData, choose_data
 from vlm_jax.chat import chats
 from vlm_jax.commandline import command, require_one_process
@@ -139,14 +139,15 @@ def sample(workdir: Path, options: Options = Options()) -> Path | list[str]:
     @cache
     def source() -> Source:  # samples alone need no data
         data = choose_data(loaded, options.data)
-        read = ("image", "tokens") if compares else ("image",)
+        sees = "image_at" in model.inputs
+        read = tuple(model.inputs) if sees else ("image", "tokens") if compares else ("image",)
         shown = {name: spec for name, spec in model.inputs.items() if name in read}
         directory = local_path(options.data_dir or loaded.experiment.data_dir)
         return open_data(data, options.split or data.test, shown, directory)
 
     check_told(workdir, model, options, compares)
     if model.generate is not None:
-        return written(loaded, options, out)
+        return written(loaded, options, out, source)
     rows: list[Row] = []
     if model.sample is not None:
         rows += samples(loaded, options, source)
@@ -194,7 +195,7 @@ def samples(loaded: Loaded, options: Options, source: Callable[[], Source]) -> l
     return [(f"samples, step {loaded.step}", cells[i : i + COLUMNS]) for i in range(0, num, COLUMNS)]
 
 
-def written(loaded: Loaded, options: Options, out: Path) -> Path | list[str]:
+def written(loaded: Loaded, options: Options, out: Path, source: Callable[[], Source]) -> Path | list[str]:
     """What a model of texts answers, or, where it is not asked, how it goes on."""
     speaker = loaded.speaker(options.sampling)
     asking = Asking(options.temperature, options.seed)
@@ -203,7 +204,7 @@ def written(loaded: Loaded, options: Options, out: Path) -> Path | list[str]:
     if options.image or (options.prompt and chats(speaker)):
         return about(speaker, options.prompt, options.image, options.num or 1, out, asking)
     if "image_at" in loaded.model.inputs:
-        raise UserError("the model answers questions about images: give --image FILE, --prompt TEXT or both")
+        return held_out(speaker, source(), options.count, out, asking)
     return continuations(loaded, options)
 
 

@@ -154,8 +154,10 @@ def test_a_run_that_sees_is_trained_on_packed_rows_asked_and_drawn(seeing_run, p
     assert loaded.chat(["what color?"], [pixels], **asked) == [text]
     captions = sample(seeing_run, replace(options, prompt=(), image=(pictures,), out=tmp_path / "captions.jsonl"))
     assert isinstance(captions, Path) and len(captions.read_text().splitlines()) == 20
-    with pytest.raises(UserError, match="give --image FILE, --prompt TEXT or both"):
-        sample(seeing_run, Options())
+    held_out = sample(seeing_run, replace(options, prompt=(), image=(), num=3, out=tmp_path / "held-out.png"))
+    assert isinstance(held_out, Path)
+    with Image.open(held_out) as sheet:
+        assert sheet.width > 100
 
 
 @pytest.mark.slow
