@@ -93,7 +93,7 @@ def test_what_is_frozen_is_on_the_disk_once_whatever_the_number_of_checkpoints(w
     checkpoints = whole[0] / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["2", "4", "6", "frozen"]
     live, still = 4 * 64 * LIVE, 4 * 64 * STILL
-    notes = 25_000
+    notes = 50_000  # orbax's own, more where its commits fall apart in time; half of what is frozen
     assert 0.8 * still < bytes_of(checkpoints / "frozen") < still + notes
     for step in ("2", "4", "6"):
         assert 0.8 * 4 * live < bytes_of(checkpoints / step) < 4 * live + notes
