@@ -18,6 +18,8 @@ PALETTE = {
     "teal": (0, 128, 128),
     "yellow": (255, 255, 0),
 }
+pytestmark = pytest.mark.slow  # all 22,000 are drawn first
+
 KIND = {asked.question: kind for kind in KINDS for asked in kind()}
 
 
@@ -91,7 +93,6 @@ def test_an_answer_is_true_of_what_is_drawn_and_no_other_answer_is():
     assert not ask["is the red shape left of the blue one?", "yes"].fits(here)  # of each there are two
 
 
-@pytest.mark.slow
 def test_no_picture_is_in_both_splits_and_training_is_balanced_too(data_dir):
     train, test = (open_source("mosaic", split, data_dir) for split in ("train", "test"))
     assert len(train) == 20000

@@ -139,7 +139,7 @@ def test_an_image_is_the_projection_of_the_towers_features_and_is_seen_by_what_t
     np.testing.assert_allclose(LIKELIHOOD[name](batch), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["causal", "prefix"])
+@pytest.mark.parametrize("name", ["causal", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_packed_documents_have_the_loss_and_the_gradient_that_they_have_alone(name: str):
     model = MODELS[name]
     loss = jax.jit(jax.value_and_grad(lambda v, batch: model.loss(v, batch, KEY, 0, train=False), has_aux=True))
@@ -210,7 +210,7 @@ def continued(name: str, batch: Any, temperature: float = 0.0, **settings: Any) 
     return {field: np.asarray(values) for field, values in generate(batch).items()}
 
 
-@pytest.mark.parametrize("name", ["causal", "prefix"])
+@pytest.mark.parametrize("name", ["causal", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_left_padded_prompts_are_continued_as_each_alone_by_the_likeliest_token(name: str):
     """Which is asked of the whole probability of each text; what is returned is a batch again."""
     together = continued(name, prompts(name, [0, 1, 2], 11))
