@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chat_templates import CHATML
 from PIL import Image as Pillow
 
 from vlm_jax.chat import Asked, Speaker, answers, chat, chats
@@ -21,10 +22,6 @@ TEXT = {
     "segment": Input((LENGTH,), "int32", LENGTH + 1),
 }
 SEES = {**TEXT, "image": Input((2, 4, 4, 3), "uint8", 256), "image_at": Input((2,), "int32", LENGTH + 1, span=SPAN)}
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 @dataclass(frozen=True)

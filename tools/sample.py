@@ -125,6 +125,7 @@ def sample(workdir: Path, options: Options = Options()) -> Path | list[str]:
       UserError: the directory is no run, or what is asked for does not exist, is beyond the model or cannot be written.
     """
     require_one_process()
+    options = replace(options, image=tuple(map(local_path, options.image)))
     check_images(options.image, options.prompt, options.out)
     workdir = local_path(workdir)
     out = workdir / "samples.png" if options.out is None else local_path(options.out)

@@ -348,7 +348,9 @@ def _read(
 def _fit(spec: Input, array: Any) -> jax.Array:
     """bool [B]: what `_check_values` asks, of an array that is not known yet."""
     pixels = tuple(range(1, array.ndim))
-    fits = jnp.all(array >= 0, axis=pixels)
+    fits = jnp.ones(len(array), bool)
+    if jnp.issubdtype(array.dtype, jnp.signedinteger):  # of the others XLA would fold a constant as large as the images
+        fits &= jnp.all(array >= 0, axis=pixels)
     if spec.limit is not None and spec.limit <= np.iinfo(array.dtype).max:
         fits &= jnp.all(array < spec.limit, axis=pixels)
     if spec.contains is not None:

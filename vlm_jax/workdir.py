@@ -77,9 +77,8 @@ class Loaded:
 
     def speaker(self, sampling: Any = None) -> Speaker:
         """The run as one that is asked."""
-        fields = () if self.experiment.data is None else self.experiment.data.fields
         sampling = self.experiment.sampling if sampling is None else sampling
-        return Speaker(self.model, self.variables, self.tokenizer, fields, sampling)
+        return Speaker(self.model, self.variables, self.tokenizer, self.experiment.data.fields, sampling)
 
 
 def load(workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = None) -> Loaded:

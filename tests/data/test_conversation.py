@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from chat_templates import CHATML, LLAMA3, LLAVA_HF, NAMES, TEXTS, byte_level
 
 from vlm_jax.contract import Input
 from vlm_jax.data import Data, Dialogue, Message, Tokenizer, VisualQuestion, conversation, example, train_tokenizer
@@ -13,41 +12,9 @@ from vlm_jax.data.conversation import LINE, PLAIN, V1, VisualCaption
 from vlm_jax.data.template import ending, rendered
 from vlm_jax.errors import UserError
 
-CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA3 = (
-    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    " + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
-    "{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-LLAVA_HF = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ part['text'] + eos_token }}{% endgeneration %}"
-    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 TEMPLATES = {"v1": V1, "plain": PLAIN, "line": LINE, "chatml": CHATML, "llama 3": LLAMA3, "llava of hf": LLAVA_HF}
-NAMES = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-TEXTS = ["USER: what colour is it? ASSISTANT: red\n\nassistant\nuser\n", "system: a chat. assistant: no!", "  "] * 9
 HARD = ["red", " red", "\nred", "\n\n", "  ", "5", "don't", "", "grün 😀", "</s> is no end", ".", "<image>", ": a"]
 SPAN = 3
-
-
-def byte_level() -> Tokenizer:
-    """As GPT-2's, with special tokens of several chat templates."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=[*NAMES], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    tokenizer.encode_special_tokens = True
-    return Tokenizer(tokenizer, 0, 1, 2)
 
 
 @pytest.fixture(scope="module", params=["byte-level", "trained"])
