@@ -25,9 +25,8 @@ def seeing_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     language = replace(preset.model.language, decoder=decoder)
     model = replace(preset.model, vision=replace(preset.model.vision, transformer=tower), language=language)
     fields = (VisualQuestion(template=LINE), VisualCaption(template=LINE))
-    data = replace(
-        preset.data, fields=fields, mixture=(("easy_vqa", 1.0),), train="train[:5%]", validation=None, pack=True
-    )
+    both = {"name": "openmoji", "mixture": (("easy_vqa", 1.0),), "train": "train[:5%]", "validation": None}
+    data = replace(preset.data, fields=fields, pack=True, **both)
     training = replace(preset.training, steps=2, batch_size=8, checkpoint_every=2)
     small = replace(preset, model=model, data=data, training=training, start=(), frozen=())
     run("llava-tiny", replace(small, workdir=str(workdir), data_dir=str(data_dir)))
