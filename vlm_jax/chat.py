@@ -12,7 +12,7 @@ import numpy as np
 from vlm_jax.contract import Batch, Model, Variables
 from vlm_jax.data.config import Field
 from vlm_jax.data.conversation import Dialogue, Message, VisualCaption, VisualQuestion, conversation, one_image
-from vlm_jax.data.fields import Example, Image, Tokens, left_padded, tokens_of
+from vlm_jax.data.fields import Example, Image, Tokens, left_padded, prompt_of
 from vlm_jax.data.picture import Picture, picture_of
 from vlm_jax.data.template import ending
 from vlm_jax.data.tokenizer import Tokenizer
@@ -115,12 +115,7 @@ def prompted(speaker: Speaker, asked: Asked) -> tuple[Tokens, int | str]:
     if template is None and most:
         raise UserError("the run has no chat template: put one beside its tokenizer, in tokenizer_config.json")
     if template is None:
-        begun = tokens_of(prompt, tokenizer)
-        if len(begun.tokens) == 1:
-            raise UserError(
-                "a prompt is empty, and the tokenizer has no token to begin a text with: give a word at least"
-            )
-        return Tokens(begun.tokens[:-1], np.zeros(len(begun.tokens) - 1, bool)), tokenizer.eos_id
+        return prompt_of(prompt, tokenizer), tokenizer.eos_id
     images, span = (None, None) if places is None else (len(asked.images), places.span)
     document = conversation([Message("user", prompt)], template, tokenizer, images=images, span=span or 0)
     return document, ending(template, tokenizer)

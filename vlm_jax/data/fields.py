@@ -215,10 +215,19 @@ def tokens_of(text: str, tokenizer: Tokenizer) -> Tokens:
 
 def prompts(texts: Sequence[str], tokenizer: Tokenizer) -> Example:
     """The beginnings of documents, padded on the left to one length, with nothing to predict: for `generate`."""
-    whole = [tokens_of(text, tokenizer).tokens[:-1] for text in texts]
-    if not min(map(len, whole)):
+    return left_padded([prompt_of(text, tokenizer) for text in texts], {}, tokenizer.pad_id)
+
+
+def prompt_of(text: str, tokenizer: Tokenizer) -> Tokens:
+    """A text that has no end yet, with nothing to predict.
+
+    Raises:
+      UserError: nothing stands in it.
+    """
+    tokens = tokens_of(text, tokenizer).tokens[:-1]
+    if not len(tokens):
         raise UserError("a prompt is empty, and the tokenizer has no token to begin a text with: give a word at least")
-    return left_padded([Tokens(tokens, np.zeros(len(tokens), bool)) for tokens in whole], {}, tokenizer.pad_id)
+    return Tokens(tokens, np.zeros(len(tokens), bool))
 
 
 def left_padded(documents: Sequence[Tokens], inputs: Inputs, pad_id: int, length: int | None = None) -> Example:

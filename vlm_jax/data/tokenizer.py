@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from vlm_jax.errors import UserError
-from vlm_jax.files import replace_file
+from vlm_jax.files import parse_json, replace_file
 
 PAD, BOS, EOS = (
     ("<pad>", "[PAD]"),
@@ -210,7 +210,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     beside = path.with_name(SETTINGS)
     try:
         if beside.exists():
-            settings = json.loads(beside.read_text(encoding="utf-8"))
+            settings = parse_json(beside.read_text(encoding="utf-8"))
             if not isinstance(settings, dict):
                 raise ValueError("it is no JSON object")
             found = {key: settings[key] for key in (*_KEYS, "add_bos_token", "chat_template") if key in settings}
@@ -219,7 +219,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
             found["chat_template"] = beside.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{beside} cannot be read ({error.strerror}): mend that") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{beside} is damaged ({error}): restore it from a copy") from error
     for key in _KEYS.keys() & found.keys():
         if isinstance(found[key], dict):  # as transformers writes an AddedToken

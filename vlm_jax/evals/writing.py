@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.contract import Batch, Input, Variables
+from vlm_jax.data.fields import Tokens, left_padded
 from vlm_jax.evals.likelihood import ratio_and_error
 from vlm_jax.evals.subject import Subject
 
@@ -102,28 +103,18 @@ def prompts_of(
     """
     (context,) = inputs["tokens"].shape
     span = inputs["image_at"].span
-    kept = []
-    for row in range(len(rows["tokens"])):
-        keep = np.arange(context) < np.argmax(rows["target"][row])
-        starts = rows["image_at"][row]
+    documents = []
+    for tokens, target, starts in zip(rows["tokens"], rows["target"], rows["image_at"], strict=True):
+        places = np.arange(np.argmax(target))
+        starts = starts[starts < len(places)]
         if blind:
-            places = np.arange(context)
-            keep &= ~((places >= starts[:, None]) & (places < starts[:, None] + span)).any(axis=0)
-        kept.append(np.flatnonzero(keep))
-    length = max(map(len, kept))
+            places = places[~((places >= starts[:, None]) & (places < starts[:, None] + span)).any(axis=0)]
+            starts = starts[:0]
+        documents.append(Tokens(tokens[places], np.zeros(len(places), bool), starts))
+    length = max(len(document.tokens) for document in documents)
     draw = min(-(-more // DRAWN) * DRAWN, context - length)
     length = min(-(-length // STEP) * STEP, context - draw)
-    tokens = np.full((len(kept), length), pad_id, np.int32)
-    segment = np.zeros((len(kept), length), np.int32)
-    image_at = np.full_like(rows["image_at"], length)  # of none
-    for row, places in enumerate(kept):
-        before = length - len(places)
-        tokens[row, before:], segment[row, before:] = rows["tokens"][row, places], 1
-        if not blind:
-            starts = rows["image_at"][row]
-            image_at[row] = np.where(starts < len(places), starts + before, length)
-    batch = {"tokens": tokens, "target": np.zeros(tokens.shape, bool), "segment": segment}
-    return Prompts({**batch, "image": rows["image"], "image_at": image_at}, draw)
+    return Prompts({**left_padded(documents, inputs, pad_id, length), "image": rows["image"]}, draw)
 
 
 def by_group(

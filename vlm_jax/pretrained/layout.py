@@ -4,7 +4,6 @@ A layout is a table: each of its entries is an array of ours and where it lies i
 table, which has a place for every array of the model and of the file, and for no other.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from vlm_jax.data import Tokenizer, load_tokenizer
 from vlm_jax.data.config import Field
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
+from vlm_jax.files import parse_json
 from vlm_jax.identity import listed
 from vlm_jax.models import build
 from vlm_jax.pretrained.tensors import BFLOAT16, Tensors, open_tensors
@@ -94,10 +94,10 @@ def read_json(path: Path) -> Mapping[str, Any]:
       UserError: it cannot be read, or is none.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is no JSON object: fetch it again")

@@ -4,7 +4,6 @@ Nothing that is read is executed: pickles are refused. What a file says of itsel
 array of it is made.
 """
 
-import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vlm_jax.errors import UserError
+from vlm_jax.files import parse_json
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 INDEX = ".safetensors.index.json"
@@ -149,9 +149,9 @@ def open_safetensors(path: Path) -> Tensors:
 def open_shards(index: Path) -> Tensors:
     """The safetensors files beside an index, which says what each of them holds."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = parse_json(index.read_bytes())["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is no index of safetensors files ({error!r}): fetch it again") from error
     shards: dict[str, Tensors] = {}
     for file in sorted(set(files.values())):
