@@ -82,6 +82,7 @@ def test_the_same_command_goes_on_when_the_other_is_gone(tuned: tuple, tmp_path:
         moved.rename(source)
 
 
+@pytest.mark.slow
 def test_averages_are_taken_where_they_were_kept(vae_run: Path, tmp_path: Path) -> None:
     start = Start(workdir=str(vae_run), step=4)
     run.run("vae-tiny", settings(vae_run, tmp_path / "run", start, training={"ema_decay": None}))

@@ -169,6 +169,7 @@ def test_errors_are_one_line_and_status_2(module: str, tmp_path: Path) -> None:
     assert done.stderr == f"error: {tmp_path} is not the directory of a run: it has no config.json\n"
 
 
+@pytest.mark.slow
 def test_a_validation_split_smaller_than_the_batch_and_the_mesh_is_used(tmp_path: Path, data_dir: Path) -> None:
     preset = presets()["vae-tiny"][1]
     model = replace(preset.model, latent=2, widths=(8,), mixtures=1)

@@ -15,7 +15,7 @@ PALETTE = {
 }
 
 
-@pytest.mark.parametrize(("split", "size"), [("train", 38575), ("test", 9673)])
+@pytest.mark.parametrize(("split", "size"), [pytest.param("train", 38575, marks=pytest.mark.slow), ("test", 9673)])
 def test_questions(data_dir, split, size):
     source = open_source("easy_vqa", split, data_dir)
     assert len(source) == size

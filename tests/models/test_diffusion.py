@@ -113,12 +113,12 @@ def test_every_constant_of_the_bound(variance: str, error: float, monkeypatch: p
     assert wrong.any() == (error > 0)
 
 
-@pytest.mark.parametrize("timesteps", [2, 100])
+@pytest.mark.parametrize("timesteps", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_step_that_is_drawn_stands_for_all(timesteps: int):
     """A network that predicts 0 makes each step's cost a number: over evenly spread draws their mean is the sum."""
     model = diffusion.build(replace(CONFIG, timesteps=timesteps, betas="cosine"))
     batch = {"image": np.broadcast_to(np.uint8([[[0], [1]], [[2], [2]]]), (5_000, 2, 2, 1))}
-    variables = model.init(KEY, batch)  # the last layer starts at zero
+    variables = jax.jit(model.init)(KEY, batch)  # the last layer starts at zero
     actual = np.asarray(jax.jit(model.log_likelihood)(variables, batch, KEY), np.float64).mean()
     beta = np.array(cosine_betas(timesteps))
     products = np.cumprod(1 - beta)
@@ -197,7 +197,7 @@ def test_the_loss_trains_the_variance_by_the_bound_and_the_mean_by_its_error(mon
 
     monkeypatch.setattr(diffusion, "Denoiser", Scaled)
     model = diffusion.build(replace(CONFIG, variance="learned"))
-    params = model.init(KEY, BATCH)["params"]
+    params = jax.jit(model.init)(KEY, BATCH)["params"]
 
     def part(params: Any, name: str) -> jax.Array:
         loss, aux = model.loss({"params": params}, BATCH, KEY, 0, train=True)
@@ -217,7 +217,7 @@ def test_min_snr_weighs_errors_of_the_data():
     for predict in ("x", "v"):
         model = diffusion.build(replace(CONFIG, predict=predict, weighting="min_snr"))
         batch = {"image": np.zeros((200, 2, 2, 1), np.uint8)}
-        variables = model.init(KEY, batch)  # the last layer starts at zero
+        variables = jax.jit(model.init)(KEY, batch)  # the last layer starts at zero
         values.append(
             jax.jit(lambda v, model=model, batch=batch: model.loss(v, batch, KEY, 0, train=True)[0])(variables)
         )
@@ -232,7 +232,7 @@ def test_latents_are_real_vectors_without_a_likelihood():
     model = diffusion.build(config)
     assert (model.log_likelihood, model.bound, model.inputs["image"].dtype) == (None, None, "float32")
     batch = {"image": np.random.default_rng(0).normal(size=(6, 2, 2, 8)).astype(np.float32)}
-    variables = model.init(KEY, batch)
+    variables = jax.jit(model.init)(KEY, batch)
     loss, aux = jax.jit(lambda v: model.loss(v, batch, KEY, 0, train=True))(variables)
     assert jnp.isfinite(loss) and aux.metrics.keys() == {"squared_error"}
     sample = jax.jit(lambda v: model.sample(v, KEY, {}, num=3))(variables)

@@ -53,7 +53,10 @@ def random_variables(model: Model, scale: float = 0.1) -> Any:
     return map_with_path(move, jax.jit(model.init)(KEY, BATCH))
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("masked", "variational")]
+
+
+@pytest.fixture(scope="module", params=["uniform", *SLOW])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

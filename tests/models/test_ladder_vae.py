@@ -231,6 +231,7 @@ def test_convolutions_in_bf16_leave_latents_and_likelihoods_in_fp32(variables: A
     assert y.dtype == jnp.float32 and (y != y.astype(jnp.bfloat16)).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_sizes_that_are_no_powers_of_two():
     sizes, blocks = (28, 14, 7, 1), (1, 2, 1, 1)
     config = replace(CONFIG, image_size=28, channels=3, sizes=sizes, encoder_blocks=blocks, decoder_blocks=blocks)

@@ -109,7 +109,7 @@ def test_training_dequantises_levels():
     """A network that knows nothing predicts zero: what is left is the variance of noise and dequantised data."""
     model = probability_flow.build(CONFIG)
     batch = {"image": np.ones((5000, 2, 2, 1), np.uint8)}
-    variables = model.init(KEY, {"image": batch["image"][:1]})
+    variables = jax.jit(model.init)(KEY, {"image": batch["image"][:1]})
     loss = jax.jit(lambda v: model.loss(v, batch, KEY, 0, train=False)[0])(variables)
     np.testing.assert_allclose(loss, 1 + (2 / 3) ** 2 / 12, rtol=0.02)
 

@@ -215,7 +215,7 @@ def test_configurations_that_do_not_fit_are_refused(changes: dict[str, Any], mes
 
 def test_a_learned_prior_mixes_the_posteriors_of_its_pseudo_inputs_which_start_as_images():
     model = vae.build(replace(CONFIG, pseudo_inputs=81))
-    variables = model.init(KEY, BATCH)
+    variables = jax.jit(model.init)(KEY, BATCH)
     pseudo = variables["params"]["pseudo_inputs"]
     levels = np.round(np.asarray(pseudo) + 1).astype(int)  # from [-1, 1]
     assert {tuple(image.ravel()) for image in levels} == {tuple(image.ravel()) for image in IMAGES}
@@ -228,7 +228,8 @@ def test_a_learned_prior_mixes_the_posteriors_of_its_pseudo_inputs_which_start_a
 
 
 def test_pseudo_inputs_that_start_as_the_same_image_are_told_apart():
-    pseudo = vae.build(replace(CONFIG, pseudo_inputs=6)).init(KEY, {"image": IMAGES[:2]})["params"]["pseudo_inputs"]
+    model = vae.build(replace(CONFIG, pseudo_inputs=6))
+    pseudo = jax.jit(model.init)(KEY, {"image": IMAGES[:2]})["params"]["pseudo_inputs"]
     assert len(np.unique(pseudo, axis=0)) == 6
     # As the images are, but for noise of a twentieth of the range's half.
     init = vae.build(replace(CONFIG, pseudo_inputs=200)).init

@@ -88,7 +88,7 @@ def parameters(schedule: str = "linear") -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=["linear", "monotone"])
+@pytest.fixture(scope="module", params=[pytest.param("linear", marks=pytest.mark.slow), "monotone"])
 def oracle(request: pytest.FixtureRequest) -> Any:
     """The model and its variables."""
     with pytest.MonkeyPatch.context() as patch:

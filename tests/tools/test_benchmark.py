@@ -24,6 +24,7 @@ def figures(monkeypatch: pytest.MonkeyPatch, path: Path, *options: str) -> dict[
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_the_figures_agree(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from tools.likelihood import categorical, choose, gaussian, likelihood
 from vlm_jax.errors import UserError
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_measured_as_it_is_beside_the_baselines(
     vae_run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
