@@ -1,6 +1,8 @@
 """The notebooks run from beginning to end on what they import alone, and are kept as they ran."""
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -8,7 +10,18 @@ import pytest
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 
+import converted
+from experiments.llava import TURNS
+
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "experiments" / "notebooks").glob("*.ipynb"))
+
+
+def parameters(directory: Path) -> dict[str, object]:
+    """What stands in a notebook's cell of parameters here: a language model that is made, and a few steps."""
+    config = replace(converted.CONFIG, context_length=256)
+    weights = converted.write_llama(directory, config, converted.random_weights(config))
+    (weights / "tokenizer_config.json").write_text(json.dumps({"chat_template": TURNS}))
+    return {"LANGUAGE": str(weights), "TOWER_STEPS": 2, "PROJECTOR_STEPS": 2, "BATCH_SIZE": 2, "QUESTIONS": 8}
 
 
 @pytest.mark.slow
@@ -21,6 +34,11 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     workdir = tmp_path / "cwd"
     workdir.mkdir()
     notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", ()):
+            small = parameters(tmp_path / "weights")
+            assert [*small] == re.findall(r"^([A-Z_]+) =", cell.source, re.MULTILINE)
+            cell.source = "\n".join(f"{name} = {value!r}" for name, value in small.items())
     client = NotebookClient(
         notebook, timeout=900, kernel_name="this-interpreter", resources={"metadata": {"path": str(workdir)}}
     )
