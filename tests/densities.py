@@ -2,9 +2,13 @@
 
 import itertools
 import math
+from typing import Any
 
+import jax
 import numpy as np
+import optax
 
+from vlm_jax.contract import Model
 from vlm_jax.nn.images import Images
 
 
@@ -41,3 +45,29 @@ def check_bound(log_weights: np.ndarray) -> None:
     assert (np.exp(bound) < probability).all()
     # It is a bound that says something: a constant below all would pass what stands above.
     assert np.exp(bound).sum() > 0.1
+
+
+def check_copies(model: Model) -> None:
+    """Trained on two images alone, by their distortion, a model tells them apart and copies them."""
+    images = np.array([[0, 2, 2, 0], [2, 0, 1, 2]], np.uint8).reshape(2, 2, 2, 1)
+    optimizer = optax.adam(1e-2)
+    assert model.encode is not None and model.decode is not None
+    encode, decode = model.encode, model.decode
+
+    @jax.jit
+    def train(key: jax.Array) -> Any:
+        def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
+            def distortion(params: Any) -> jax.Array:
+                _, aux = model.loss({"params": params}, {"image": images}, key, 0, train=True)
+                return aux.metrics["distortion_bits_per_dim"]
+
+            params, moments = carry
+            updates, moments = optimizer.update(jax.grad(distortion)(params), moments)
+            return (optax.apply_updates(params, updates), moments), None
+
+        params = model.init(key, {"image": images})["params"]
+        return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, 300))[0][0]
+
+    variables = {"params": train(jax.random.key(1))}
+    copies = jax.jit(lambda variables: decode(variables, encode(variables, images)))(variables)
+    np.testing.assert_array_equal(copies, images, strict=True)
