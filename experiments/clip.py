@@ -75,8 +75,13 @@ def captioned(name: str, *mixture: tuple[str, float]) -> Data:
 
 
 def clip_small() -> Experiment:
-    """Emoji and their names, and coloured shapes ("a teal circle"), 64x64: a tower for `llava` to see by."""
-    return small(captioned("openmoji", ("easy_vqa/captions", 0.3)))
+    """Emoji and their names, and coloured shapes ("a teal circle"), 64x64: a tower for `llava` to see by.
+
+    A quarter of an hour on two CPU cores. `python -m tools.evaluate runs/clip-small`: 49.9% of the captions of held-out
+    emoji find their own first and 69.1% among five; of 944 held-out pictures 98.5% are told circle, rectangle or
+    triangle.
+    """
+    return small(captioned("openmoji", ("easy_vqa/captions", 1.0)))
 
 
 def clip_small_styles() -> Experiment:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from experiments.clip import clip_small
 from experiments.language import language_tiny
 from vlm_jax.data import Data, Image, Text
-from vlm_jax.data.conversation import LINE, PLAIN, V1, VisualCaption, VisualQuestion
+from vlm_jax.data.conversation import LINE, PLAIN, V1, VisualCaption, VisualDialogue, VisualQuestion
 from vlm_jax.experiment import Experiment
 from vlm_jax.lora import KERNELS, LoRA
 from vlm_jax.models import language, llava
@@ -37,17 +37,22 @@ def seen(template: str | None, vocab_size: int, *mixture: tuple[str, float]) -> 
     return Data(
         name="easy_vqa",
         mixture=mixture,
-        train="train[:98%]",
-        validation="train[98%:]",
-        fields=(VisualQuestion(template=template), VisualCaption(template=template)),
+        fields=(
+            VisualQuestion(template=template),
+            VisualDialogue(template=template),
+            VisualCaption(template=template),
+        ),
         pack=True,
         text=Text(vocab_size=vocab_size),
     )
 
 
-CAPTIONS = (("mosaic", 1.0), ("openmoji", 0.5), ("easy_vqa/captions", 0.5))
+CAPTIONS = (("easy_vqa/dialogues", 1.0), ("mosaic/dialogues", 2.0), ("openmoji", 1.0), ("easy_vqa/captions", 1.0))
 """What stage 1 sees beside questions about one shape, in rows for one of these."""
-QUESTIONS = (("mosaic", 1.2), ("openmoji", 0.2), ("easy_vqa/captions", 0.1))
+QUESTIONS = (
+    *(("easy_vqa/dialogues", 1.0), ("mosaic", 1.0), ("mosaic/dialogues", 4.0)),
+    *(("openmoji", 0.5), ("easy_vqa/captions", 0.3)),
+)
 """What stage 2 does."""
 TURNS = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"

@@ -56,18 +56,21 @@ def check_copies(model: Model) -> None:
 
     @jax.jit
     def train(key: jax.Array) -> Any:
+        variables = model.init(key, {"image": images})
+
         def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
             def distortion(params: Any) -> jax.Array:
-                _, aux = model.loss({"params": params}, {"image": images}, key, 0, train=True)
+                _, aux = model.loss({**variables, "params": params}, {"image": images}, key, 0, train=True)
                 return aux.metrics["distortion_bits_per_dim"]
 
             params, moments = carry
             updates, moments = optimizer.update(jax.grad(distortion)(params), moments)
             return (optax.apply_updates(params, updates), moments), None
 
-        params = model.init(key, {"image": images})["params"]
-        return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, 300))[0][0]
+        start = variables["params"], optimizer.init(variables["params"])
+        (params, _), _ = jax.lax.scan(step, start, jax.random.split(key, 300))
+        return {**variables, "params": params}
 
-    variables = {"params": train(jax.random.key(1))}
+    variables = train(jax.random.key(1))
     copies = jax.jit(lambda variables: decode(variables, encode(variables, images)))(variables)
     np.testing.assert_array_equal(copies, images, strict=True)

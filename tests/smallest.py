@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from vlm_jax.models import (
+    autoencoder,
     autoregressive,
     clip,
     diffusion,
@@ -21,10 +22,13 @@ from vlm_jax.models import (
     tarflow,
     vae,
     vdm,
+    vqvae,
 )
+from vlm_jax.nn.autoencoder import Pyramid
 from vlm_jax.nn.decoder import DecoderConfig
 from vlm_jax.nn.denoiser import Network
 from vlm_jax.nn.dit import DiT
+from vlm_jax.nn.quantize import EMA, FSQ, LFQ, Learned, Residual, SimVQ
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.unet import UNet
 from vlm_jax.nn.vision import VisionTransformer
@@ -57,7 +61,11 @@ FLOW = flow.Config(**IMAGE, scales=1, steps=1, width=8, dropout=DROPOUT)
 DDPM = diffusion.Config(**IMAGE, network=UNET, timesteps=4, betas="cosine", variance="learned")
 STRAIGHT = probability_flow.Config(**IMAGE, network=DIT, likelihood_steps=2)
 
+PYRAMID = Pyramid(widths=(4, 4), blocks=1, attention=(2,), groups=2, dropout=DROPOUT)
+VQVAE = vqvae.Config(**IMAGE, network=PYRAMID, hidden=4, quantizer=EMA(size=5, width=2))
+
 CONFIGS: dict[str, Any] = {
+    "autoencoder": autoencoder.Config(**IMAGE, network=PYRAMID, latent=2),
     "autoregressive": autoregressive.Config(**IMAGE, patch_size=2, classes=2, transformer=TRANSFORMER),
     "autoregressive of mixtures": autoregressive.Config(**IMAGE, mixtures=1, transformer=TRANSFORMER),
     "clip": CLIP,
@@ -97,5 +105,10 @@ CONFIGS: dict[str, Any] = {
     "tarflow": tarflow.Config(**IMAGE, patch_size=1, blocks=2, classes=2, transformer=TRANSFORMER),
     "vae": VAE,
     "vae of a learned prior": replace(VAE, pseudo_inputs=2),
+    "vqvae": VQVAE,
+    "vqvae of finite scalars": replace(VQVAE, quantizer=FSQ(levels=(3, 4))),
+    "vqvae of signs": replace(VQVAE, quantizer=LFQ(width=2)),
+    "vqvae of a matrix": replace(VQVAE, quantizer=SimVQ(size=5, width=2)),
+    "vqvae of two books": replace(VQVAE, quantizer=Residual(book=Learned(size=3, width=2, unit=True), books=2)),
     "vdm": vdm.Config(**IMAGE, network=UNET, gamma_min=-5.0, schedule="monotone", fourier=(0,), predict="v"),
 }

@@ -34,7 +34,7 @@ KEY = jax.random.key(0)
 CLOSED_FORM = ("gaussian_process", "kde")
 """Families that start from the moments of their first batch, where networks draw from the key."""
 
-NO_GRADIENT = r"attention/key/bias$"
+NO_GRADIENT = r"attention(_0)?/key/bias$"
 """A key's bias adds the same to all logits of a query, and the softmax does not see it: its gradient is rounding."""
 
 

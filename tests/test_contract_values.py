@@ -19,12 +19,13 @@ from vlm_jax.contract import Model, abstract_batch
 from vlm_jax.evals import Subject, likelihood
 from vlm_jax.models import FAMILIES, build, family_of
 from vlm_jax.nn import denoiser
+from vlm_jax.nn.denoiser import Network
 from vlm_jax.sampling.diffusion import SOLVERS, Denoised
 
 BATCH = 4
 KEY = jax.random.key(0)
 MODELS = {name: build(config) for name, config in CONFIGS.items()}
-DENOISERS = [name for name, config in CONFIGS.items() if hasattr(config, "network")]
+DENOISERS = [name for name, config in CONFIGS.items() if isinstance(getattr(config, "network", None), Network)]
 DROPOUTS: dict[str, set[tuple[float, bool]]] = {
     "gaussian process": set(),
     "kde": set(),

@@ -8,7 +8,7 @@ from chat_templates import CHATML, LLAMA3, LLAVA_HF, NAMES, TEXTS, byte_level
 
 from vlm_jax.contract import Input
 from vlm_jax.data import Data, Dialogue, Message, Tokenizer, VisualQuestion, conversation, example, train_tokenizer
-from vlm_jax.data.conversation import LINE, PLAIN, V1, VisualCaption
+from vlm_jax.data.conversation import LINE, PLAIN, V1, VisualCaption, VisualDialogue
 from vlm_jax.data.template import ending, rendered
 from vlm_jax.errors import UserError
 
@@ -198,6 +198,19 @@ def test_any_caption_is_learned_in_training_and_the_first_judged(tokenizer) -> N
     assert tokenizer.tokenizer.decode(row["tokens"][row["target"]].tolist()).strip() == "red"
     prompted = read(replace(field, prompt="what is it?"), SEES, tokenizer)
     assert "what is it?" in tokenizer.tokenizer.decode(prompted["tokens"].tolist())
+
+
+def test_all_answers_of_a_dialogue_are_learned_and_its_image_stands_before_it(tokenizer) -> None:
+    turns = (("what colour?", "red"), ("what shape?", "circle"))
+    record = {"record": "record 0", "image": RECORD["image"], "turns": turns}
+    row = example(record, Data(name="x", fields=(VisualDialogue(template=LINE),)), SEES, tokenizer, None)
+    learned, text = row["tokens"][row["target"]].tolist(), tokenizer.tokenizer.decode
+    ends = [place for place, token in enumerate(learned) if token == tokenizer.eos_id]
+    assert [text(learned[: ends[0]]).strip(), text(learned[ends[0] + 1 : ends[1]]).strip()] == ["red", "circle"]
+    assert ends[1] == len(learned) - 1 and len(ends) == 2
+    one = read(VisualQuestion(template=LINE), SEES, tokenizer)
+    for name in ("image_at", "image"):
+        np.testing.assert_array_equal(row[name], one[name])
 
 
 def test_a_model_that_sees_is_given_no_image_where_there_is_none(tokenizer) -> None:

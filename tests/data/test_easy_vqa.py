@@ -1,3 +1,5 @@
+from collections import Counter, defaultdict
+
 import numpy as np
 import pytest
 
@@ -83,6 +85,22 @@ def test_shape_labels_are_the_shape(tmp_path):
         assert source.label_names[record["label"]] == expected
         whole += 1
     assert whole > 0.9 * len(source)
+
+
+def test_dialogues_ask_every_question_once_of_its_image(data_dir):
+    questions, dialogues = (open_source(f"easy_vqa/{name}", "test", data_dir) for name in ("questions", "dialogues"))
+    asked = Counter((record["question"], record["answer"]) for record in questions.strings())
+    turns = [record["turns"] for record in dialogues]
+    assert Counter(turn for each in turns for turn in each) == asked
+    assert {len(each) for each in turns} == {1, 2, 3, 4}
+    of_image = defaultdict(set)
+    for index in range(0, len(questions), 3):
+        record = questions[index]
+        of_image[record["image"].pixels(3).tobytes()].add((record["question"], record["answer"]))
+    told = defaultdict(set)
+    for index in range(len(dialogues)):
+        told[dialogues[index]["image"].pixels(3).tobytes()] |= set(turns[index])
+    assert all(found <= told[image] for image, found in of_image.items())
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_another_version_of_ours_is_found_where_it_was_prepared(tmp_path):
         ),
         (
             "easy_vqa/colour",
-            r"no data set 'easy_vqa/colour': those .* are \['easy_vqa/questions', 'easy_vqa/captions', ",
+            r"no data set 'easy_vqa/colour': those .* are \['easy_vqa/questions', 'easy_vqa/dialogues', ",
         ),
         ("imagenet_resized", r"several configurations in .*: choose one of \['imagenet_resized/32x32', 'imagenet_"),
         (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.data import Source, open_source
-from vlm_jax.data.mosaic import CHANCE, COLORS, KINDS, PLACES, SHAPES, drawn
+from vlm_jax.data.mosaic import CHANCE, COLORS, KINDS, PLACES, SHAPES, dialogues, drawn
 
 PALETTE = {
     "black": (0, 0, 0),
@@ -91,6 +91,33 @@ def test_an_answer_is_true_of_what_is_drawn_and_no_other_answer_is():
     assert ask["what is the top left shape?", "circle"].fits(here)
     assert ask["is there a red triangle?", "yes"].fits(here) and ask["is there a blue circle?", "no"].fits(here)
     assert not ask["is the red shape left of the blue one?", "yes"].fits(here)  # of each there are two
+
+
+def test_dialogues_ask_of_what_is_drawn_in_different_ways_and_yes_is_as_frequent_as_no():
+    rng = np.random.default_rng(0)
+    found = rng.integers(len(COLORS) * len(SHAPES), size=(1000, 4))
+    ask = {(each.question, each.answer): each for kind in KINDS for each in kind()}
+    answers = defaultdict(Counter)
+    for there, turns in zip(found, dialogues(found, rng), strict=True):
+        assert len(turns) == 4 == len({KIND[turn["question"]] for turn in turns})
+        for turn in turns:
+            assert ask[turn["question"], turn["answer"]].fits(there[None])[0]
+            answers[KIND[turn["question"]].__name__][turn["answer"]] += 1
+    assert answers.keys() == {kind.__name__ for kind in KINDS}
+    for kind in ("presence", "relation"):
+        yes, total = answers[kind]["yes"], answers[kind].total()
+        assert abs(yes - total / 2) < 4 * np.sqrt(total) / 2
+
+
+def test_dialogues_are_of_the_pictures_of_their_split(data_dir):
+    test, other = (open_source(f"mosaic/{name}", "test", data_dir) for name in ("questions", "dialogues"))
+    assert (len(other), len(open_source("mosaic/dialogues", "train", data_dir))) == (500, 20_000)
+    quarters = [set(), set()]
+    for kept, source in zip(quarters, (test, other), strict=True):
+        for index in range(0, len(source), 2):
+            image = source[index]["image"].pixels(3)
+            kept |= {image[r : r + 32, c : c + 32].tobytes() for r in (0, 32) for c in (0, 32)}
+    assert len(quarters[1] - quarters[0]) < 0.1 * len(quarters[1])  # those that no question happened to be drawn with
 
 
 def test_no_picture_is_in_both_splits_and_training_is_balanced_too(data_dir):

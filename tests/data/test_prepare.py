@@ -54,10 +54,12 @@ def test_own_names():
     assert own_names() == [
         "openmoji",
         "easy_vqa/questions",
+        "easy_vqa/dialogues",
         "easy_vqa/captions",
         "easy_vqa/color",
         "easy_vqa/shape",
-        "mosaic",
+        "mosaic/questions",
+        "mosaic/dialogues",
         "digits",
     ]
 

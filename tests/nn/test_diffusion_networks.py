@@ -12,10 +12,11 @@ import pytest
 from reference import attention, conv, dense, group_norm, layer_norm, mlp, random_params, silu
 from vlm_jax.errors import UserError
 from vlm_jax.nn.conditioning import Conditioning, timestep_features
+from vlm_jax.nn.convolution import SpatialAttention
 from vlm_jax.nn.denoiser import Denoiser, Network
 from vlm_jax.nn.dit import DiT, DiTTower, position_features
 from vlm_jax.nn.transformer import Transformer
-from vlm_jax.nn.unet import SpatialAttention, UNet, UNetBlock, UNetTower, check_unet
+from vlm_jax.nn.unet import UNet, UNetBlock, UNetTower, check_unet
 from vlm_jax.nn.vision import patchify, unpatchify
 from vlm_jax.trees import count_parameters, leaves_by_path
 
@@ -191,7 +192,7 @@ def test_blocks_and_attention_of_the_unet_start_as_almost_their_skips():
     config, x = UNet(widths=(64,), groups=8), np.zeros((1, 1, 1, 64), np.float32)
     block = jax.jit(UNetBlock(config, 64).init, static_argnames="train")(KEY, x, x[:, 0, 0], train=False)["params"]
     np.testing.assert_allclose(block["conv_out"]["kernel"].var(), 1e-10 / (9 * 64), rtol=0.05)
-    attention = jax.jit(SpatialAttention(config).init)(KEY, x)["params"]
+    attention = jax.jit(SpatialAttention(config.heads, config.groups).init)(KEY, x)["params"]
     np.testing.assert_allclose(attention["out"]["kernel"].var(), 1e-10 / 64, rtol=0.1)
 
 

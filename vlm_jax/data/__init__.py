@@ -2,7 +2,7 @@
 
 from vlm_jax.data.class_names import class_names, read_class_names
 from vlm_jax.data.config import Data, Text, named
-from vlm_jax.data.conversation import Dialogue, Message, VisualCaption, VisualQuestion, conversation
+from vlm_jax.data.conversation import Dialogue, Message, VisualCaption, VisualDialogue, VisualQuestion, conversation
 from vlm_jax.data.fields import Caption, Document, Image, Label, Latent, prompts
 from vlm_jax.data.loader import evaluation_batches, example, train_batches
 from vlm_jax.data.mixture import examples, make_tokenizer, open_data, open_training_data, rows_of, versions
@@ -26,6 +26,7 @@ __all__ = [
     "Text",
     "Tokenizer",
     "VisualCaption",
+    "VisualDialogue",
     "VisualQuestion",
     "check_tokenizer",
     "class_names",

@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from vlm_jax.data.conversation import Dialogue, VisualCaption, VisualQuestion
+from vlm_jax.data.conversation import Dialogue, VisualCaption, VisualDialogue, VisualQuestion
 from vlm_jax.data.fields import Caption, Document, Image, Label, Latent
 from vlm_jax.errors import UserError
 
-Field = Image | Caption | Label | Latent | Document | Dialogue | VisualQuestion | VisualCaption
+Field = Image | Caption | Label | Latent | Document | Dialogue | VisualQuestion | VisualDialogue | VisualCaption
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -242,6 +242,22 @@ class VisualQuestion(VisualReader):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VisualDialogue(VisualReader):
+    """Questions about an image, one after the other, as LLaVA-1.5 puts together those of one (2310.03744, appendix A):
+    all answers and their ends are predicted."""
+
+    takes = ("image", "turns")
+
+    template: str | None = None
+    """The chat template, in Jinja; None: the tokenizer's own."""
+    image: Image = Image()
+    """How the image is read."""
+
+    def conversations(self, record: Record) -> list[list[Message]]:
+        return [[Message(*said) for turn in record["turns"] for said in zip(("user", "assistant"), turn, strict=True)]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class VisualCaption(VisualReader):
     """An image and its caption, in training any of them, in packed rows each; the caption and its end are predicted."""
 

@@ -15,6 +15,8 @@ from tqdm import tqdm
 Questions = tuple[list[str], list[str], list[int]]
 """Each question, its answer and the number of its image, as the package gives them."""
 
+TURNS = 4
+"""Of a dialogue, at most."""
 LABELS = {
     "color": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
     "shape": ("circle", "rectangle", "triangle"),
@@ -27,6 +29,8 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
     Configurations:
       `questions` (the default): one record a question (38,575 train, 9,673 test), with `image`, `question` such as
         "what color is the triangle?" and `answer`, one of 13 words.
+      `dialogues`: one record for up to four questions of one image, with `image` and `turns`, each of a `question` and
+        its `answer`.
       `captions`: one record an image of which both are asserted (3,542 train, 880 test), with `image` and the one of
         `captions`, such as "a teal circle".
       `color`, `shape`: one record an image, with `image` and its `label`. The package gives no labels; they are
@@ -39,6 +43,7 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own declaration)
         tfds.core.BuilderConfig(name="questions", description="One record a question"),
+        tfds.core.BuilderConfig(name="dialogues", description="Up to four questions of an image a record"),
         tfds.core.BuilderConfig(name="captions", description="One record an image, with its colour and shape in words"),
         tfds.core.BuilderConfig(name="color", description="One record an image, labelled with its colour"),
         tfds.core.BuilderConfig(name="shape", description="One record an image, labelled with its shape"),
@@ -49,6 +54,9 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config.name
         if config == "questions":
             features |= {"question": tfds.features.Text(), "answer": tfds.features.Text()}
+        elif config == "dialogues":
+            turn = {"question": tfds.features.Text(), "answer": tfds.features.Text()}
+            features |= {"turns": tfds.features.Sequence(turn)}
         elif config == "captions":
             features |= {"captions": tfds.features.Sequence(tfds.features.Text())}
         else:
@@ -69,13 +77,21 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(
         self, questions: Questions, paths: Mapping[int, str]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    ) -> Iterator[tuple[int | str, dict[str, Any]]]:
         config = self.builder_config.name
         if config == "questions":
             records = enumerate(zip(*questions, strict=True))
             progress = tqdm(records, total=len(questions[0]), desc="Preparing easy_vqa", unit=" questions", leave=False)
             for key, (question, answer, image) in progress:
                 yield key, {"image": Path(paths[image]).read_bytes(), "question": question, "answer": answer}
+        elif config == "dialogues":
+            turns = defaultdict(list)
+            for question, answer, image in zip(*questions, strict=True):
+                turns[image].append({"question": question, "answer": answer})
+            for image, said in turns.items():
+                for start in range(0, len(said), TURNS):
+                    part = said[start : start + TURNS]
+                    yield f"{image}_{start}", {"image": Path(paths[image]).read_bytes(), "turns": part}
         elif config == "captions":
             for image, (color, shape) in things(questions).items():
                 yield image, {"image": Path(paths[image]).read_bytes(), "captions": [f"a {color} {shape}"]}

@@ -3,7 +3,7 @@
 import io
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from vlm_jax.data.easy_vqa import LABELS, Questions, things
+from vlm_jax.data.easy_vqa import LABELS, TURNS, Questions, things
 
 COLORS, SHAPES = LABELS["color"], LABELS["shape"]
 PLACES = ("top left", "top right", "bottom left", "bottom right")
@@ -123,13 +123,22 @@ class Mosaic(tfds.core.GeneratorBasedBuilder):
     those of which the answer is true. Pictures of the train split are in `train` only; `train` has ten times as many
     questions of each kind as `test`.
 
-    Features: `image`, `question`, `answer`.
+    Configurations:
+      `questions` (the default): as above, with `image`, `question` and `answer`.
+      `dialogues`: 20,000 and 500 other mosaics of things drawn at random, with `image` and four `turns` each, every one
+        a question of another kind and its answer. They are not balanced, and are there to be trained on.
     """
 
     name = "mosaic"
     VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own declaration)
+        tfds.core.BuilderConfig(name="questions", description="One question a mosaic, in balance"),
+        tfds.core.BuilderConfig(name="dialogues", description="Four questions a mosaic"),
+    ]
 
     def _info(self) -> tfds.core.DatasetInfo:
+        turn = {"question": tfds.features.Text(), "answer": tfds.features.Text()}
+        dialogues = self.builder_config.name == "dialogues"
         return tfds.core.DatasetInfo(
             builder=self,
             description=Mosaic.__doc__,
@@ -138,8 +147,7 @@ class Mosaic(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
-                    "question": tfds.features.Text(),
-                    "answer": tfds.features.Text(),
+                    **({"turns": tfds.features.Sequence(turn)} if dialogues else turn),
                 }
             ),
         )
@@ -157,11 +165,23 @@ class Mosaic(tfds.core.GeneratorBasedBuilder):
         for image, (color, shape) in sorted(things(questions).items()):
             pictures[COLORS.index(color) * len(SHAPES) + SHAPES.index(shape)].append(image)
         half = cache(lambda image: halved(Path(paths[image])))
+
+        def drawing(found: Sequence[int], rng: np.random.Generator) -> bytes:
+            return mosaic([half(int(rng.choice(pictures[thing]))) for thing in found])
+
+        if self.builder_config.name == "dialogues":
+            rng = np.random.default_rng([seed, 1])
+            found = rng.integers(len(COLORS) * len(SHAPES), size=(20_000 if repeats > 1 else 500, len(PLACES)))
+            for key, turns in enumerate(
+                tqdm(dialogues(found, rng), desc="Preparing mosaic", total=len(found), leave=False)
+            ):
+                yield key, {"image": drawing(found[key].tolist(), rng), "turns": turns}
+            return
         asked = [each for kind, often in KINDS.items() for each in kind() for _ in range(often * repeats)]
         for key, each in enumerate(tqdm(asked, desc="Preparing mosaic", unit=" questions", leave=False)):
             rng = np.random.default_rng([seed, key])
-            quarters = [half(int(rng.choice(pictures[thing]))) for thing in drawn(each, rng)]
-            yield key, {"image": mosaic(quarters), "question": each.question, "answer": each.answer}
+            picture = drawing(drawn(each, rng), rng)
+            yield key, {"image": picture, "question": each.question, "answer": each.answer}
 
 
 def drawn(asked: Asked, rng: np.random.Generator) -> list[int]:
@@ -171,6 +191,26 @@ def drawn(asked: Asked, rng: np.random.Generator) -> list[int]:
         fitting = np.flatnonzero(asked.fits(found))
         if len(fitting):
             return found[fitting[0]].tolist()
+
+
+def dialogues(found: Things, rng: np.random.Generator) -> Iterator[list[dict[str, str]]]:
+    """Of each mosaic questions of different kinds, with their answers.
+
+    Of the questions of a kind one is drawn whose answer is yes as often as no; of the others any.
+    """
+    truths = [(list(kind()), np.stack([each.fits(found) for each in kind()], axis=1)) for kind in KINDS]
+    for index in range(len(found)):
+        turns = []
+        for chosen in rng.permutation(len(truths)):
+            asked, true = truths[chosen]
+            fitting = np.flatnonzero(true[index])
+            yes = [each for each in fitting if asked[each].answer == "yes"]
+            if yes:
+                fitting = np.array(yes) if rng.random() < 0.5 else np.setdiff1d(fitting, yes)
+            if len(fitting):
+                each = asked[rng.choice(fitting)]
+                turns.append({"question": each.question, "answer": each.answer})
+        yield turns[:TURNS]
 
 
 def halved(path: Path) -> UInt8[np.ndarray, "32 32 3"]:

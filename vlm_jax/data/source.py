@@ -31,6 +31,8 @@ class Source:
     - `latent_mean` and `latent_log_variance`: float32 [h, w, c], what an autoencoder made of the image;
     - `text`: tuple of str, all captions of the image; where there are questions, the one line "question answer";
     - `question` and `answer`: str; `answers`: tuple of str, of several people, where `answer` is what most of them say;
+    - `turns`: tuple of pairs of str, questions about the image with their answers, of a sequence of dictionaries that
+      have both, in a field of this name;
     - `label`: int, an index into `label_names`.
     """
 
@@ -127,6 +129,9 @@ class Source:
                 record[key] = record[key].decode()
             for key in record.keys() & {"text", "answers"}:
                 record[key] = tuple(_texts(record[key]))
+            if "turns" in record:
+                said = (tuple(_texts(record["turns"][side])) for side in ("question", "answer"))
+                record["turns"] = tuple(zip(*said, strict=True))
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{self._called(index)} has a text that is not UTF-8 ({error}): encode it where the data set is made, "
@@ -223,6 +228,7 @@ def _keys(features: tfds.features.FeaturesDict) -> dict[str, str]:
     }
     found |= {key: [key] for key in ("question", "answer") if key in features and _is_string(features[key])}
     found["answers"] = ["answers"] if "answers" in features and _unlike_text(features["answers"]) is None else []
+    found["turns"] = ["turns"] if "turns" in features and _is_turns(features["turns"]) else []
     found |= {key: [key] for key in LATENT_KEYS if key in features and _is_latent(features[key])}
     return {ours: ours if ours in theirs else theirs[0] for ours, theirs in found.items() if theirs}
 
@@ -276,6 +282,14 @@ def _is_text(feature: Any) -> bool:
 
 def _is_string(feature: Any) -> bool:
     return _is_text(feature) and feature.shape == ()
+
+
+def _is_turns(feature: Any) -> bool:
+    inner = feature.feature if isinstance(feature, tfds.features.Sequence) else None
+    both = ("question", "answer")
+    return isinstance(inner, tfds.features.FeaturesDict) and all(
+        key in inner and _is_string(inner[key]) for key in both
+    )
 
 
 def _is_latent(feature: Any) -> bool:

@@ -18,7 +18,7 @@ def family_of(config: Any) -> str:
 
 SIZES = (
     *("image_size", "channels", "levels", "vocab_size", "context_length"),
-    *("width", "widths", "hidden", "latent", "embedding", "mlp", "depth", "heads"),
+    *("size", "width", "widths", "hidden", "latent", "embedding", "mlp", "depth", "heads"),
 )
 """Of these every family and every part of one has at least 1."""
 SHARES = ("dropout", "class_dropout")

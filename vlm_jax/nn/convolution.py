@@ -1,4 +1,4 @@
-"""Residual convolutions, and stacks of them from an image to a small map of features and back."""
+"""Residual convolutions and attention over maps, and stacks of convolutions from an image to a small map and back."""
 
 from typing import Protocol
 
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlm_jax.nn.attention import dot_product_attention
 from vlm_jax.sharding import constrain
 
 GROUPS = 8
@@ -51,14 +52,16 @@ class ResidualBlock(nn.Module):
     width: int
     groups: int = GROUPS
     dropout: float = 0.0
+    bias: bool = False
+    """Of the first convolution. The norm that follows takes most of it away again, and leaves its gradient to rounding:
+    only published weights have it."""
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], *, train: bool = False) -> Float[Array, "B H W D"]:
         x = constrain(x, "batch", None, None, None)
         y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_in")(x))
-        # Without a bias: the norm that follows takes most of it away again, and leaves its gradient to rounding.
-        y = nn.Conv(self.width, (3, 3), use_bias=False, dtype=self.dtype, name="conv_in")(y)
+        y = nn.Conv(self.width, (3, 3), use_bias=self.bias, dtype=self.dtype, name="conv_in")(y)
         y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_out")(y))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         y = nn.Conv(self.width, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv_out")(y)
@@ -68,7 +71,7 @@ class ResidualBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A strided 3x3 convolution: half the height and width."""
+    """A strided 3x3 convolution: half the height and width. Of even ones the padding is at the right and below."""
 
     width: int
     dtype: str = "float32"
@@ -90,6 +93,28 @@ class Upsample(nn.Module):
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
         x = nn.Conv(self.width, (3, 3), dtype=self.dtype, name="conv")(x)
         return constrain(x, "batch", None, None, None)
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention between all positions of a map, added to them; starts as almost the identity."""
+
+    heads: int
+    groups: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        batch, height, width, channels = x.shape
+        y = GroupNorm(self.groups, self.dtype, name="norm")(x).reshape(batch, height * width, channels)
+
+        def project(name: str) -> Array:
+            heads = nn.Dense(channels, dtype=self.dtype, name=name)(y)
+            return constrain(heads.reshape(*y.shape[:2], self.heads, -1), "batch", None, None, None)
+
+        y = dot_product_attention(project("query"), project("key"), project("value")).reshape(y.shape)
+        init = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
+        y = nn.Dense(channels, kernel_init=init, dtype=self.dtype, name="out")(y)
+        return constrain(x + y.reshape(x.shape), "batch", None, None, None)
 
 
 class Resolutions(Protocol):

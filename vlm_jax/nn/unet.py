@@ -9,9 +9,8 @@ from jaxtyping import Array, Float
 
 from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
-from vlm_jax.nn.attention import dot_product_attention
 from vlm_jax.nn.conditioning import Conditioning, Image, Label, Time, conditioning_rules
-from vlm_jax.nn.convolution import Downsample, GroupNorm, Upsample
+from vlm_jax.nn.convolution import Downsample, GroupNorm, SpatialAttention, Upsample
 from vlm_jax.sharding import constrain
 
 
@@ -48,26 +47,6 @@ def check_unet(config: UNet, image_size: int) -> None:
             f"an image of {image_size} pixels a side cannot be halved for each width of {list(config.widths)} after "
             f"the first: choose fewer widths, or another image_size"
         )
-
-
-class SpatialAttention(nn.Module):
-    """Self-attention between all positions, added to them; starts as almost the identity."""
-
-    config: UNet
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        c, (batch, height, width, channels) = self.config, x.shape
-        y = GroupNorm(c.groups, c.dtype, name="norm")(x).reshape(batch, height * width, channels)
-
-        def project(name: str) -> Array:
-            heads = nn.Dense(channels, dtype=c.dtype, name=name)(y)
-            return constrain(heads.reshape(*y.shape[:2], c.heads, channels // c.heads), "batch", None, None, None)
-
-        y = dot_product_attention(project("query"), project("key"), project("value")).reshape(y.shape)
-        init = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
-        y = nn.Dense(channels, kernel_init=init, dtype=c.dtype, name="out")(y)
-        return constrain(x + y.reshape(x.shape), "batch", None, None, None)
 
 
 class UNetBlock(nn.Module):
@@ -109,7 +88,11 @@ class UNetTower(nn.Module):
 
         def block(x: Array, width: int, name: str) -> Array:
             x = UNetBlock(c, width, name=name)(x, condition, train=train)
-            return SpatialAttention(c, name=f"{name}_attention")(x) if x.shape[1] in c.attention else x
+            return (
+                SpatialAttention(c.heads, c.groups, c.dtype, name=f"{name}_attention")(x)
+                if x.shape[1] in c.attention
+                else x
+            )
 
         x = constrain(nn.Conv(c.widths[0], (3, 3), dtype=c.dtype, name="first")(x), "batch", None, None, None)
         skips = [x]
@@ -121,7 +104,7 @@ class UNetTower(nn.Module):
                 x = block(x, width, f"down_{level}_{i}")
                 skips.append(x)
         x = UNetBlock(c, c.widths[-1], name="middle_0")(x, condition, train=train)
-        x = SpatialAttention(c, name="middle_attention")(x)
+        x = SpatialAttention(c.heads, c.groups, c.dtype, name="middle_attention")(x)
         x = UNetBlock(c, c.widths[-1], name="middle_1")(x, condition, train=train)
         for level, width in reversed(list(enumerate(c.widths))):
             for i in range(c.blocks + 1):

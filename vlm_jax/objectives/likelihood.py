@@ -90,18 +90,49 @@ def logistic_mixture_log_prob(
     x = to_unit_range(image, levels)[..., None, :]
     log_weights, means, log_scales, coefficients = split_mixture(outputs, image.shape[-1])
     distance = x - conditional_means(means, coefficients, x)
+    log_mass = logistic_log_mass(distance, log_scales, image[..., None, :], levels)
+    return jax.nn.logsumexp(log_weights + jnp.sum(log_mass, axis=-1), axis=-1)
+
+
+def logistic_log_mass(
+    distance: Float[Array, "*#B"], log_scale: Float[Array, "*#B"], level: Int[Array, "*#B"], levels: int
+) -> Float[Array, "*B"]:
+    """log p(level) of a logistic discretised into bins, elementwise.
+
+    Args:
+      distance: of the level from the logistic's mean, on [-1, 1].
+    """
     half_bin = 1 / (levels - 1)
-    upper = (distance + half_bin) * jnp.exp(-log_scales)
-    lower = (distance - half_bin) * jnp.exp(-log_scales)
+    upper = (distance + half_bin) * jnp.exp(-log_scale)
+    lower = (distance - half_bin) * jnp.exp(-log_scale)
     # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)): exact where a plain difference cancels, so the
     # bins sum to one without PixelCNN++'s switch to a density in the tails. The width of the bin is taken from the
     # scale, not from u - l, which rounds.
-    width = 2 * half_bin * jnp.exp(-log_scales)
+    width = 2 * half_bin * jnp.exp(-log_scale)
     inside = jax.nn.log_sigmoid(upper) + jax.nn.log_sigmoid(-lower) + jnp.log(-jnp.expm1(-width))
-    level = image[..., None, :]
     log_mass = jnp.where(level == 0, jax.nn.log_sigmoid(upper), inside)
-    log_mass = jnp.where(level == levels - 1, jax.nn.log_sigmoid(-lower), log_mass)
-    return jax.nn.logsumexp(log_weights + jnp.sum(log_mass, axis=-1), axis=-1)
+    return jnp.where(level == levels - 1, jax.nn.log_sigmoid(-lower), log_mass)
+
+
+def logistic_log_prob(
+    mean: Float[Array, "*B C"], log_scale: Float[Array, " C"], image: Int[Array, "*B C"], levels: int
+) -> Float[Array, "*B C"]:
+    """log p of each sub-pixel under a discretised logistic, whose scale is that of its channel.
+
+    Args:
+      mean: on [-1, 1].
+      image: values in [0, levels).
+    """
+    distance = to_unit_range(image, levels) - mean
+    return logistic_log_mass(distance, jnp.maximum(log_scale, MIN_LOG_SCALE), image, levels)
+
+
+def sample_logistic(
+    key: Array, mean: Float[Array, "*B C"], log_scale: Float[Array, " C"], levels: int, temperature: float = 1.0
+) -> Int[Array, "*B C"]:
+    """Sub-pixels drawn from the distribution of `logistic_log_prob`; at temperature 0 the mean."""
+    scale = temperature * jnp.exp(jnp.maximum(log_scale, MIN_LOG_SCALE))
+    return from_unit_range(mean + scale * jax.random.logistic(key, mean.shape), levels)
 
 
 def sample_logistic_mixture(

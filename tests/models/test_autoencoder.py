@@ -1,0 +1,142 @@
+"""The autoencoder with a map of latents: on 2x2 images of 3 levels its bound is one, and its latents are standard."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from densities import IMAGES, check_bound, check_copies, check_importance_weights
+from optimized import mapped
+from reference import random_params
+from vlm_jax.errors import UserError
+from vlm_jax.models import autoencoder
+from vlm_jax.models.autoencoder import Autoencoder, Config
+from vlm_jax.nn.autoencoder import Decoder, Encoder, Pyramid
+from vlm_jax.trees import count_parameters
+
+CONFIG = Config(
+    image_size=2, channels=1, levels=3, network=Pyramid(widths=(4, 4), blocks=1, attention=(2,), groups=2), latent=2
+)
+MODEL = autoencoder.build(CONFIG)
+MODULE: Any = Autoencoder(CONFIG)
+BATCH = {"image": IMAGES}
+DRAWS = 8192
+KEY = jax.random.key(1)
+
+
+@pytest.fixture(scope="module")
+def variables() -> Any:
+    """Random parameters; posteriors are kept wide, for importance weights of narrow ones have too large a variance."""
+    values = random_params(jax.eval_shape(MODEL.init, KEY, BATCH), 0.5)
+    posterior = values["params"]["posterior"]
+    posterior["kernel"] *= 0.3
+    posterior["bias"] = np.float32([0.2, -0.1, -0.3, -0.2])
+    values["moments"] = {"mean": np.float32([0.3, -0.2]), "square": np.float32([0.9, 2.0])}
+    return jax.tree.map(jnp.asarray, values)
+
+
+@pytest.fixture(scope="module")
+def log_weights(variables: Any) -> np.ndarray:
+    """[draws, images], nats"""
+    keys = jax.random.split(KEY, DRAWS)
+    return mapped(lambda key: MODEL.log_weight(variables, BATCH, key), keys, batch_size=64)
+
+
+def test_importance_weights_sum_to_one(log_weights: np.ndarray):
+    check_importance_weights(log_weights, (1.0, 0.0))
+
+
+def test_the_bound_is_below_every_probability_and_sums_to_at_most_one(log_weights: np.ndarray):
+    check_bound(log_weights)
+
+
+def test_the_divergence_in_closed_form_is_the_mean_of_the_one_by_draws(variables: Any, log_weights: np.ndarray):
+    keys = jax.random.split(KEY, DRAWS)
+    bounds = mapped(lambda key: MODEL.log_likelihood(variables, BATCH, key), keys, batch_size=64)
+    together = (bounds - log_weights).mean(axis=1)
+    assert (bounds - log_weights).std() > 0.1
+    assert abs(together.mean()) < 4 * together.std(ddof=1) / math.sqrt(DRAWS)
+
+
+def test_samples_have_the_probabilities_of_the_importance_weights(variables: Any, log_weights: np.ndarray):
+    count = 20_000
+    samples = np.asarray(jax.jit(lambda key: MODEL.sample(variables, key, {}, num=count))(KEY))
+    observed = np.bincount(samples.reshape(count, 4) @ [27, 9, 3, 1], minlength=81) / count
+    weights = np.exp(log_weights)
+    error = np.sqrt(weights.mean(axis=0) / count + weights.var(axis=0) / DRAWS)
+    assert (np.abs(observed - weights.mean(axis=0)) < 5 * error).all()
+
+
+def test_the_divergence_has_its_weight_in_training_alone(variables: Any):
+    light = autoencoder.build(replace(CONFIG, kl_weight=0.25))
+    loss = jax.jit(lambda train: light.loss(variables, BATCH, KEY, 0, train=train), static_argnums=0)
+    for train, weight in ((True, 0.25), (False, 1.0)):
+        value, aux = loss(train)
+        rate, distortion = aux.metrics["rate_bits_per_dim"], aux.metrics["distortion_bits_per_dim"]
+        np.testing.assert_allclose(value, weight * rate + distortion, rtol=1e-6)
+        assert rate > 0 and aux.weight == 81
+
+
+def test_latents_are_standard_by_the_moments_and_decoding_knows_it(variables: Any):
+    """Beside the module's own outputs, of moments that are neither 0 nor 1."""
+    mean, log_variance = (np.float64(y) for y in MODULE.apply(variables, IMAGES, method="encode"))
+    shift, scale = np.array([0.3, -0.2]), np.sqrt([0.9 - 0.09, 2.0 - 0.04])
+    latents = MODEL.encode(variables, IMAGES)
+    assert latents.shape == (81, 1, 1, 2)
+    np.testing.assert_allclose(latents, (mean - shift) / scale, rtol=1e-4, atol=1e-5)
+    draws = np.stack([np.float64(MODEL.encode(variables, IMAGES[:1], key)) for key in jax.random.split(KEY, 400)])
+    deviation = np.exp(0.5 * log_variance[0]) / scale
+    np.testing.assert_allclose(draws.mean(axis=0)[0], latents[0], atol=float(5 * deviation.max() / 20))
+    np.testing.assert_allclose(draws.std(axis=0)[0], deviation, rtol=0.15)
+    pixels = np.asarray(MODULE.apply(variables, jnp.float32(mean), method="decode"))
+    np.testing.assert_array_equal(MODEL.decode(variables, latents), np.clip(np.round(pixels + 1), 0, 2))
+
+
+def test_moments_move_towards_those_of_each_training_batch(variables: Any):
+    noise_key, _ = jax.random.split(KEY)
+    _, aux = jax.jit(lambda: MODEL.loss(variables, BATCH, KEY, 0, train=True))()
+    z = np.float64(MODULE.apply(variables, IMAGES, jax.random.normal(noise_key, (81, 1, 1, 2))).latents)
+    for name, value in (("mean", z), ("square", z**2)):
+        expected = 0.99 * np.asarray(variables["moments"][name]) + 0.01 * value.mean(axis=(0, 1, 2))
+        np.testing.assert_allclose(aux.state["moments"][name], expected, rtol=1e-5)
+    _, aux = jax.jit(lambda: MODEL.loss(variables, BATCH, KEY, 0, train=False))()
+    jax.tree.map(np.testing.assert_array_equal, aux.state["moments"], variables["moments"])
+
+
+def test_reconstructions_become_their_originals():
+    check_copies(MODEL)
+
+
+def test_the_networks_are_those_of_stable_diffusion():
+    """83,653,863 parameters of the release, and three scales of pixels."""
+    model = autoencoder.build(autoencoder.SD_VAE)
+    batch = {"image": jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.uint8)}
+    params = jax.eval_shape(model.init, KEY, batch)["params"]
+    assert count_parameters(params) == 83_653_863 + 3
+    assert model.latents.shape == (32, 32, 4)
+
+
+def test_attention_is_where_the_settings_say_and_in_the_middle():
+    network = Pyramid(widths=(4, 4, 4), blocks=2, attention=(4,), groups=2)
+    x = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    encoder = jax.eval_shape(Encoder(network, 4).init, KEY, x)["params"]
+    decoder = jax.eval_shape(Decoder(network, 3).init, KEY, jax.ShapeDtypeStruct((1, 2, 2, 4), jnp.float32))["params"]
+    for params, blocks in ((encoder, 2), (decoder, 3)):
+        attentive = {f"{level}/{name}" for level in params for name in params[level] if name.startswith("attention")}
+        assert attentive == {"middle/attention_0", *(f"level_1/attention_{i}" for i in range(blocks))}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"widths": (6,), "groups": 4}, r"multiples of its groups \(4\), not \[6\]"),
+        ({"widths": (4, 4, 4), "groups": 4}, "an image of 2 pixels a side cannot be halved for each width"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(fields: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        replace(CONFIG, network=Pyramid(**fields))

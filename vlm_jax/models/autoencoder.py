@@ -1,0 +1,203 @@
+"""The autoencoder of latent diffusion (2112.10752): a variational one whose latents are a map, KL-f4, -f8 and -f16.
+
+By default it learns from the evidence lower bound, with a logistic for each sub-pixel, so that two stages have a
+likelihood in bits. What `encode` returns has mean 0 and variance 1 in each channel, by moments that are
+measured as it trains and kept beside the parameters.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.nn.autoencoder import PYRAMID_RULES, Decoder, Encoder, Pyramid, check_pyramid
+from vlm_jax.nn.images import Images
+from vlm_jax.objectives.likelihood import (
+    from_unit_range,
+    gaussian_kl,
+    gaussian_log_density,
+    logistic_log_prob,
+    nats_to_bits_per_dim,
+    sample_logistic,
+    subpixels,
+    to_unit_range,
+)
+
+MOMENTUM = 0.99
+"""Of the moments of the latents."""
+LOG_VARIANCE = (-30.0, 20.0)
+"""Of the posterior: the release's bounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Images):
+    """An encoder, a Gaussian map of latents, and a decoder."""
+
+    network: Pyramid
+    latent: int = 4
+    """Channels of the latents."""
+    kl_weight: float = 1.0
+    """Of the divergence in the loss of training; 1: the bound itself. Less leaves more to what models the latents."""
+
+    def __post_init__(self) -> None:
+        check_pyramid(self.network, self.image_size)
+
+    @property
+    def latents(self) -> tuple[int, int, int]:
+        side = self.image_size // self.network.factor
+        return side, side, self.latent
+
+
+SD_VAE = Config(image_size=256, network=Pyramid())
+"""Stable Diffusion's, KL-f8 (2112.10752): 83,653,863 parameters, and a scale of each channel of pixels."""
+
+
+class Terms(NamedTuple):
+    """Of the bound at one draw of the latents, nats of an image."""
+
+    latents: Float[Array, "B h w Z"]
+    """As the decoder reads them."""
+    log_prob: Float[Array, " B"]
+    """log p(x | z)."""
+    log_posterior: Float[Array, " B"]
+    """log q(z | x)."""
+    divergence: Float[Array, " B"]
+    """KL(q || N(0, 1)), in closed form."""
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder. Noise is the caller's."""
+
+    config: Config
+
+    def setup(self) -> None:
+        c = self.config
+        self.encoder = Encoder(c.network, 2 * c.latent)
+        self.posterior = nn.Dense(2 * c.latent)
+        self.latent = nn.Dense(c.latent)
+        self.decoder = Decoder(c.network, c.channels)
+        self.log_scale = self.param("log_scale", nn.initializers.constant(-2.0), (c.channels,))
+        zeros, ones = ((lambda value=value: jnp.full(c.latent, value)) for value in (0.0, 1.0))
+        self.mean = self.variable("moments", "mean", zeros)
+        self.square = self.variable("moments", "square", ones)
+
+    def encode(
+        self, image: Int[Array, "B H W C"], *, train: bool = False
+    ) -> tuple[Float[Array, "B h w Z"], Float[Array, "B h w Z"]]:
+        """Mean and log-variance of the latents, as the decoder reads them."""
+        x = self.posterior(self.encoder(to_unit_range(image, self.config.levels), train=train))
+        mean, log_variance = jnp.split(x, 2, axis=-1)
+        return mean, jnp.clip(log_variance, *LOG_VARIANCE)
+
+    def decode(self, z: Float[Array, "B h w Z"], *, train: bool = False) -> Float[Array, "B H W C"]:
+        """Means of the pixels, on [-1, 1]."""
+        return self.decoder(self.latent(z), train=train)
+
+    def moments(self) -> tuple[Float[Array, " Z"], Float[Array, " Z"]]:
+        """Mean and deviation of the latents over images and positions."""
+        variance = jnp.maximum(self.square.value - jnp.square(self.mean.value), 1e-6)
+        return self.mean.value, jnp.sqrt(variance)
+
+    def measure(self, z: Float[Array, "B h w Z"]) -> None:
+        """Moves the moments towards those of a batch."""
+        z = jax.lax.stop_gradient(z)
+        for moment, value in ((self.mean, z), (self.square, jnp.square(z))):
+            moment.value = MOMENTUM * moment.value + (1 - MOMENTUM) * jnp.mean(value, axis=(0, 1, 2))
+
+    def __call__(self, image: Int[Array, "B H W C"], noise: Float[Array, "B h w Z"], *, train: bool = False) -> Terms:
+        mean, log_variance = self.encode(image, train=train)
+        z = mean + jnp.exp(0.5 * log_variance) * noise
+        pixels = self.decode(z, train=train)
+        if train:
+            self.measure(z)
+        terms = (
+            logistic_log_prob(pixels, self.log_scale, image, self.config.levels),
+            gaussian_log_density(z, mean, log_variance),
+            gaussian_kl(mean, log_variance),
+        )
+        return Terms(z, *(jnp.sum(each, axis=(1, 2, 3)) for each in terms))
+
+
+def build(config: Config) -> Model:
+    """A latent-variable model of images: its likelihood is bounded from below."""
+    module: Any = Autoencoder(config)  # linen types what `apply` returns as a union
+
+    def noise_like(image: Int[Array, "B H W C"], key: Array) -> Float[Array, "B h w Z"]:
+        return jax.random.normal(key, (len(image), *config.latents))
+
+    def init(key: Array, batch: Batch) -> Variables:
+        image = batch["image"]
+        return module.init(key, image, jnp.zeros((len(image), *config.latents)))
+
+    def loss(
+        variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
+    ) -> tuple[Float[Array, ""], Aux]:
+        """The negative evidence lower bound in bits a dimension, its divergence in training of the config's weight."""
+        del step
+        noise_key, dropout_key = jax.random.split(key)
+        image = batch["image"]
+        found, state = module.apply(
+            variables,
+            image,
+            noise_like(image, noise_key),
+            train=train,
+            rngs={"dropout": dropout_key},
+            mutable=nn.DenyList("params"),
+        )
+        rate = nats_to_bits_per_dim(-jnp.mean(found.divergence), config.shape)
+        distortion = nats_to_bits_per_dim(jnp.mean(found.log_prob), config.shape)
+        metrics = {"rate_bits_per_dim": rate, "distortion_bits_per_dim": distortion}
+        weight = config.kl_weight if train else 1.0
+        return weight * rate + distortion, Aux(metrics, jnp.float32(len(image)), state)
+
+    def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
+        """E_q log p(x | z) - KL(q || p), the prior standard normal."""
+        found = module.apply(variables, batch["image"], noise_like(batch["image"], key))
+        return found.log_prob - found.divergence
+
+    def log_weight(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
+        """log p(x, z) / q(z | x)."""
+        found = module.apply(variables, batch["image"], noise_like(batch["image"], key))
+        log_prior = jnp.sum(gaussian_log_density(found.latents, jnp.zeros(()), jnp.zeros(())), axis=(1, 2, 3))
+        return found.log_prob + log_prior - found.log_posterior
+
+    def encode(variables: Variables, image: Int[Array, "B H W C"], key: Array | None = None) -> Float[Array, "B h w Z"]:
+        """The posterior's mean, or a draw from it, less the mean of all and over their deviation."""
+        mean, log_variance = module.apply(variables, image, method="encode")
+        z = mean if key is None else mean + jnp.exp(0.5 * log_variance) * noise_like(image, key)
+        shift, scale = module.apply(variables, method="moments")
+        return (z - shift) / scale
+
+    def decode(variables: Variables, latents: Float[Array, "B h w Z"]) -> Int[Array, "B H W C"]:
+        """The mean of each pixel."""
+        shift, scale = module.apply(variables, method="moments")
+        return from_unit_range(module.apply(variables, latents * scale + shift, method="decode"), config.levels)
+
+    def sample(
+        variables: Variables, key: Array, given: Batch, *, num: int, temperature: float = 1.0
+    ) -> Int[Array, "num H W C"]:
+        """Of the standard normal prior. The temperature is that of the pixels given the latents; at 0 their means."""
+        del given
+        latent_key, pixel_key = jax.random.split(key)
+        z = jax.random.normal(latent_key, (num, *config.latents))
+        mean = module.apply(variables, z, method="decode")
+        return sample_logistic(pixel_key, mean, variables["params"]["log_scale"], config.levels, temperature)
+
+    return Model(
+        inputs={"image": config.image},
+        init=init,
+        loss=loss,
+        rules=((r"(posterior|latent)/kernel$", (None, None)), *PYRAMID_RULES),
+        log_likelihood=log_likelihood,
+        count=subpixels,
+        bound="lower",
+        log_weight=log_weight,
+        latents=Input(config.latents, "float32"),
+        encode=encode,
+        decode=decode,
+        sample=sample,
+    )
