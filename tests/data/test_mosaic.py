@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.data import Source, open_source
-from vlm_jax.data.mosaic import CHANCE, COLORS, KINDS, PLACES, SHAPES, dialogues, drawn
+from vlm_jax.data.mosaic import CHANCE, COLORS, KINDS, PLACES, SHAPES, caption, drawn, turns
 
 PALETTE = {
     "black": (0, 0, 0),
@@ -98,15 +98,32 @@ def test_dialogues_ask_of_what_is_drawn_in_different_ways_and_yes_is_as_frequent
     found = rng.integers(len(COLORS) * len(SHAPES), size=(1000, 4))
     ask = {(each.question, each.answer): each for kind in KINDS for each in kind()}
     answers = defaultdict(Counter)
-    for there, turns in zip(found, dialogues(found, rng), strict=True):
-        assert len(turns) == 4 == len({KIND[turn["question"]] for turn in turns})
-        for turn in turns:
+    for there, said in zip(found, turns(found, rng), strict=True):
+        assert len(said) == 4 == len({KIND[turn["question"]] for turn in said})
+        for turn in said:
             assert ask[turn["question"], turn["answer"]].fits(there[None])[0]
             answers[KIND[turn["question"]].__name__][turn["answer"]] += 1
     assert answers.keys() == {kind.__name__ for kind in KINDS}
     for kind in ("presence", "relation"):
         yes, total = answers[kind]["yes"], answers[kind].total()
         assert abs(yes - total / 2) < 4 * np.sqrt(total) / 2
+
+
+def test_a_caption_names_what_lies_at_each_place_in_reading_order(data_dir):
+    red, blue = (COLORS.index(color) * len(SHAPES) for color in ("red", "blue"))
+    circle, triangle = SHAPES.index("circle"), SHAPES.index("triangle")
+    told = caption(np.array([red + circle, blue + triangle, blue + circle, red + triangle]))
+    assert told == "a red circle, a blue triangle, a blue circle, a red triangle"
+    source = open_source("mosaic/captions", "test", data_dir)
+    assert len(source) == 500
+    pure = []  # where a shape is so small that averaging leaves it none of its colour, its caption is not checked
+    for index in range(0, 500, 9):
+        image, named = source[index]["image"].pixels(3), source[index]["text"][0].split(", ")
+        for (r, c), thing in zip([(0, 0), (0, 32), (32, 0), (32, 32)], named, strict=True):
+            there = {name for name, rgb in PALETTE.items() if (image[r : r + 32, c : c + 32] == rgb).all(-1).any()}
+            pure.append(bool(there))
+            assert there <= {thing.split()[1]}
+    assert np.mean(pure) > 0.9
 
 
 def test_dialogues_are_of_the_pictures_of_their_split(data_dir):

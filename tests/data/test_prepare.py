@@ -60,6 +60,7 @@ def test_own_names():
         "easy_vqa/shape",
         "mosaic/questions",
         "mosaic/dialogues",
+        "mosaic/captions",
         "digits",
     ]
 

@@ -28,9 +28,9 @@ def find_data_set(name: str, data_dir: Path) -> Path:
 
     Args:
       name: "openmoji", "easy_vqa" (its questions), "easy_vqa/dialogues", "easy_vqa/captions", "easy_vqa/color",
-        "easy_vqa/shape", "mosaic" (questions), "mosaic/dialogues", "digits", or any data set that TFDS has prepared
-        under `data_dir`: "fashion_mnist", "coco_captions:1.1.0", "imagenet_resized/32x32". Of several prepared versions
-        the newest is meant, of ours the one that this library makes.
+        "easy_vqa/shape", "mosaic" (questions), "mosaic/dialogues", "mosaic/captions", "digits", or any data set that
+        TFDS has prepared under `data_dir`: "fashion_mnist", "coco_captions:1.1.0", "imagenet_resized/32x32". Of several
+        prepared versions the newest is meant, of ours the one that this library makes.
 
     Raises:
       UserError: there is no such data set, or it is not prepared, or the name fits several.

@@ -127,6 +127,8 @@ class Mosaic(tfds.core.GeneratorBasedBuilder):
       `questions` (the default): as above, with `image`, `question` and `answer`.
       `dialogues`: 20,000 and 500 other mosaics of things drawn at random, with `image` and four `turns` each, every one
         a question of another kind and its answer. They are not balanced, and are there to be trained on.
+      `captions`: as many others, with `image` and the one of `captions`, "a red circle, a blue triangle, a teal circle,
+        a red rectangle": what lies at each place, in reading order.
     """
 
     name = "mosaic"
@@ -134,11 +136,16 @@ class Mosaic(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own declaration)
         tfds.core.BuilderConfig(name="questions", description="One question a mosaic, in balance"),
         tfds.core.BuilderConfig(name="dialogues", description="Four questions a mosaic"),
+        tfds.core.BuilderConfig(name="captions", description="What lies at each place of a mosaic, in words"),
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        turn = {"question": tfds.features.Text(), "answer": tfds.features.Text()}
-        dialogues = self.builder_config.name == "dialogues"
+        turn: dict[str, Any] = {"question": tfds.features.Text(), "answer": tfds.features.Text()}
+        told = {
+            "questions": turn,
+            "dialogues": {"turns": tfds.features.Sequence(turn)},
+            "captions": {"captions": tfds.features.Sequence(tfds.features.Text())},
+        }
         return tfds.core.DatasetInfo(
             builder=self,
             description=Mosaic.__doc__,
@@ -147,7 +154,7 @@ class Mosaic(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
-                    **({"turns": tfds.features.Sequence(turn)} if dialogues else turn),
+                    **told[self.builder_config.name],
                 }
             ),
         )
@@ -169,13 +176,14 @@ class Mosaic(tfds.core.GeneratorBasedBuilder):
         def drawing(found: Sequence[int], rng: np.random.Generator) -> bytes:
             return mosaic([half(int(rng.choice(pictures[thing]))) for thing in found])
 
-        if self.builder_config.name == "dialogues":
-            rng = np.random.default_rng([seed, 1])
+        config = self.builder_config.name
+        if config != "questions":
+            rng = np.random.default_rng([seed, 1 if config == "dialogues" else 2])
             found = rng.integers(len(COLORS) * len(SHAPES), size=(20_000 if repeats > 1 else 500, len(PLACES)))
-            for key, turns in enumerate(
-                tqdm(dialogues(found, rng), desc="Preparing mosaic", total=len(found), leave=False)
-            ):
-                yield key, {"image": drawing(found[key].tolist(), rng), "turns": turns}
+            told = turns(found, rng) if config == "dialogues" else ([caption(each)] for each in found)
+            field = "turns" if config == "dialogues" else "captions"
+            for key, each in enumerate(tqdm(told, desc="Preparing mosaic", total=len(found), leave=False)):
+                yield key, {"image": drawing(found[key].tolist(), rng), field: each}
             return
         asked = [each for kind, often in KINDS.items() for each in kind() for _ in range(often * repeats)]
         for key, each in enumerate(tqdm(asked, desc="Preparing mosaic", unit=" questions", leave=False)):
@@ -193,14 +201,14 @@ def drawn(asked: Asked, rng: np.random.Generator) -> list[int]:
             return found[fitting[0]].tolist()
 
 
-def dialogues(found: Things, rng: np.random.Generator) -> Iterator[list[dict[str, str]]]:
+def turns(found: Things, rng: np.random.Generator) -> Iterator[list[dict[str, str]]]:
     """Of each mosaic questions of different kinds, with their answers.
 
     Of the questions of a kind one is drawn whose answer is yes as often as no; of the others any.
     """
     truths = [(list(kind()), np.stack([each.fits(found) for each in kind()], axis=1)) for kind in KINDS]
     for index in range(len(found)):
-        turns = []
+        asked_of = []
         for chosen in rng.permutation(len(truths)):
             asked, true = truths[chosen]
             fitting = np.flatnonzero(true[index])
@@ -209,8 +217,13 @@ def dialogues(found: Things, rng: np.random.Generator) -> Iterator[list[dict[str
                 fitting = np.array(yes) if rng.random() < 0.5 else np.setdiff1d(fitting, yes)
             if len(fitting):
                 each = asked[rng.choice(fitting)]
-                turns.append({"question": each.question, "answer": each.answer})
-        yield turns[:TURNS]
+                asked_of.append({"question": each.question, "answer": each.answer})
+        yield asked_of[:TURNS]
+
+
+def caption(places: Int[np.ndarray, " 4"]) -> str:
+    """What lies at each place, in their order: "a red circle, a blue triangle, a teal circle, a red rectangle"."""
+    return ", ".join(f"a {COLORS[thing // len(SHAPES)]} {SHAPES[thing % len(SHAPES)]}" for thing in places)
 
 
 def halved(path: Path) -> UInt8[np.ndarray, "32 32 3"]:
