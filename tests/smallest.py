@@ -24,6 +24,7 @@ from vlm_jax.models import (
     vdm,
     vqvae,
 )
+from vlm_jax.nn.adversary import Adversarial
 from vlm_jax.nn.autoencoder import Pyramid
 from vlm_jax.nn.decoder import DecoderConfig
 from vlm_jax.nn.denoiser import Network
@@ -66,6 +67,9 @@ VQVAE = vqvae.Config(**IMAGE, network=PYRAMID, hidden=4, quantizer=EMA(size=5, w
 
 CONFIGS: dict[str, Any] = {
     "autoencoder": autoencoder.Config(**IMAGE, network=PYRAMID, latent=2),
+    "autoencoder of a critic": autoencoder.Config(
+        **{**IMAGE, "image_size": 4}, network=PYRAMID, latent=2, objective=Adversarial(widths=(4,), groups=2)
+    ),
     "autoregressive": autoregressive.Config(**IMAGE, patch_size=2, classes=2, transformer=TRANSFORMER),
     "autoregressive of mixtures": autoregressive.Config(**IMAGE, mixtures=1, transformer=TRANSFORMER),
     "clip": CLIP,

@@ -114,6 +114,7 @@ def test_codes_become_the_means_of_their_pixels(config: Config, variables: Any):
     np.testing.assert_array_equal(model.encode(variables, IMAGES, KEY), model.encode(variables, IMAGES))
 
 
+@pytest.mark.slow
 def test_reconstructions_become_their_originals():
     check_copies(vqvae.build(replace(CONFIG, quantizer=Learned(size=4, width=2))))
 

@@ -1,10 +1,11 @@
 """The autoencoder of latent diffusion (2112.10752): a variational one whose latents are a map, KL-f4, -f8 and -f16.
 
 By default it learns from the evidence lower bound, with a logistic for each sub-pixel, so that two stages have a
-likelihood in bits. What `encode` returns has mean 0 and variance 1 in each channel, by moments that are
-measured as it trains and kept beside the parameters.
+likelihood in bits; `Adversarial` is the release's loss in its place. What `encode` returns has mean 0 and variance 1 in
+each channel, by moments that are measured as it trains and kept beside the parameters.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.nn.adversary import Adversarial, Adversary, adversary_rules, check_adversary, onlookers
 from vlm_jax.nn.autoencoder import PYRAMID_RULES, Decoder, Encoder, Pyramid, check_pyramid
 from vlm_jax.nn.images import Images
+from vlm_jax.objectives.adversarial import Onlookers, Weights, adversarial_loss, error_of_copies
 from vlm_jax.objectives.likelihood import (
     from_unit_range,
     gaussian_kl,
@@ -26,11 +29,21 @@ from vlm_jax.objectives.likelihood import (
     subpixels,
     to_unit_range,
 )
+from vlm_jax.sharding import under
+from vlm_jax.trees import part
 
 MOMENTUM = 0.99
 """Of the moments of the latents."""
 LOG_VARIANCE = (-30.0, 20.0)
 """Of the posterior: the release's bounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """The evidence lower bound, by a logistic of each sub-pixel with a scale of each channel."""
+
+    kl_weight: float = 1.0
+    """Of the divergence in the loss of training; 1: the bound itself. Less leaves more to what models the latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +53,12 @@ class Config(Images):
     network: Pyramid
     latent: int = 4
     """Channels of the latents."""
-    kl_weight: float = 1.0
-    """Of the divergence in the loss of training; 1: the bound itself. Less leaves more to what models the latents."""
+    objective: Bound | Adversarial = Bound()
 
     def __post_init__(self) -> None:
         check_pyramid(self.network, self.image_size)
+        if isinstance(self.objective, Adversarial):
+            check_adversary(self.objective, self.image_size)
 
     @property
     def latents(self) -> tuple[int, int, int]:
@@ -80,7 +94,10 @@ class Autoencoder(nn.Module):
         self.posterior = nn.Dense(2 * c.latent)
         self.latent = nn.Dense(c.latent)
         self.decoder = Decoder(c.network, c.channels)
-        self.log_scale = self.param("log_scale", nn.initializers.constant(-2.0), (c.channels,))
+        if isinstance(c.objective, Bound):
+            self.log_scale = self.param("log_scale", nn.initializers.constant(-2.0), (c.channels,))
+        else:
+            self.objective = Adversary(c.objective)
         zeros, ones = ((lambda value=value: jnp.full(c.latent, value)) for value in (0.0, 1.0))
         self.mean = self.variable("moments", "mean", zeros)
         self.square = self.variable("moments", "square", ones)
@@ -108,18 +125,36 @@ class Autoencoder(nn.Module):
         for moment, value in ((self.mean, z), (self.square, jnp.square(z))):
             moment.value = MOMENTUM * moment.value + (1 - MOMENTUM) * jnp.mean(value, axis=(0, 1, 2))
 
-    def __call__(self, image: Int[Array, "B H W C"], noise: Float[Array, "B h w Z"], *, train: bool = False) -> Terms:
+    def draw(
+        self, image: Int[Array, "B H W C"], noise: Float[Array, "B h w Z"], *, train: bool
+    ) -> tuple[Float[Array, "B h w Z"], Float[Array, "B h w Z"], Float[Array, "B h w Z"]]:
+        """Latents at mean + deviation * noise, log q of them, and KL(q || N(0, 1)), elementwise."""
         mean, log_variance = self.encode(image, train=train)
         z = mean + jnp.exp(0.5 * log_variance) * noise
-        pixels = self.decode(z, train=train)
         if train:
             self.measure(z)
-        terms = (
-            logistic_log_prob(pixels, self.log_scale, image, self.config.levels),
-            gaussian_log_density(z, mean, log_variance),
-            gaussian_kl(mean, log_variance),
-        )
-        return Terms(z, *(jnp.sum(each, axis=(1, 2, 3)) for each in terms))
+        return z, gaussian_log_density(z, mean, log_variance), gaussian_kl(mean, log_variance)
+
+    def __call__(self, image: Int[Array, "B H W C"], noise: Float[Array, "B h w Z"], *, train: bool = False) -> Terms:
+        """Of a `Bound`."""
+        z, log_posterior, divergence = self.draw(image, noise, train=train)
+        log_prob = logistic_log_prob(self.decode(z, train=train), self.log_scale, image, self.config.levels)
+        return Terms(z, *(jnp.sum(each, axis=(1, 2, 3)) for each in (log_prob, log_posterior, divergence)))
+
+    def hidden(
+        self, image: Int[Array, "B H W C"], noise: Float[Array, "B h w Z"], *, train: bool = False
+    ) -> tuple[Float[Array, "B H W D"], Float[Array, " B"]]:
+        """What the decoder's last layer reads, and KL(q || N(0, 1)): what an `Adversarial` loss needs."""
+        z, _, divergence = self.draw(image, noise, train=train)
+        x = self.decoder(self.latent(z), train=train, painted=False)
+        return x, jnp.sum(divergence, axis=(1, 2, 3))
+
+    def initialise(self, image: Int[Array, "B H W C"]) -> None:
+        """All parts: `hidden` leaves out the last layer, and who looks at it."""
+        mean, _ = self.encode(image)
+        pixels = self.decode(mean)
+        if isinstance(self.config.objective, Adversarial):
+            self.objective(pixels)
 
 
 def build(config: Config) -> Model:
@@ -130,14 +165,48 @@ def build(config: Config) -> Model:
         return jax.random.normal(key, (len(image), *config.latents))
 
     def init(key: Array, batch: Batch) -> Variables:
+        variables: Variables = module.init(key, batch["image"], method="initialise")
+        return variables
+
+    def adversarial_terms(
+        variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
+    ) -> tuple[Float[Array, ""], Aux]:
+        """The release's loss over the number of sub-pixels; of held-out images without what a critic says."""
+        goal: Any = config.objective
+        noise_key, dropout_key = jax.random.split(key)
         image = batch["image"]
-        return module.init(key, image, jnp.zeros((len(image), *config.latents)))
+        (hidden, divergence), state = module.apply(
+            variables,
+            image,
+            noise_like(image, noise_key),
+            train=train,
+            rngs={"dropout": dropout_key},
+            mutable=nn.DenyList("params"),
+            method="hidden",
+        )
+        rate = jnp.mean(divergence) / math.prod(config.shape)
+        last, x = variables["params"]["decoder"]["last"], to_unit_range(image, config.levels)
+
+        def paint(kernel: Float[Array, "h w D C"]) -> Float[Array, "B H W C"]:
+            layer: Any = nn.Conv(config.channels, (3, 3))
+            return layer.apply({"params": {**last, "kernel": kernel}}, hidden)
+
+        eyes, metrics = Onlookers(*onlookers(goal, part(variables, "objective"))), {"rate": rate}
+        if not train:
+            error = error_of_copies(x, paint(last["kernel"]), eyes.distance, goal.judged)
+            return error + goal.kl_weight * rate, Aux(metrics, jnp.float32(len(image)), state)
+        entered = goal.adversarial * jnp.float32(step >= goal.start)
+        weights = Weights(goal.judged, entered, goal.lecam, float(math.prod(config.shape)))
+        said = state["said"]["objective"]
+        value, found, said = adversarial_loss(x, paint, last["kernel"], eyes, said, weights)
+        return value + goal.kl_weight * rate, Aux(metrics | found, None, {**state, "said": {"objective": said}})
 
     def loss(
         variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
     ) -> tuple[Float[Array, ""], Aux]:
         """The negative evidence lower bound in bits a dimension, its divergence in training of the config's weight."""
-        del step
+        if not isinstance(config.objective, Bound):
+            return adversarial_terms(variables, batch, key, step, train=train)
         noise_key, dropout_key = jax.random.split(key)
         image = batch["image"]
         found, state = module.apply(
@@ -151,7 +220,7 @@ def build(config: Config) -> Model:
         rate = nats_to_bits_per_dim(-jnp.mean(found.divergence), config.shape)
         distortion = nats_to_bits_per_dim(jnp.mean(found.log_prob), config.shape)
         metrics = {"rate_bits_per_dim": rate, "distortion_bits_per_dim": distortion}
-        weight = config.kl_weight if train else 1.0
+        weight = config.objective.kl_weight if train else 1.0
         return weight * rate + distortion, Aux(metrics, jnp.float32(len(image)), state)
 
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
@@ -187,17 +256,25 @@ def build(config: Config) -> Model:
         mean = module.apply(variables, z, method="decode")
         return sample_logistic(pixel_key, mean, variables["params"]["log_scale"], config.levels, temperature)
 
+    goal = config.objective
+    density: dict[str, Any] = {
+        "log_likelihood": log_likelihood,
+        "count": subpixels,
+        "bound": "lower",
+        "log_weight": log_weight,
+        "sample": sample,
+    }
     return Model(
         inputs={"image": config.image},
         init=init,
         loss=loss,
-        rules=((r"(posterior|latent)/kernel$", (None, None)), *PYRAMID_RULES),
-        log_likelihood=log_likelihood,
-        count=subpixels,
-        bound="lower",
-        log_weight=log_weight,
+        rules=(
+            *(under("objective", adversary_rules(goal)) if isinstance(goal, Adversarial) else ()),
+            (r"(posterior|latent)/kernel$", (None, None)),
+            *PYRAMID_RULES,
+        ),
         latents=Input(config.latents, "float32"),
         encode=encode,
         decode=decode,
-        sample=sample,
+        **(density if isinstance(goal, Bound) else {}),
     )

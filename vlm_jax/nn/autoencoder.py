@@ -101,13 +101,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A map as `Encoder` makes -> an image of `channels`."""
+    """A map as `Encoder` makes -> an image of `channels`; not `painted`, what the last layer reads."""
 
     config: Pyramid
     channels: int
 
     @nn.compact
-    def __call__(self, z: Float[Array, "B h w Z"], *, train: bool = False) -> Float[Array, "B H W O"]:
+    def __call__(
+        self, z: Float[Array, "B h w Z"], *, train: bool = False, painted: bool = True
+    ) -> Float[Array, "B H W O"]:
         c = self.config
         x = constrain(nn.Conv(c.widths[-1], (3, 3), dtype=c.dtype, name="first")(z), "batch", None, None, None)
         x = Middle(c, name="middle")(x, train=train)
@@ -116,7 +118,7 @@ class Decoder(nn.Module):
             if level:
                 x = Upsample(width, c.dtype, name=f"up_{level}")(x)
         x = nn.silu(GroupNorm(c.groups, c.dtype, name="norm_out")(x)).astype(jnp.float32)
-        return nn.Conv(self.channels, (3, 3), name="last")(x)
+        return nn.Conv(self.channels, (3, 3), name="last")(x) if painted else x
 
 
 PYRAMID_RULES: tuple[Rule, ...] = (
