@@ -15,7 +15,7 @@ from tqdm import tqdm
 Questions = tuple[list[str], list[str], list[int]]
 """Each question, its answer and the number of its image, as the package gives them."""
 
-TURNS = 4
+TURNS = 3
 """Of a dialogue, at most."""
 LABELS = {
     "color": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
@@ -29,7 +29,7 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
     Configurations:
       `questions` (the default): one record a question (38,575 train, 9,673 test), with `image`, `question` such as
         "what color is the triangle?" and `answer`, one of 13 words.
-      `dialogues`: one record for up to four questions of one image, with `image` and `turns`, each of a `question` and
+      `dialogues`: one record for up to three questions of one image, with `image` and `turns`, each of a `question` and
         its `answer`.
       `captions`: one record an image of which both are asserted (3,542 train, 880 test), with `image` and the one of
         `captions`, such as "a teal circle".
@@ -43,7 +43,7 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own declaration)
         tfds.core.BuilderConfig(name="questions", description="One record a question"),
-        tfds.core.BuilderConfig(name="dialogues", description="Up to four questions of an image a record"),
+        tfds.core.BuilderConfig(name="dialogues", description="Up to three questions of an image a record"),
         tfds.core.BuilderConfig(name="captions", description="One record an image, with its colour and shape in words"),
         tfds.core.BuilderConfig(name="color", description="One record an image, labelled with its colour"),
         tfds.core.BuilderConfig(name="shape", description="One record an image, labelled with its shape"),

@@ -125,8 +125,8 @@ class Mosaic(tfds.core.GeneratorBasedBuilder):
 
     Configurations:
       `questions` (the default): as above, with `image`, `question` and `answer`.
-      `dialogues`: 20,000 and 500 other mosaics of things drawn at random, with `image` and four `turns` each, every one
-        a question of another kind and its answer. They are not balanced, and are there to be trained on.
+      `dialogues`: 20,000 and 500 other mosaics of things drawn at random, with `image` and three `turns` each, every
+        one a question of another kind and its answer. They are not balanced, and are there to be trained on.
       `captions`: as many others, with `image` and the one of `captions`, "a red circle, a blue triangle, a teal circle,
         a red rectangle": what lies at each place, in reading order.
     """
@@ -135,7 +135,7 @@ class Mosaic(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own declaration)
         tfds.core.BuilderConfig(name="questions", description="One question a mosaic, in balance"),
-        tfds.core.BuilderConfig(name="dialogues", description="Four questions a mosaic"),
+        tfds.core.BuilderConfig(name="dialogues", description="Three questions a mosaic"),
         tfds.core.BuilderConfig(name="captions", description="What lies at each place of a mosaic, in words"),
     ]
 
