@@ -115,8 +115,10 @@ def test_every_preset_on_the_data_that_has_a_likelihood_is_chosen() -> None:
     assert chosen.keys() == tiny
     assert {"kde-tiny", "flow-tiny", "diffusion-tiny", "autoregressive-tiny", "vae-tiny"} <= chosen.keys()
     assert choose((), "openmoji").keys() == {
+        "autoencoder-tiny",
         "autoregressive-tiny-openmoji",
         "vae-tiny-openmoji",
+        "vqvae-tiny",
     }  # neither clip nor texts
 
 
