@@ -50,8 +50,12 @@ def seen(template: str | None, vocab_size: int, *mixture: tuple[str, float]) -> 
 CAPTIONS = (("mosaic/captions", 4.0), ("easy_vqa/captions", 1.0), ("openmoji", 1.0))
 """What stage 1 sees beside questions about one shape, in rows for one of these."""
 QUESTIONS = (
-    *(("easy_vqa/dialogues", 1.0), ("mosaic", 1.0), ("mosaic/dialogues", 3.0)),
-    *(("mosaic/captions", 2.0), ("openmoji", 0.5), ("easy_vqa/captions", 0.3)),
+    ("easy_vqa/dialogues", 1.0),
+    ("mosaic", 1.0),
+    ("mosaic/dialogues", 3.0),
+    ("mosaic/captions", 2.0),
+    ("openmoji", 0.5),
+    ("easy_vqa/captions", 0.3),
 )
 """What stage 2 does."""
 TURNS = (

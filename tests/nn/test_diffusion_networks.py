@@ -12,11 +12,11 @@ import pytest
 from reference import attention, conv, dense, group_norm, layer_norm, mlp, random_params, silu
 from vlm_jax.errors import UserError
 from vlm_jax.nn.conditioning import Conditioning, timestep_features
-from vlm_jax.nn.convolution import SpatialAttention
+from vlm_jax.nn.convolution import SpatialAttention, check_halved
 from vlm_jax.nn.denoiser import Denoiser, Network
 from vlm_jax.nn.dit import DiT, DiTTower, position_features
 from vlm_jax.nn.transformer import Transformer
-from vlm_jax.nn.unet import UNet, UNetBlock, UNetTower, check_unet
+from vlm_jax.nn.unet import UNet, UNetBlock, UNetTower
 from vlm_jax.nn.vision import patchify, unpatchify
 from vlm_jax.trees import count_parameters, leaves_by_path
 
@@ -249,7 +249,7 @@ def test_rematerialised_blocks_compute_the_same():
         (lambda: UNet(widths=(8, 12), groups=8), "must be one or more multiples of its groups (8)"),
         (lambda: UNet(widths=(8,), groups=8, heads=3), "of its heads (3), not [8]"),
         (lambda: UNet(widths=()), "must be one or more multiples"),
-        (lambda: check_unet(UNet(widths=(32, 32, 32)), 6), "6 pixels a side cannot be halved for each width"),
+        (lambda: check_halved((32, 32, 32), 6), "6 pixels a side cannot be halved for each width"),
         (
             lambda: DiT(patch_size=2, transformer=Transformer(width=6, depth=1, heads=1, mlp=8)),
             "a diffusion transformer of width 6",

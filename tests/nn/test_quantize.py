@@ -265,13 +265,13 @@ def test_a_codebook_begins_as_the_centres_of_what_it_is_to_stand_for():
 def test_codes_in_use_are_those_seen_lately_and_perplexity_is_of_the_batch():
     age = jnp.full(8, RECENT)
     codes = jnp.array([[0, 0, 1, 1], [0, 0, 1, 1]])
-    use, age = use_of_codes(codes, 8, age)
+    use, age = use_of_codes(codes, age)
     np.testing.assert_allclose([use["code_use"], use["code_perplexity"]], [2 / 8, 2], rtol=1e-5)
-    use, age = use_of_codes(jnp.full(int(RECENT) - 1, 5), 8, age)
+    use, age = use_of_codes(jnp.full(int(RECENT) - 1, 5), age)
     np.testing.assert_allclose([use["code_use"], use["code_perplexity"]], [3 / 8, 1], rtol=1e-5)
-    use, age = use_of_codes(jnp.array([5]), 8, age)
+    use, age = use_of_codes(jnp.array([5]), age)
     assert use["code_use"] == 1 / 8  # 0 and 1 were seen 65,536 tokens ago
-    use, _ = use_of_codes(jnp.array([[0, 3], [1, 3]]), 8, jnp.full((2, 8), RECENT))
+    use, _ = use_of_codes(jnp.array([[0, 3], [1, 3]]), jnp.full((2, 8), RECENT))
     np.testing.assert_allclose([use["code_use"], use["code_perplexity"]], [(2 + 1) / 16, (2 + 1) / 2], rtol=1e-5)
 
 

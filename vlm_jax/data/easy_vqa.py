@@ -52,10 +52,10 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         features: dict[str, Any] = {"image": tfds.features.Image(shape=(64, 64, 3), encoding_format="png")}
         config = self.builder_config.name
+        turn = {"question": tfds.features.Text(), "answer": tfds.features.Text()}
         if config == "questions":
-            features |= {"question": tfds.features.Text(), "answer": tfds.features.Text()}
+            features |= turn
         elif config == "dialogues":
-            turn = {"question": tfds.features.Text(), "answer": tfds.features.Text()}
             features |= {"turns": tfds.features.Sequence(turn)}
         elif config == "captions":
             features |= {"captions": tfds.features.Sequence(tfds.features.Text())}

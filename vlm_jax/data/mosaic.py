@@ -206,7 +206,8 @@ def turns(found: Things, rng: np.random.Generator) -> Iterator[list[dict[str, st
 
     Of the questions of a kind one is drawn whose answer is yes as often as no; of the others any.
     """
-    truths = [(list(kind()), np.stack([each.fits(found) for each in kind()], axis=1)) for kind in KINDS]
+    kinds = [list(kind()) for kind in KINDS]
+    truths = [(asked, np.stack([each.fits(found) for each in asked], axis=1)) for asked in kinds]
     for index in range(len(found)):
         asked_of = []
         for chosen in rng.permutation(len(truths)):

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.nn.adversary import Adversarial, Adversary, adversary_rules, check_adversary, onlookers
-from vlm_jax.nn.autoencoder import PYRAMID_RULES, Decoder, Encoder, Pyramid, check_pyramid
+from vlm_jax.nn.autoencoder import PYRAMID_RULES, Decoder, Encoder, Pyramid
+from vlm_jax.nn.convolution import check_halved
 from vlm_jax.nn.images import Images
 from vlm_jax.objectives.adversarial import Onlookers, Weights, adversarial_loss, error_of_copies
 from vlm_jax.objectives.likelihood import (
@@ -56,7 +57,7 @@ class Config(Images):
     objective: Bound | Adversarial = Bound()
 
     def __post_init__(self) -> None:
-        check_pyramid(self.network, self.image_size)
+        check_halved(self.network.widths, self.image_size)
         if isinstance(self.objective, Adversarial):
             check_adversary(self.objective, self.image_size)
 
@@ -98,9 +99,8 @@ class Autoencoder(nn.Module):
             self.log_scale = self.param("log_scale", nn.initializers.constant(-2.0), (c.channels,))
         else:
             self.objective = Adversary(c.objective)
-        zeros, ones = ((lambda value=value: jnp.full(c.latent, value)) for value in (0.0, 1.0))
-        self.mean = self.variable("moments", "mean", zeros)
-        self.square = self.variable("moments", "square", ones)
+        self.mean = self.variable("moments", "mean", jnp.zeros, (c.latent,))
+        self.square = self.variable("moments", "square", jnp.ones, (c.latent,))
 
     def encode(
         self, image: Int[Array, "B H W C"], *, train: bool = False
@@ -168,22 +168,28 @@ def build(config: Config) -> Model:
         variables: Variables = module.init(key, batch["image"], method="initialise")
         return variables
 
-    def adversarial_terms(
-        variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
-    ) -> tuple[Float[Array, ""], Aux]:
-        """The release's loss over the number of sub-pixels; of held-out images without what a critic says."""
-        goal: Any = config.objective
+    def applied(
+        variables: Variables, image: Int[Array, "B H W C"], key: Array, *, train: bool, method: str | None = None
+    ) -> tuple[Any, Any]:
+        """What the module makes of images for a loss, and the collections after it."""
         noise_key, dropout_key = jax.random.split(key)
-        image = batch["image"]
-        (hidden, divergence), state = module.apply(
+        return module.apply(
             variables,
             image,
             noise_like(image, noise_key),
             train=train,
             rngs={"dropout": dropout_key},
             mutable=nn.DenyList("params"),
-            method="hidden",
+            method=method,
         )
+
+    def adversarial_terms(
+        variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
+    ) -> tuple[Float[Array, ""], Aux]:
+        """The release's loss over the number of sub-pixels; of held-out images without what a critic says."""
+        goal: Any = config.objective
+        image = batch["image"]
+        (hidden, divergence), state = applied(variables, image, key, train=train, method="hidden")
         rate = jnp.mean(divergence) / math.prod(config.shape)
         last, x = variables["params"]["decoder"]["last"], to_unit_range(image, config.levels)
 
@@ -207,21 +213,12 @@ def build(config: Config) -> Model:
         """The negative evidence lower bound in bits a dimension, its divergence in training of the config's weight."""
         if not isinstance(config.objective, Bound):
             return adversarial_terms(variables, batch, key, step, train=train)
-        noise_key, dropout_key = jax.random.split(key)
-        image = batch["image"]
-        found, state = module.apply(
-            variables,
-            image,
-            noise_like(image, noise_key),
-            train=train,
-            rngs={"dropout": dropout_key},
-            mutable=nn.DenyList("params"),
-        )
+        found, state = applied(variables, batch["image"], key, train=train)
         rate = nats_to_bits_per_dim(-jnp.mean(found.divergence), config.shape)
         distortion = nats_to_bits_per_dim(jnp.mean(found.log_prob), config.shape)
         metrics = {"rate_bits_per_dim": rate, "distortion_bits_per_dim": distortion}
         weight = config.objective.kl_weight if train else 1.0
-        return weight * rate + distortion, Aux(metrics, jnp.float32(len(image)), state)
+        return weight * rate + distortion, Aux(metrics, jnp.float32(len(batch["image"])), state)
 
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
         """E_q log p(x | z) - KL(q || p), the prior standard normal."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
-from vlm_jax.nn.convolution import CONVOLUTION_RULES, GROUPS, downwards, upwards
+from vlm_jax.nn.convolution import CONVOLUTION_RULES, GROUPS, check_halved, downwards, upwards
 from vlm_jax.nn.images import Images
 from vlm_jax.objectives.likelihood import (
     from_unit_range,
@@ -62,11 +62,7 @@ class Config(Images):
             raise UserError(f"kl_warmup_steps is {self.kl_warmup_steps}: it must be 0 or more")
         if not self.widths or any(width % GROUPS for width in self.widths):
             raise UserError(f"the widths of a VAE must be one or more multiples of {GROUPS}, not {list(self.widths)}")
-        if self.image_size % 2 ** (len(self.widths) - 1):
-            raise UserError(
-                f"an image of {self.image_size} pixels a side cannot be halved for each width of {list(self.widths)} "
-                f"after the first: choose fewer widths, or another image_size"
-            )
+        check_halved(self.widths, self.image_size)
 
 
 class Encoder(nn.Module):

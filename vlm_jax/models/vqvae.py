@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
-from vlm_jax.nn.autoencoder import PYRAMID_RULES, Decoder, Encoder, Pyramid, check_pyramid
+from vlm_jax.nn.autoencoder import PYRAMID_RULES, Decoder, Encoder, Pyramid
 from vlm_jax.nn.codebook import RECENT, use_of_codes
+from vlm_jax.nn.convolution import check_halved
 from vlm_jax.nn.images import Images
 from vlm_jax.nn.quantize import (
     EMA,
@@ -50,25 +51,13 @@ class Config(Images):
     """Of the quantiser's penalty beside bits a dimension, in training."""
 
     def __post_init__(self) -> None:
-        check_pyramid(self.network, self.image_size)
+        check_halved(self.network.widths, self.image_size)
 
     @property
     def latents(self) -> tuple[int, ...]:
         """Of codes: the map's height and width, and the books where there are several."""
         side, books = self.image_size // self.network.factor, self.quantizer.books
         return (side, side) if books == 1 else (side, side, books)
-
-
-def published(size: int, width: int, *, unit: bool) -> Config:
-    """The networks of VQGAN's f16, which LlamaGen has too."""
-    network = Pyramid(widths=(128, 128, 256, 256, 512), attention=(16,))
-    return Config(image_size=256, network=network, quantizer=Learned(size=size, width=width, unit=unit))
-
-
-VQGAN_F16 = published(16_384, 256, unit=False)
-"""2012.09841, of ImageNet."""
-LLAMAGEN_F16 = published(16_384, 8, unit=True)
-"""2406.06525."""
 
 
 class VQVAE(nn.Module):
@@ -101,7 +90,7 @@ class VQVAE(nn.Module):
         """log p(image | codes), the codes, and how they are used."""
         found = self.quantised(image, train=train)
         mean = self.decoder(self.latent(found.value), train=train)
-        use, age = use_of_codes(found.codes, self.config.quantizer.size, self.age.value)
+        use, age = use_of_codes(found.codes, self.age.value)
         if train:
             self.age.value = age
         log_prob = logistic_log_prob(mean, self.log_scale, image, self.config.levels)

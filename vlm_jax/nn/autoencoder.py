@@ -42,15 +42,6 @@ class Pyramid:
         return 2 ** (len(self.widths) - 1)
 
 
-def check_pyramid(config: Pyramid, image_size: int) -> None:
-    """Refuses an image that cannot be halved as often as there are resolutions."""
-    if image_size % config.factor:
-        raise UserError(
-            f"an image of {image_size} pixels a side cannot be halved for each width of {list(config.widths)} after "
-            f"the first: choose fewer widths, or another image_size"
-        )
-
-
 class Level(nn.Module):
     """The residual blocks of one resolution."""
 

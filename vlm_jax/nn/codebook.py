@@ -80,9 +80,7 @@ def squares(x: Float[Array, "*B D"], y: Float[Array, "*B D"]) -> Float[Array, ""
     return jnp.mean(jnp.square(x - jax.lax.stop_gradient(y)))
 
 
-def use_of_codes(
-    codes: Int[Array, "*C"], size: int, age: Float[Array, "*R K"]
-) -> tuple[dict[str, Array], Float[Array, "*R K"]]:
+def use_of_codes(codes: Int[Array, "*C"], age: Float[Array, "*R K"]) -> tuple[dict[str, Array], Float[Array, "*R K"]]:
     """How many of the codes are in use, as a share, and the perplexity of those of a batch.
 
     Args:

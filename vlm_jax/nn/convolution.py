@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import dot_product_attention
 from vlm_jax.sharding import constrain
 
@@ -115,6 +116,15 @@ class SpatialAttention(nn.Module):
         init = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
         y = nn.Dense(channels, kernel_init=init, dtype=self.dtype, name="out")(y)
         return constrain(x + y.reshape(x.shape), "batch", None, None, None)
+
+
+def check_halved(widths: tuple[int, ...], image_size: int) -> None:
+    """Refuses an image that cannot be halved for each width after the first."""
+    if image_size % 2 ** (len(widths) - 1):
+        raise UserError(
+            f"an image of {image_size} pixels a side cannot be halved for each width of {list(widths)} after the "
+            f"first: choose fewer widths, or another image_size"
+        )
 
 
 class Resolutions(Protocol):

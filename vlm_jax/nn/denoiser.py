@@ -9,9 +9,10 @@ from jaxtyping import Array, Float
 from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
 from vlm_jax.nn.conditioning import Image, Label, Time
+from vlm_jax.nn.convolution import check_halved
 from vlm_jax.nn.dit import DiT, DiTTower, dit_rules
 from vlm_jax.nn.labels import check_classes
-from vlm_jax.nn.unet import UNet, UNetTower, check_unet, unet_rules
+from vlm_jax.nn.unet import UNet, UNetTower, unet_rules
 from vlm_jax.nn.vision import check_patches
 
 
@@ -32,7 +33,7 @@ class Network:
 def check_network(config: Network, image_size: int) -> None:
     """Refuses an image that the backbone cannot take."""
     if isinstance(config.backbone, UNet):
-        check_unet(config.backbone, image_size)
+        check_halved(config.backbone.widths, image_size)
     else:
         check_patches(image_size, config.backbone.patch_size)
 

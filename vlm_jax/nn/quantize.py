@@ -171,8 +171,8 @@ class EMACodebook(nn.Module):
         codes = nearest(flat, vectors)
         q = vectors[codes].reshape(z.shape)
         if train and not self.is_initializing():
-            found = zip(state.value.values(), clusters(flat, codes, c.size), strict=True)
-            count, total = (c.decay * old + (1 - c.decay) * new for old, new in found)
+            found = dict(zip(("count", "total"), clusters(flat, codes, c.size), strict=True))
+            count, total = (c.decay * state.value[name] + (1 - c.decay) * new for name, new in found.items())
             if c.restart:
                 low = count < c.restart
                 drawn = flat[jax.random.randint(self.make_rng("codes"), (c.size,), 0, len(flat))]
@@ -325,12 +325,12 @@ MODULES: dict[type, Any] = {
 }
 
 
-def quantizer(config: Any) -> Any:
+def quantizer(config: Quantizer) -> Any:
     """The module of settings: called with features it is `Quantised`, and `look_up` says what codes stand for."""
     return MODULES[type(config)](config)
 
 
-def quantizer_rules(config: Any) -> tuple[Rule, ...]:
+def quantizer_rules(config: Quantizer) -> tuple[Rule, ...]:
     """Sharding rules of a quantiser's parameters, which most have none of."""
     kind = type(config.book if isinstance(config, Residual) else config)
     rules: dict[type, tuple[Rule, ...]] = {

@@ -40,15 +40,6 @@ class UNet:
                 )
 
 
-def check_unet(config: UNet, image_size: int) -> None:
-    """Refuses an image that cannot be halved as often as the U-Net has resolutions."""
-    if image_size % 2 ** (len(config.widths) - 1):
-        raise UserError(
-            f"an image of {image_size} pixels a side cannot be halved for each width of {list(config.widths)} after "
-            f"the first: choose fewer widths, or another image_size"
-        )
-
-
 class UNetBlock(nn.Module):
     """Norm, SiLU, 3x3 convolution, twice, beside a skip; the condition is added between. Starts as almost the skip."""
 
@@ -88,11 +79,9 @@ class UNetTower(nn.Module):
 
         def block(x: Array, width: int, name: str) -> Array:
             x = UNetBlock(c, width, name=name)(x, condition, train=train)
-            return (
-                SpatialAttention(c.heads, c.groups, c.dtype, name=f"{name}_attention")(x)
-                if x.shape[1] in c.attention
-                else x
-            )
+            if x.shape[1] in c.attention:
+                x = SpatialAttention(c.heads, c.groups, c.dtype, name=f"{name}_attention")(x)
+            return x
 
         x = constrain(nn.Conv(c.widths[0], (3, 3), dtype=c.dtype, name="first")(x), "batch", None, None, None)
         skips = [x]

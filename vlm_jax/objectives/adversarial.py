@@ -12,8 +12,6 @@ from jaxtyping import Array, Float
 
 MOST = 1e4
 """Of the weight of what a critic says beside the error of reconstruction."""
-
-
 MOMENTUM = 0.99
 """Of the averages of what the critic says (2104.03310)."""
 
@@ -66,7 +64,8 @@ def adversarial_loss(
       paint: from the kernel of the last layer to the copies.
       averages: of what the critic says, `real` and `fake`.
     """
-    copy = paint(kernel)
+    copy, at_last = jax.vjp(paint, kernel)
+    stopped = jax.lax.stop_gradient(copy)
 
     def error(copy: Images) -> Float[Array, ""]:
         return weights.scale * error_of_copies(x, copy, onlookers.distance, weights.judged)
@@ -74,9 +73,10 @@ def adversarial_loss(
     def criticism(copy: Images) -> Float[Array, ""]:
         return -jnp.mean(onlookers.still(copy))
 
-    stopped = jax.lax.stop_gradient(copy)
-    _, at_last = jax.vjp(paint, jax.lax.stop_gradient(kernel))
-    weight = weights.adversarial * balance(*(at_last(jax.grad(term)(stopped))[0] for term in (error, criticism)))
+    (value, of_error), (criticised, of_criticism) = (jax.value_and_grad(term)(stopped) for term in (error, criticism))
+    weight = weights.adversarial * balance(at_last(of_error)[0], at_last(of_criticism)[0])
+    # Their gradients are there: with them the copies move both, and nobody looks at them a second time.
+    value = value + weight * criticised + jnp.sum((of_error + weight * of_criticism) * (copy - stopped))
     real, fake = onlookers.critic(x), onlookers.critic(stopped)
     of_critic = hinge(real, fake) + weights.lecam * lecam(real, fake, averages["real"], averages["fake"])
     said = {"real": jnp.mean(real), "fake": jnp.mean(fake)}
@@ -90,7 +90,7 @@ def adversarial_loss(
     after = {
         name: MOMENTUM * averages[name] + (1 - MOMENTUM) * jax.lax.stop_gradient(value) for name, value in said.items()
     }
-    return (error(copy) + weight * criticism(copy)) / weights.scale + of_critic, metrics, after
+    return value / weights.scale + of_critic, metrics, after
 
 
 def hinge(real: Float[Array, "*B"], fake: Float[Array, "*B"]) -> Float[Array, ""]:
