@@ -50,8 +50,8 @@ def seen(template: str | None, vocab_size: int, *mixture: tuple[str, float]) -> 
 CAPTIONS = (("mosaic/captions", 4.0), ("easy_vqa/captions", 1.0), ("openmoji", 1.0))
 """What stage 1 sees beside questions about one shape, in rows for one of these."""
 QUESTIONS = (
-    ("easy_vqa/dialogues", 1.0),
-    ("mosaic", 1.0),
+    ("easy_vqa/dialogues", 2.0),
+    ("mosaic", 0.5),
     ("mosaic/dialogues", 3.0),
     ("mosaic/captions", 2.0),
     ("openmoji", 0.5),
@@ -102,7 +102,7 @@ def llava_tiny() -> Experiment:
         data=seen(LINE, 512, *QUESTIONS),
         training=Training(
             optimizer=Optimizer(learning_rate=2e-3, warmup_steps=60, multiples=(("^projector/", 0.5),), eps=1e-6),
-            steps=1400,
+            steps=1600,
             batch_size=64,
             checkpoint_every=200,
         ),

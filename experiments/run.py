@@ -17,6 +17,7 @@ from vlm_jax.commandline import command
 from vlm_jax.contract import Batch, check_batch, check_sampling
 from vlm_jax.data import (
     Packed,
+    Records,
     Tokenizer,
     check_tokenizer,
     evaluation_batches,
@@ -33,6 +34,7 @@ from vlm_jax.evals import written
 from vlm_jax.experiment import Distributed, Experiment, model_of, to_record
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import batch_shards, check_batch_size, make_mesh, process_rows, to_global
+from vlm_jax.stages import staged, with_stages
 from vlm_jax.start import Start
 from vlm_jax.train.loop import Rows, Validation, fit
 from vlm_jax.train.terminal import say
@@ -84,6 +86,7 @@ def run(preset: str, experiment: Experiment) -> None:
     check_batch_size(training.batch_size, mesh, training.micro_steps)
     workdir, data_dir = (local_path(path) for path in (experiment.workdir or f"runs/{preset}", experiment.data_dir))
     model, data = model_of(experiment), experiment.data
+    trained = staged(model) if experiment.cached else model
     check_sampling(model, experiment.sampling)
     sources = open_training_data(data, model.inputs, data_dir)
     held_out = None if data.validation is None else open_data(data, data.validation, model.inputs, data_dir)
@@ -108,16 +111,24 @@ def run(preset: str, experiment: Experiment) -> None:
             if first and not begun and tokenizer is not None:
                 write_tokenizer(workdir, tokenizer)
 
-        sets = [rows_of(source, data, model.inputs, tokenizer, seed=training.seed) for source in sources]
+        begin = beginning(experiment, facts, mesh)
+        sets: list[Records] = [rows_of(each, data, model.inputs, tokenizer, seed=training.seed) for each in sources]
         for each in sets:
             if first and isinstance(each, Packed):
                 say(str(each))
+        scored = None if held_out is None else rows_of(held_out, data, model.inputs, tokenizer)
+        validated: Records | None = scored
+        read = data
+        if experiment.cached:
+            splits = (*sources, *(() if held_out is None else (held_out,)))
+            stages, read = with_stages(experiment, model, splits, data_dir, facts, begin)
+            sets, validated = [*stages[: len(sources)]], None if held_out is None else stages[-1]
 
         def batches(rows: Rows, start: int) -> Iterator[dict[str, np.ndarray]]:
             return train_batches(
                 sets,
-                data,
-                model.inputs,
+                read,
+                trained.inputs,
                 tokenizer,
                 batch_size=training.batch_size,
                 rows=rows,
@@ -127,18 +138,18 @@ def run(preset: str, experiment: Experiment) -> None:
             )
 
         validation, seen = None, None
-        if held_out is not None:
+        if held_out is not None and scored is not None and validated is not None:
             # A step's part at most; of a smaller split all of it at once, filled up to what the mesh can split.
-            shards, scored = batch_shards(mesh), rows_of(held_out, data, model.inputs, tokenizer)
+            shards = batch_shards(mesh)
             size = min(training.batch_size // training.micro_steps, -(-len(scored) // shards) * shards)
 
             def held_out_batches(rows: Rows) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-                return evaluation_batches(scored, data, model.inputs, tokenizer, batch_size=size, rows=rows)
+                return evaluation_batches(validated, read, trained.inputs, tokenizer, batch_size=size, rows=rows)
 
             def seen_batches(one_by_one: bool = False) -> Iterator[tuple[Batch, int]]:
-                source, read = (held_out, replace(data, pack=False)) if one_by_one else (scored, data)
+                source, how = (held_out, replace(data, pack=False)) if one_by_one else (scored, data)
                 rows = process_rows(size, mesh)
-                found = evaluation_batches(source, read, model.inputs, tokenizer, batch_size=size, rows=rows)
+                found = evaluation_batches(source, how, model.inputs, tokenizer, batch_size=size, rows=rows)
                 for batch, valid in found:
                     yield to_global(check_batch(model.inputs, batch), size, mesh), valid
 
@@ -153,13 +164,13 @@ def run(preset: str, experiment: Experiment) -> None:
             )
 
         fit(
-            model,
+            trained,
             training,
             workdir,
             batches,
             validation,
             watchers(experiment.watch, model, seen, experiment.sampling),
-            begin=beginning(experiment, facts, mesh),
+            begin=begin,
             frozen=experiment.frozen,
             frozen_dtype=experiment.frozen_dtype,
             identity=read_identity(workdir) if first else None,

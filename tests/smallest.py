@@ -16,10 +16,12 @@ from vlm_jax.models import (
     kde,
     ladder_vae,
     language,
+    latent_diffusion,
     llava,
     pixelcnn,
     probability_flow,
     tarflow,
+    token_autoregressive,
     vae,
     vdm,
     vqvae,
@@ -29,9 +31,10 @@ from vlm_jax.nn.autoencoder import Pyramid
 from vlm_jax.nn.decoder import DecoderConfig
 from vlm_jax.nn.denoiser import Network
 from vlm_jax.nn.dit import DiT
+from vlm_jax.nn.pixart import PixArt
 from vlm_jax.nn.quantize import EMA, FSQ, LFQ, Learned, Residual, SimVQ
 from vlm_jax.nn.transformer import Transformer
-from vlm_jax.nn.unet import UNet
+from vlm_jax.nn.unet import LatentUNet, UNet
 from vlm_jax.nn.vision import VisionTransformer
 
 DROPOUT = 0.5
@@ -42,6 +45,11 @@ IMAGE: dict[str, Any] = {"image_size": 2, "channels": 3, "levels": 3}
 TRANSFORMER = Transformer(width=8, depth=1, heads=2, mlp=8, norm_eps=NORM_EPS, dropout=DROPOUT, scan=False)
 UNET = Network(backbone=UNet(widths=(8,), blocks=1, groups=4, dropout=DROPOUT), classes=2)
 DIT = Network(backbone=DiT(patch_size=1, transformer=TRANSFORMER), classes=2)
+READERS = {
+    "unet": Network(backbone=LatentUNet(widths=(8,), blocks=1, groups=4, dropout=DROPOUT)),
+    "pixart": Network(backbone=PixArt(patch_size=1, transformer=TRANSFORMER)),
+}
+"""Networks that are told texts."""
 DECODER = DecoderConfig(
     width=8, depth=1, heads=2, kv_heads=1, head_width=4, mlp=8, norm_eps=NORM_EPS, dropout=DROPOUT, scan=False
 )
@@ -65,8 +73,12 @@ STRAIGHT = probability_flow.Config(**IMAGE, network=DIT, likelihood_steps=2)
 PYRAMID = Pyramid(widths=(4, 4), blocks=1, attention=(2,), groups=2, dropout=DROPOUT)
 VQVAE = vqvae.Config(**IMAGE, network=PYRAMID, hidden=4, quantizer=EMA(size=5, width=2))
 
+AUTOENCODER = autoencoder.Config(**IMAGE, network=PYRAMID, latent=2)
+LATENTS: dict[str, Any] = {"image_size": 1, "channels": 2, "levels": None}
+"""What that makes of an image, as a prior has them."""
+
 CONFIGS: dict[str, Any] = {
-    "autoencoder": autoencoder.Config(**IMAGE, network=PYRAMID, latent=2),
+    "autoencoder": AUTOENCODER,
     "autoencoder of a critic": autoencoder.Config(
         **{**IMAGE, "image_size": 4}, network=PYRAMID, latent=2, objective=Adversarial(widths=(4,), groups=2)
     ),
@@ -99,6 +111,16 @@ CONFIGS: dict[str, Any] = {
     ),
     "language": LANGUAGE,
     "tied language": replace(LANGUAGE, tied=True, decoder=replace(DECODER, qkv_bias=True)),
+    "latent diffusion": latent_diffusion.Config(
+        first=AUTOENCODER,
+        prior=probability_flow.Config(**LATENTS, network=DIT, predict="x", logit_normal=(0.0, 1.0), likelihood_steps=2),
+    ),
+    "latent diffusion of texts": latent_diffusion.Config(
+        first=AUTOENCODER,
+        prior=diffusion.Config(
+            **LATENTS, network=READERS["pixart"], text=CLIP, timesteps=4, betas="cosine", variance="learned"
+        ),
+    ),
     "llava": LLAVA,
     "llava of prefixes": replace(
         LLAVA, vision=replace(LLAVA.vision, features=0), projector="linear", shuffle=1, images=1, attention="prefix"
@@ -107,6 +129,10 @@ CONFIGS: dict[str, Any] = {
     "probability flow": STRAIGHT,
     "edm": replace(STRAIGHT, process="edm"),
     "tarflow": tarflow.Config(**IMAGE, patch_size=1, blocks=2, classes=2, transformer=TRANSFORMER),
+    "token autoregressive": token_autoregressive.Config(first=VQVAE, decoder=DECODER, classes=2),
+    "token autoregressive of texts": token_autoregressive.Config(
+        first=replace(VQVAE, quantizer=FSQ(levels=(3, 4))), decoder=DECODER, text=CLIP
+    ),
     "vae": VAE,
     "vae of a learned prior": replace(VAE, pseudo_inputs=2),
     "vqvae": VQVAE,
@@ -114,5 +140,6 @@ CONFIGS: dict[str, Any] = {
     "vqvae of signs": replace(VQVAE, quantizer=LFQ(width=2)),
     "vqvae of a matrix": replace(VQVAE, quantizer=SimVQ(size=5, width=2)),
     "vqvae of two books": replace(VQVAE, quantizer=Residual(book=Learned(size=3, width=2, unit=True), books=2)),
+    "vdm of texts": vdm.Config(**IMAGE, network=READERS["unet"], text=CLIP, gamma_min=-5.0, fourier=()),
     "vdm": vdm.Config(**IMAGE, network=UNET, gamma_min=-5.0, schedule="monotone", fourier=(0,), predict="v"),
 }

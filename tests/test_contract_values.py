@@ -272,9 +272,9 @@ def test_labels_are_dropped_in_training_alone(name: str):
     config = CONFIGS[name]
     batch, variables = random_batch(MODELS[name]), variables_of(build(config)) if name == "vdm" else {}
 
-    def heard(class_dropout: float, train: bool | None) -> np.ndarray:
+    def heard(condition_dropout: float, train: bool | None) -> np.ndarray:
         """By the network: in the loss, or in the likelihood."""
-        model = build(replace(config, network=replace(config.network, class_dropout=class_dropout)))
+        model = build(replace(config, network=replace(config.network, condition_dropout=condition_dropout)))
         SEEN.clear()
         if train is None:
             model.log_likelihood(variables, batch, KEY)
@@ -286,5 +286,5 @@ def test_labels_are_dropped_in_training_alone(name: str):
 
     label = np.asarray(batch["label"])
     assert (heard(1 - 1e-6, True) == 2).all()
-    for class_dropout, train in ((0.0, True), (1 - 1e-6, False), (1 - 1e-6, None)):
-        assert (heard(class_dropout, train) == label).all()
+    for condition_dropout, train in ((0.0, True), (1 - 1e-6, False), (1 - 1e-6, None)):
+        assert (heard(condition_dropout, train) == label).all()

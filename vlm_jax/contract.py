@@ -98,6 +98,13 @@ class Model:
     """`(variables, image, key=None) -> latents`: the mean of what the image may stand for, or with a key a draw"""
     decode: Callable[..., jax.Array] | None = None
     """`(variables, latents) -> image`, of the shape and dtype that the model reads"""
+    posterior: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    """`(variables, image) -> (mean, log_variance)`, of the Gaussian that `encode` draws from, each like `latents`"""
+    log_likelihood_given: Callable[..., jax.Array] | None = None
+    """`(variables, latents, image) -> [B]`, nats: of the image given its latents, by the decoder"""
+    stage: Callable[..., Any] | None = None
+    """`(variables, image) -> array`: all that `loss` reads of an image, which depends on no parameter that trains; a
+    batch may hold it as `stage`, computed once, in the place of `image`"""
     conditions: Mapping[str, Input] = field(default_factory=dict)
     """What `sample` can be told, one of each for an image; what it is not told of these it draws, labels uniformly."""
     sampling: Any = None
@@ -132,6 +139,9 @@ CAPABILITIES = (
     "log_weight",
     "encode",
     "decode",
+    "posterior",
+    "log_likelihood_given",
+    "stage",
     "sample",
     "complete",
     "generate",
@@ -211,7 +221,7 @@ Fits = jax.Array | None
 
 def _attentive(model: Model, capability: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A capability that checks what it is told."""
-    if capability in ("embed_image", "embed_text", "image_features", "text_features", "encode"):
+    if capability in ("embed_image", "embed_text", "image_features", "text_features", "encode", "posterior", "stage"):
         name = "tokens" if capability in ("embed_text", "text_features") else "image"
 
         def of_field(variables: Variables, value: jax.Array, *rest: Any, **named: Any) -> Any:
@@ -220,15 +230,19 @@ def _attentive(model: Model, capability: str, function: Callable[..., Any]) -> C
 
         return of_field
 
-    if capability == "decode":
+    if capability in ("decode", "log_likelihood_given"):
 
-        def decode(variables: Variables, latents: Any) -> jax.Array:
+        def of_latents(variables: Variables, latents: Any, *image: jax.Array) -> jax.Array:
             alone = isinstance(model.latents, Input)
             specs: Any = {"latents": model.latents} if alone else model.latents
-            values, _ = _read(specs, {"latents": latents} if alone else latents, tuple(specs))
-            return function(variables, values["latents"] if alone else values)
+            values, fits = _read(specs, {"latents": latents} if alone else latents, tuple(specs))
+            read = values["latents"] if alone else values
+            if not image:
+                return function(variables, read)
+            seen, known = _read(model.inputs, {"image": image[0]}, ("image",), len(jax.tree.leaves(read)[0]))
+            return _blank(_blank(function(variables, read, seen["image"]), fits), known)
 
-        return decode
+        return of_latents
 
     if capability == "sample":
 

@@ -76,6 +76,9 @@ class Experiment:
     """Of these parameters; None: float32, as the others are."""
     sampling: Any = None
     """Settings by which samples are drawn, of the type of `Model.sampling`; None: the family's own."""
+    cached: bool = False
+    """What frozen parts make of the images is computed once and kept beside the data, in place of every time; it then
+    is of each image as it is, without augmentation."""
     lora: LoRA = LoRA()
     """Adapters that train in place of the kernels; with them all else is frozen, unless `frozen` says what."""
     zero_shot: ZeroShot | None = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 RUN_FIELDS = (
+    "cached",
     "watch",
     "workdir",
     "data_dir",

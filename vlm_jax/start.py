@@ -20,7 +20,7 @@ from vlm_jax.errors import UserError, pattern_fault
 from vlm_jax.identity import listed
 from vlm_jax.trees import leaves_by_path, part, unmatched
 
-COMPUTED = ("scan", "remat", "dtype", "dropout", "class_dropout", "features")
+COMPUTED = ("scan", "remat", "dtype", "dropout", "class_dropout", "condition_dropout", "features")
 """Settings that may differ: they say how a function is computed, to its rounding, what training leaves out of it, or
 where features are read."""
 SIZED = ("classes", "embedding")

@@ -60,6 +60,12 @@ def part(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {collection: tree[name] for collection, tree in variables.items() if name in tree}
 
 
+def assembled(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The inverse of `part`: the variables of a whole, from those of each part by its name."""
+    collections = {collection for variables in parts.values() for collection in variables}
+    return {c: {name: v[c] for name, v in parts.items() if c in v} for c in sorted(collections)}
+
+
 def unstack(tree: Mapping[str, Any], stacked: str, layer: str) -> dict[str, Any]:
     """`tree` with what a scan over layers runs through, `stacked/...` [L, ...], as `layer_0/...` to `layer_{L-1}/...`.
 

@@ -15,7 +15,6 @@ from vlm_jax.data import (
     Document,
     Image,
     Label,
-    Latent,
     Text,
     Tokenizer,
     example,
@@ -93,17 +92,6 @@ def test_training_takes_any_of_the_texts_and_evaluation_the_first(tokenizer: Tok
     chosen = [tokenizer.decode(read(field, record, tokenizer, rng)["tokens"]) for _ in range(60)]
     assert all(chosen.count(text) > 8 for text in record["text"])
     assert tokenizer.decode(read(field, record, tokenizer)["tokens"]) == "red"
-
-
-def test_latents_are_drawn_in_training_and_their_mean_in_evaluation() -> None:
-    mean, log_variance = np.full((20, 20, 4), 3.0, np.float32), np.full((20, 20, 4), np.log(4.0), np.float32)
-    record = {"latent_mean": mean, "latent_log_variance": log_variance}
-    inputs = {"latent": Input((20, 20, 4), "float32")}
-    np.testing.assert_array_equal(read(Latent(), record, None, None, inputs)["latent"], mean)
-    rng = np.random.default_rng(0)
-    draws = np.stack([read(Latent(), record, None, rng, inputs)["latent"] for _ in range(20)])
-    assert draws.dtype == np.float32
-    assert abs(draws.mean() - 3) < 0.05 and abs(draws.std() - 2) < 0.05
 
 
 def test_of_fields_that_give_the_same_the_first_that_a_record_has_is_taken(tokenizer: Tokenizer) -> None:

@@ -195,22 +195,6 @@ def test_what_has_no_images_is_read_for_the_rest(tmp_path, features, record, has
     assert source[0]["record"] == f"record 0 of made, split train, in {tmp_path}/made/1.0.0"
 
 
-def test_latents_are_arrays(tmp_path):
-    mean = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
-    kind = tfds.features.Tensor(shape=(2, 2, 3), dtype=np.float32)
-    source = open_source(
-        "made",
-        "train",
-        build(
-            tmp_path,
-            {"latent_mean": kind, "latent_log_variance": kind},
-            {"latent_mean": mean, "latent_log_variance": -mean},
-        ),
-    )
-    np.testing.assert_array_equal(source[0]["latent_mean"], mean)
-    np.testing.assert_array_equal(source[0]["latent_log_variance"], -mean)
-
-
 def test_the_strings_of_a_record_are_all_its_captions_its_question_and_answer_and_its_label_s_name(tmp_path, foreign):
     strings = list(open_source("foreign", "nested", foreign).strings())
     assert sorted(each["label"] for each in strings) == ["cat", "dog"]

@@ -38,7 +38,7 @@ class Oracle(nn.Module):
     channels: int
     timesteps: int = 100
 
-    def __call__(self, x_t: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+    def __call__(self, x_t: jax.Array, time: jax.Array, told: Any = None, **options: Any) -> jax.Array:
         noisy = x_t.reshape(-1, 4)
         t = jnp.broadcast_to(jnp.round(time * self.timesteps / 1000).astype(jnp.int32), (len(noisy),))
         gammas = discrete_gammas(linear_betas(self.timesteps))
@@ -57,7 +57,7 @@ class Recorder(nn.Module):
     config: Any
     channels: int
 
-    def __call__(self, x_t: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+    def __call__(self, x_t: jax.Array, time: jax.Array, told: Any = None, **options: Any) -> jax.Array:
         SEEN.append((np.asarray(x_t, np.float64).reshape(-1, 4), np.asarray(time, np.float64)))
         mean = 0.4 * x_t
         return mean if self.channels == 1 else jnp.concatenate([mean, jnp.full_like(mean, -0.6)], axis=-1)
@@ -170,7 +170,7 @@ def test_a_network_that_knows_the_data_leaves_no_noise(solver: str, betas: Any, 
         config: Any
         channels: int
 
-        def __call__(self, x_t: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+        def __call__(self, x_t: jax.Array, time: jax.Array, told: Any = None, **options: Any) -> jax.Array:
             return jnp.full_like(x_t, 0.3)
 
     monkeypatch.setattr(diffusion, "Denoiser", Known)
@@ -190,7 +190,7 @@ def test_the_loss_trains_the_variance_by_the_bound_and_the_mean_by_its_error(mon
         channels: int
 
         @nn.compact
-        def __call__(self, x_t: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+        def __call__(self, x_t: jax.Array, time: jax.Array, told: Any = None, **options: Any) -> jax.Array:
             mean = self.param("mean", nn.initializers.constant(0.4), ()) * x_t
             fraction = self.param("fraction", nn.initializers.constant(-0.6), ())
             return jnp.concatenate([mean, jnp.broadcast_to(fraction, mean.shape)], axis=-1)
@@ -227,16 +227,41 @@ def test_min_snr_weighs_errors_of_the_data():
     np.testing.assert_allclose(values[1], (np.minimum(snr, 5) / (snr + 1)).mean(), rtol=0.1)
 
 
-def test_latents_are_real_vectors_without_a_likelihood():
+def test_latents_are_real_vectors_that_train_and_are_drawn():
     config = replace(CONFIG, levels=None, channels=8, predict="eps", timesteps=4, betas="cosine", variance="learned")
     model = diffusion.build(config)
-    assert (model.log_likelihood, model.bound, model.inputs["image"].dtype) == (None, None, "float32")
+    assert model.inputs["image"].dtype == "float32"
     batch = {"image": np.random.default_rng(0).normal(size=(6, 2, 2, 8)).astype(np.float32)}
     variables = jax.jit(model.init)(KEY, batch)
     loss, aux = jax.jit(lambda v: model.loss(v, batch, KEY, 0, train=True))(variables)
     assert jnp.isfinite(loss) and aux.metrics.keys() == {"squared_error"}
     sample = jax.jit(lambda v: model.sample(v, KEY, {}, num=3))(variables)
     assert sample.shape == (3, 2, 2, 8) and sample.dtype == jnp.float32
+
+
+def test_a_chain_that_ends_in_noise_alone(monkeypatch: pytest.MonkeyPatch):
+    """Its bound is finite, its samples come from noise by solvers that need no slope, and eps says nothing there."""
+    monkeypatch.setattr(diffusion, "Denoiser", Still)
+    config = replace(CONFIG, betas="cosine", zero_terminal=True, predict="x")
+    model = diffusion.build(config)
+    assert np.isfinite(model.log_likelihood({}, BATCH, KEY)).all()
+    for solver in ("ancestral", "ddim", "dpm_solver"):
+        sample = model.sample({}, KEY, {}, num=5, sampling=Sampling(solver=solver, steps=20))
+        np.testing.assert_array_equal(sample, 2)
+    with pytest.raises(UserError, match=r"sampling\.solver is heun, which begins at sigma / alpha"):
+        model.sample({}, KEY, {}, num=1, sampling=Sampling(solver="heun", steps=20))
+    with pytest.raises(UserError, match=r"says nothing of x where eps is predicted: set predict to v or x"):
+        replace(config, predict="eps")
+
+
+class Still(nn.Module):
+    """Predicts an image of the last level."""
+
+    config: Any
+    channels: int
+
+    def __call__(self, x_t: jax.Array, time: jax.Array, told: Any = None, **options: Any) -> jax.Array:
+        return jnp.ones((*x_t.shape[:-1], self.channels))
 
 
 def test_steps_that_do_not_fit_are_refused():

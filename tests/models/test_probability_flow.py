@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 
 from densities import IMAGES
@@ -34,7 +35,7 @@ class Velocity(nn.Module):
     config: Any
     channels: int
 
-    def __call__(self, x_t: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+    def __call__(self, x_t: jax.Array, time: jax.Array, told: Any = None, **options: Any) -> jax.Array:
         t = (time / 1000)[:, None, None, None]
         return (t - (1 - t) * DEVIATION**2) / ((1 - t) ** 2 * DEVIATION**2 + t**2) * x_t
 
@@ -45,7 +46,7 @@ class Preconditioned(nn.Module):
     config: Any
     channels: int
 
-    def __call__(self, inputs: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+    def __call__(self, inputs: jax.Array, time: jax.Array, told: Any = None, **options: Any) -> jax.Array:
         sigma = jnp.exp(4 * time / 1000)[:, None, None, None]
         p = edm_preconditioning(sigma)
         x_t = inputs / p.into
@@ -105,6 +106,73 @@ def test_the_loss_of_the_exact_network_is_what_no_network_can_know(config):
     assert aux.weight == len(x)
 
 
+class Data(nn.Module):
+    """E[x | x_t]"""
+
+    config: Any
+    channels: int
+
+    def __call__(self, x_t: jax.Array, time: jax.Array, told: Any = None, **options: Any) -> jax.Array:
+        t = (time / 1000)[:, None, None, None]
+        return (1 - t) * DEVIATION**2 / ((1 - t) ** 2 * DEVIATION**2 + t**2) * x_t
+
+
+def test_a_prediction_of_the_data_has_the_velocitys_loss_with_time_clamped(monkeypatch: pytest.MonkeyPatch):
+    """E |x - xh|^2 / max(t, 0.05)^2 (2511.13720, section 4.3), by quadrature."""
+    monkeypatch.setattr(probability_flow, "Denoiser", Data)
+    model = probability_flow.build(replace(CONFIG, levels=None, predict="x"))
+    x = DEVIATION * np.random.default_rng(0).normal(size=(40_000, 2, 2, 1)).astype(np.float32)
+    loss, _ = jax.jit(lambda key: model.loss({}, {"image": x}, key, 0, train=True))(KEY)
+    t, variance = (np.arange(10_000) + 0.5) / 10_000, DEVIATION**2
+    error = variance * t**2 / ((1 - t) ** 2 * variance + t**2)
+    np.testing.assert_allclose(loss, np.mean(error / np.maximum(t, 0.05) ** 2), rtol=0.01)
+    samples = model.sample({}, KEY, {}, num=20_000, sampling=Sampling(steps=100))
+    np.testing.assert_allclose(samples.std(axis=0), DEVIATION, rtol=0.03)
+
+
+@pytest.mark.parametrize(("logit_normal", "shift"), [((-0.8, 0.8), 1.0), (None, 3.0), ((0.5, 1.0), 0.25)])
+def test_times_of_training_are_those_of_the_config(logit_normal: Any, shift: float, monkeypatch: pytest.MonkeyPatch):
+    """By the loss of the exact network, which hangs on the time, in quadrature."""
+    monkeypatch.setattr(probability_flow, "Denoiser", Velocity)
+    model = probability_flow.build(replace(CONFIG, levels=None, logit_normal=logit_normal, shift=shift))
+    x = DEVIATION * np.random.default_rng(0).normal(size=(40_000, 2, 2, 1)).astype(np.float32)
+    loss, _ = jax.jit(lambda key: model.loss({}, {"image": x}, key, 0, train=True))(KEY)
+    t, variance = (np.arange(10_000) + 0.5) / 10_000, DEVIATION**2
+    if logit_normal is not None:
+        t = scipy.special.expit(logit_normal[0] + logit_normal[1] * scipy.stats.norm.ppf(t))
+    t = shift * t / (1 + (shift - 1) * t)  # 2403.03206, equation 23
+    expected = np.mean(variance / ((1 - t) ** 2 * variance + t**2))
+    np.testing.assert_allclose(loss, expected, rtol=0.01)
+    plain = np.mean(variance / ((1 - t / 2) ** 2 * variance + (t / 2) ** 2))
+    assert abs(plain / expected - 1) > 0.03
+
+
+def test_a_shift_is_that_of_the_times_that_samples_pass(monkeypatch: pytest.MonkeyPatch):
+    """On unit noise, noise of that deviation: ((1 - t) x + t s eps) / (1 - t + t s) is the line at the shifted time."""
+    monkeypatch.setattr(probability_flow, "Denoiser", Velocity)
+    model = probability_flow.build(replace(CONFIG, levels=None, shift=3.0))
+    seen: list[float] = []
+
+    def watch(denoise: Any, schedule: Any, times: jax.Array, x: jax.Array, key: jax.Array, **_: Any) -> jax.Array:
+        seen.extend(np.asarray(times).tolist())
+        return x
+
+    monkeypatch.setitem(probability_flow.SOLVERS, "euler", watch)
+    model.sample({}, KEY, {}, num=1, sampling=Sampling(solver="euler", steps=4))
+    t = np.array([1, 0.75, 0.5, 0.25, 0])
+    np.testing.assert_allclose(seen, t * 3 / (1 - t + t * 3), rtol=1e-6)
+
+
+def test_settings_of_a_rectified_flow_are_none_of_edms():
+    for change in ({"predict": "x"}, {"logit_normal": (0.0, 1.0)}, {"shift": 2.0}):
+        with pytest.raises(UserError, match=r"predict, logit_normal and shift are of a rectified flow: leave them out"):
+            replace(CONFIG, process="edm", **change)
+    with pytest.raises(UserError, match=r"shift is 0\.0: it must be above 0, and 1 is for none"):
+        replace(CONFIG, shift=0.0)
+    with pytest.raises(UserError, match=r"logit_normal is \(0\.0, 0\.0\): its deviation must be above 0"):
+        replace(CONFIG, logit_normal=(0.0, 0.0))
+
+
 def test_training_dequantises_levels():
     """A network that knows nothing predicts zero: what is left is the variance of noise and dequantised data."""
     model = probability_flow.build(CONFIG)
@@ -135,7 +203,7 @@ class Zero(nn.Module):
     config: Any
     channels: int
 
-    def __call__(self, x_t: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+    def __call__(self, x_t: jax.Array, time: jax.Array, told: Any = None, **options: Any) -> jax.Array:
         return jnp.zeros_like(x_t)
 
 

@@ -62,5 +62,5 @@ def test_a_share_and_an_epsilon_have_their_ranges_wherever_they_stand(setting: s
 
 def test_a_network_that_is_never_told_the_class_is_refused() -> None:
     model = TINY["diffusion-tiny-ddpm"]
-    with pytest.raises(UserError, match=r"^model\.network\.class_dropout is 1\.0"):
-        build(replace(model, network=replace(model.network, class_dropout=1.0)))
+    with pytest.raises(UserError, match=r"^model\.network\.condition_dropout is 1\.0"):
+        build(replace(model, network=replace(model.network, condition_dropout=1.0)))

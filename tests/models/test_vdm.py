@@ -18,6 +18,7 @@ from optimized import mapped
 from vlm_jax.contract import Model
 from vlm_jax.errors import UserError
 from vlm_jax.models import vdm
+from vlm_jax.nn.conditioning import Told
 from vlm_jax.nn.denoiser import Network
 from vlm_jax.nn.schedule import STEPS, MonotoneSchedule
 from vlm_jax.nn.unet import UNet
@@ -57,7 +58,7 @@ class Recorder(nn.Module):
     config: Any
     channels: int
 
-    def __call__(self, inputs: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+    def __call__(self, inputs: jax.Array, time: jax.Array, told: Any = None, **options: Any) -> jax.Array:
         SEEN.append((np.asarray(inputs, np.float64), np.asarray(time, np.float64)))
         return -inputs[..., :1]
 
@@ -68,7 +69,7 @@ class Silent(nn.Module):
     config: Any
     channels: int
 
-    def __call__(self, inputs: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+    def __call__(self, inputs: jax.Array, time: jax.Array, told: Any = None, **options: Any) -> jax.Array:
         return -inputs[..., :1]
 
 
@@ -171,7 +172,7 @@ def test_a_learned_schedule_has_the_gradient_of_the_mean_square_and_the_ends_tha
         config: Any
         channels: int
 
-        def __call__(self, inputs: jax.Array, time: jax.Array, label: Any = None, **options: Any) -> jax.Array:
+        def __call__(self, inputs: jax.Array, time: jax.Array, told: Any = None, **options: Any) -> jax.Array:
             gamma = (ENDS[0] + (ENDS[1] - ENDS[0]) * time / 1000)[:, None, None, None]
             noise = inputs[..., :1] / variance_preserving(gamma).sigma  # of a grey image, x = 0
             return noise + error(gamma) - inputs[..., :1]
@@ -221,8 +222,9 @@ def test_classes_are_read_and_asked_for(monkeypatch: pytest.MonkeyPatch):
         config: Any
         channels: int
 
-        def __call__(self, inputs: jax.Array, time: jax.Array, label: Any, **options: Any) -> jax.Array:
-            return jnp.broadcast_to(label[:, None, None, None] - 1.0, inputs[..., :1].shape)
+        def __call__(self, inputs: jax.Array, time: jax.Array, told: Told, **options: Any) -> jax.Array:
+            assert told.label is not None
+            return jnp.broadcast_to(told.label[:, None, None, None] - 1.0, inputs[..., :1].shape)
 
     monkeypatch.setattr(vdm, "Denoiser", Labelled)
     network = Network(backbone=NETWORK.backbone, classes=3)

@@ -11,9 +11,9 @@ import pytest
 
 from reference import attention, conv, dense, group_norm, layer_norm, mlp, random_params, silu
 from vlm_jax.errors import UserError
-from vlm_jax.nn.conditioning import Conditioning, timestep_features
+from vlm_jax.nn.conditioning import Conditioning, Told, timestep_features
 from vlm_jax.nn.convolution import SpatialAttention, check_halved
-from vlm_jax.nn.denoiser import Denoiser, Network
+from vlm_jax.nn.denoiser import Denoiser, Guidance, Network
 from vlm_jax.nn.dit import DiT, DiTTower, position_features
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.unet import UNet, UNetBlock, UNetTower
@@ -35,20 +35,20 @@ NETWORKS = {
 def network(request: pytest.FixtureRequest):
     """The jitted network and its variables, none of them as initialised."""
     module = Denoiser(NETWORKS[request.param], 2)
-    shapes = jax.eval_shape(module.init, KEY, X, TIME, LABEL)
+    shapes = jax.eval_shape(module.init, KEY, X, TIME, Told(LABEL))
     variables = jax.tree.map(lambda leaf: np.float32(0.3 * RANDOM.normal(size=leaf.shape)), shapes)
     return jax.jit(module.apply, static_argnames=("train", "guidance", "guided")), variables
 
 
 def test_the_output_depends_on_every_pixel_the_time_and_the_label(network):
     apply, variables = network
-    y = apply(variables, X, TIME, LABEL)
+    y = apply(variables, X, TIME, Told(LABEL))
     assert y.shape == X.shape and y.dtype == jnp.float32
     changed = X.copy()
     changed[:, 0, 3, 1] += 1
-    assert (np.abs(apply(variables, changed, TIME, LABEL) - y) > 1e-4).any(axis=3).all()
-    assert (np.abs(apply(variables, X, TIME + 1, LABEL) - y).max(axis=(1, 2, 3)) > 1e-3).all()
-    assert (np.abs(apply(variables, X, TIME, LABEL[::-1]) - y).max(axis=(1, 2, 3)) > 1e-3).tolist() == [
+    assert (np.abs(apply(variables, changed, TIME, Told(LABEL)) - y) > 1e-4).any(axis=3).all()
+    assert (np.abs(apply(variables, X, TIME + 1, Told(LABEL)) - y).max(axis=(1, 2, 3)) > 1e-3).all()
+    assert (np.abs(apply(variables, X, TIME, Told(LABEL[::-1])) - y).max(axis=(1, 2, 3)) > 1e-3).tolist() == [
         True,
         False,
         True,
@@ -57,27 +57,27 @@ def test_the_output_depends_on_every_pixel_the_time_and_the_label(network):
 
 def test_images_of_a_batch_are_apart_and_one_time_serves_all(network):
     apply, variables = network
-    y = apply(variables, X, np.float32(500), LABEL)
-    np.testing.assert_allclose(y[1], apply(variables, X, TIME, LABEL)[1], atol=1e-5)
-    np.testing.assert_allclose(y[::-1], apply(variables, X[::-1], np.float32(500), LABEL[::-1]), atol=1e-5)
+    y = apply(variables, X, np.float32(500), Told(LABEL))
+    np.testing.assert_allclose(y[1], apply(variables, X, TIME, Told(LABEL))[1], atol=1e-5)
+    np.testing.assert_allclose(y[::-1], apply(variables, X[::-1], np.float32(500), Told(LABEL[::-1])), atol=1e-5)
 
 
 def test_guidance_is_the_line_through_both_predictions(network):
     """At 1 the label's, at 0 the one without: of the channels that it changes."""
     apply, variables = network
-    told, untold = apply(variables, X, TIME, LABEL), apply(variables, X, TIME)
-    np.testing.assert_array_equal(untold, apply(variables, X, TIME, np.full(3, 3)))
-    guided = apply(variables, X, TIME, LABEL, guidance=2.5)
+    told, untold = apply(variables, X, TIME, Told(LABEL)), apply(variables, X, TIME)
+    np.testing.assert_array_equal(untold, apply(variables, X, TIME, Told(np.full(3, 3))))
+    guided = apply(variables, X, TIME, Told(LABEL), guidance=Guidance(2.5))
     np.testing.assert_allclose(guided, untold + 2.5 * (told - untold), atol=1e-4)
-    np.testing.assert_allclose(apply(variables, X, TIME, LABEL, guidance=0.0), untold, atol=1e-5)
-    partly = apply(variables, X, TIME, LABEL, guidance=2.5, guided=1)
+    np.testing.assert_allclose(apply(variables, X, TIME, Told(LABEL), guidance=Guidance(0.0)), untold, atol=1e-5)
+    partly = apply(variables, X, TIME, Told(LABEL), guidance=Guidance(2.5), guided=1)
     np.testing.assert_allclose(partly[..., 0], guided[..., 0], atol=1e-6)
     np.testing.assert_allclose(partly[..., 1], told[..., 1], atol=1e-5)
 
 
 def test_the_transformer_starts_at_zero_and_its_blocks_as_the_identity():
     module = Denoiser(NETWORKS["dit"], 2)
-    y, variables = jax.jit(lambda: module.init_with_output(KEY, X, TIME, LABEL))()
+    y, variables = jax.jit(lambda: module.init_with_output(KEY, X, TIME, Told(LABEL)))()
     np.testing.assert_array_equal(y, 0)
     modulations = {path: leaf for path, leaf in leaves_by_path(variables).items() if "modulation" in path}
     assert len(modulations) == 4
@@ -87,7 +87,7 @@ def test_the_transformer_starts_at_zero_and_its_blocks_as_the_identity():
 def test_a_network_without_classes_cannot_be_guided():
     module = Denoiser(Network(backbone=UNet(widths=(8,), blocks=1, groups=4)), 1)
     with pytest.raises(UserError, match=r"this network is told none: leave sampling\.guidance at 1, not 3\.0"):
-        jax.eval_shape(lambda: module.init_with_output(KEY, X, TIME, None, guidance=3.0))
+        jax.eval_shape(lambda: module.init_with_output(KEY, X, TIME, guidance=Guidance(3.0)))
 
 
 def test_timestep_features_are_those_of_the_papers():

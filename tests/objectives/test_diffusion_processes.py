@@ -30,6 +30,21 @@ def test_linear_and_cosine_betas_are_the_published_ones():
     assert betas.max() == 0.999
 
 
+def test_betas_of_latent_diffusion_and_betas_that_end_in_noise():
+    """2112.10752's release; 2305.08891, algorithm 1, and its table 1: Stable Diffusion's last alpha is 0.068265."""
+    betas = diffusion.scaled_linear_betas(1000)
+    np.testing.assert_allclose(betas, np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, rtol=1e-12)
+    alpha = np.sqrt(np.cumprod(1 - np.array(betas)))
+    np.testing.assert_allclose(alpha[-1], 0.068265, atol=1e-6)
+    changed = diffusion.zero_terminal(betas)
+    assert changed[-1] == 1
+    found = np.sqrt(np.cumprod(1 - np.array(changed)))
+    np.testing.assert_allclose(found, (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1]), atol=1e-9)
+    levels = diffusion.variance_preserving(diffusion.discrete_gammas(changed))
+    assert (levels.alpha[-1], levels.sigma[-1]) == (0, 1)
+    np.testing.assert_allclose(levels.alpha, found, rtol=3e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "betas", [diffusion.linear_betas(1000), diffusion.cosine_betas(1000)], ids=["linear", "cosine"]
 )

@@ -3,12 +3,12 @@
 from vlm_jax.data.class_names import class_names, read_class_names
 from vlm_jax.data.config import Data, Text, named
 from vlm_jax.data.conversation import Dialogue, Message, VisualCaption, VisualDialogue, VisualQuestion, conversation
-from vlm_jax.data.fields import Caption, Document, Image, Label, Latent, prompts
-from vlm_jax.data.loader import evaluation_batches, example, train_batches
+from vlm_jax.data.fields import Caption, Document, Image, Label, Stage, prompts
+from vlm_jax.data.loader import Records, evaluation_batches, example, train_batches
 from vlm_jax.data.mixture import examples, make_tokenizer, open_data, open_training_data, rows_of, versions
 from vlm_jax.data.packing import Packed
 from vlm_jax.data.prepare import CACHE
-from vlm_jax.data.source import Source, open_source
+from vlm_jax.data.source import Source, Staged, open_source
 from vlm_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -19,10 +19,12 @@ __all__ = [
     "Document",
     "Image",
     "Label",
-    "Latent",
     "Message",
     "Packed",
+    "Records",
     "Source",
+    "Stage",
+    "Staged",
     "Text",
     "Tokenizer",
     "VisualCaption",

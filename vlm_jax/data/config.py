@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 
 from vlm_jax.data.conversation import Dialogue, VisualCaption, VisualDialogue, VisualQuestion
-from vlm_jax.data.fields import Caption, Document, Image, Label, Latent
+from vlm_jax.data.fields import Caption, Document, Image, Label, Stage
 from vlm_jax.errors import UserError
 
-Field = Image | Caption | Label | Latent | Document | Dialogue | VisualQuestion | VisualDialogue | VisualCaption
+Field = Image | Caption | Label | Stage | Document | Dialogue | VisualQuestion | VisualDialogue | VisualCaption
 
 
 @dataclass(frozen=True, kw_only=True)

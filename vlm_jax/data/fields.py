@@ -125,21 +125,14 @@ class Label(Reader):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latent(Reader):
-    """`latent` float32 [h, w, c]: what an autoencoder made of the image, kept as a mean and a log-variance.
+class Stage(Reader):
+    """`stage`: what a frozen part of the model made of the image, once for all epochs."""
 
-    In training a draw, anew at each visit as if the image were encoded then; else the mean.
-    """
-
-    takes = ("latent_mean", "latent_log_variance")
-    gives = ("latent",)
+    takes = ("stage",)
+    gives = ("stage",)
 
     def read(self, record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
-        mean = record["latent_mean"]
-        if rng is None:
-            return {"latent": mean}
-        noise = rng.standard_normal(mean.shape, np.float32)
-        return {"latent": mean + np.exp(0.5 * record["latent_log_variance"]) * noise}
+        return {"stage": record["stage"]}
 
 
 class Tokens(NamedTuple):

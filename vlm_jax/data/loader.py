@@ -10,7 +10,7 @@ from jaxtyping import Int
 from vlm_jax.data.config import Data
 from vlm_jax.data.fields import Example, Inputs, Reader, Record, Rng, chosen
 from vlm_jax.data.packing import Packed
-from vlm_jax.data.source import Source
+from vlm_jax.data.source import Source, Staged
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import check_seed
 
@@ -18,6 +18,10 @@ from vlm_jax.errors import check_seed
 # makes none more, since both wait for Python's lock.
 _THREADS = max(1, (os.cpu_count() or 1) // 2)
 _READ_OPTIONS = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS + 1)
+
+
+Records = Source | Staged | Packed
+"""What examples are made of: records, or rows of packed text."""
 
 
 def example(record: Record, data: Data, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
@@ -42,7 +46,7 @@ def _read(fields: Sequence[Reader], record: Record, inputs: Inputs, tokenizer: T
 
 
 def train_batches(
-    sources: Sequence[Source | Packed],
+    sources: Sequence[Records],
     data: Data,
     inputs: Inputs,
     tokenizer: Tokenizer | None,
@@ -89,7 +93,7 @@ def train_batches(
 
 
 def evaluation_batches(
-    source: Source | Packed,
+    source: Records,
     data: Data,
     inputs: Inputs,
     tokenizer: Tokenizer | None,
@@ -121,7 +125,7 @@ def evaluation_batches(
 
 
 def _maker(
-    source: Source | Packed, data: Data, inputs: Inputs, tokenizer: Tokenizer | None
+    source: Records, data: Data, inputs: Inputs, tokenizer: Tokenizer | None
 ) -> Callable[[Record, Rng], Example]:
     """What makes an example of what the source holds, of which all has the same keys."""
     if isinstance(source, Packed):

@@ -18,8 +18,6 @@ TEXT_KEYS = ("captions", "caption", "text")
 """What data sets call the captions of an image; coco_captions nests the last in the first."""
 INNER_KEYS = (*TEXT_KEYS, "answer")
 """And what they call texts within a list of them."""
-LATENT_KEYS = ("latent_mean", "latent_log_variance")
-"""Under which what an autoencoder made of the images is kept, float32 [h, w, c]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +26,6 @@ class Source:
 
     - `record`: what errors call it;
     - `image`: a `Picture`;
-    - `latent_mean` and `latent_log_variance`: float32 [h, w, c], what an autoencoder made of the image;
     - `text`: tuple of str, all captions of the image; where there are questions, the one line "question answer";
     - `question` and `answer`: str; `answers`: tuple of str, of several people, where `answer` is what most of them say;
     - `turns`: tuple of pairs of str, questions about the image with their answers, of a sequence of dictionaries that
@@ -151,6 +148,25 @@ class Source:
         return f"record {index} of {self.name}, split {self.split}, in {self.directory}"
 
 
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """The records of a split, each with its `stage`: what a frozen part of a model made of the image."""
+
+    source: Source
+    arrays: np.ndarray
+    """A stage for each record, in their order."""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def keys(self) -> frozenset[str]:
+        return self.source.keys | {"stage"}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.source[index], "stage": np.array(self.arrays[index])}
+
+
 def open_source(name: str, split: str, data_dir: Path, *, label: str | None = None) -> Source:
     """Opens one split of a data set; ours are prepared on first use.
 
@@ -229,7 +245,6 @@ def _keys(features: tfds.features.FeaturesDict) -> dict[str, str]:
     found |= {key: [key] for key in ("question", "answer") if key in features and _is_string(features[key])}
     found["answers"] = ["answers"] if "answers" in features and _unlike_text(features["answers"]) is None else []
     found["turns"] = ["turns"] if "turns" in features and _is_turns(features["turns"]) else []
-    found |= {key: [key] for key in LATENT_KEYS if key in features and _is_latent(features[key])}
     return {ours: ours if ours in theirs else theirs[0] for ours, theirs in found.items() if theirs}
 
 
@@ -290,10 +305,6 @@ def _is_turns(feature: Any) -> bool:
     return isinstance(inner, tfds.features.FeaturesDict) and all(
         key in inner and _is_string(inner[key]) for key in both
     )
-
-
-def _is_latent(feature: Any) -> bool:
-    return isinstance(feature, tfds.features.Tensor) and feature.np_dtype == np.float32 and len(feature.shape) == 3
 
 
 def _texts(value: Any) -> Iterator[str]:

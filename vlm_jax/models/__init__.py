@@ -21,7 +21,7 @@ SIZES = (
     *("size", "width", "widths", "hidden", "latent", "embedding", "mlp", "depth", "heads"),
 )
 """Of these every family and every part of one has at least 1."""
-SHARES = ("dropout", "class_dropout")
+SHARES = ("dropout", "class_dropout", "condition_dropout")
 """Of training's examples or outputs; all of them would leave nothing to learn from."""
 
 

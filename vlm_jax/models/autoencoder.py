@@ -231,12 +231,26 @@ def build(config: Config) -> Model:
         log_prior = jnp.sum(gaussian_log_density(found.latents, jnp.zeros(()), jnp.zeros(())), axis=(1, 2, 3))
         return found.log_prob + log_prior - found.log_posterior
 
+    def posterior(
+        variables: Variables, image: Int[Array, "B H W C"]
+    ) -> tuple[Float[Array, "B h w Z"], Float[Array, "B h w Z"]]:
+        """Mean and log-variance of what `encode` draws."""
+        mean, log_variance = module.apply(variables, image, method="encode")
+        shift, scale = module.apply(variables, method="moments")
+        return (mean - shift) / scale, log_variance - 2 * jnp.log(scale)
+
     def encode(variables: Variables, image: Int[Array, "B H W C"], key: Array | None = None) -> Float[Array, "B h w Z"]:
         """The posterior's mean, or a draw from it, less the mean of all and over their deviation."""
-        mean, log_variance = module.apply(variables, image, method="encode")
-        z = mean if key is None else mean + jnp.exp(0.5 * log_variance) * noise_like(image, key)
+        mean, log_variance = posterior(variables, image)
+        return mean if key is None else mean + jnp.exp(0.5 * log_variance) * noise_like(image, key)
+
+    def log_likelihood_given(
+        variables: Variables, latents: Float[Array, "B h w Z"], image: Int[Array, "B H W C"]
+    ) -> Float[Array, " B"]:
         shift, scale = module.apply(variables, method="moments")
-        return (z - shift) / scale
+        mean = module.apply(variables, latents * scale + shift, method="decode")
+        log_prob = logistic_log_prob(mean, variables["params"]["log_scale"], image, config.levels)
+        return jnp.sum(log_prob, axis=(1, 2, 3))
 
     def decode(variables: Variables, latents: Float[Array, "B h w Z"]) -> Int[Array, "B H W C"]:
         """The mean of each pixel."""
@@ -259,6 +273,7 @@ def build(config: Config) -> Model:
         "count": subpixels,
         "bound": "lower",
         "log_weight": log_weight,
+        "log_likelihood_given": log_likelihood_given,
         "sample": sample,
     }
     return Model(
@@ -273,5 +288,6 @@ def build(config: Config) -> Model:
         latents=Input(config.latents, "float32"),
         encode=encode,
         decode=decode,
+        posterior=posterior,
         **(density if isinstance(goal, Bound) else {}),
     )

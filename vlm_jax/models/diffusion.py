@@ -13,16 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from vlm_jax import models
 from vlm_jax.contract import Aux, Batch, Model, Variables
 from vlm_jax.errors import UserError
-from vlm_jax.nn.denoiser import (
-    Denoiser,
-    Network,
-    check_network,
-    network_rules,
-)
+from vlm_jax.nn.conditioning import Told
+from vlm_jax.nn.denoiser import Denoiser, Guidance, Network, check_network, network_rules
 from vlm_jax.nn.images import ImagesOrLatents
-from vlm_jax.nn.labels import label_input, sampling_labels, training_labels
+from vlm_jax.nn.told import Conditions
 from vlm_jax.objectives.diffusion import (
     Level,
     cosine_betas,
@@ -34,11 +31,13 @@ from vlm_jax.objectives.diffusion import (
     min_snr_weight,
     posterior,
     prior_divergence,
+    scaled_linear_betas,
     spread,
     stratified,
     to_data,
     variance_exploding,
     variance_preserving,
+    zero_terminal,
 )
 from vlm_jax.objectives.likelihood import (
     from_unit_range,
@@ -48,8 +47,9 @@ from vlm_jax.objectives.likelihood import (
     to_unit_range,
 )
 from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, Solving
+from vlm_jax.trees import merge
 
-BETAS = {"linear": linear_betas, "cosine": cosine_betas}
+BETAS = {"linear": linear_betas, "scaled_linear": scaled_linear_betas, "cosine": cosine_betas}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +58,26 @@ class Config(ImagesOrLatents):
 
     network: Network
     timesteps: int = 1000
-    betas: Literal["linear", "cosine"] = "linear"
+    betas: Literal["linear", "scaled_linear", "cosine"] = "linear"
+    zero_terminal: bool = False
+    """Change the betas so that the last state is noise alone (2305.08891)."""
     predict: Literal["eps", "x", "v"] = "eps"
     weighting: Literal["simple", "min_snr"] = "simple"
     """Of the squared errors of different times: alike, or min(SNR, 5) on those of x (2303.09556)."""
     variance: Literal["posterior", "forward", "learned"] = "posterior"
     """Of each step: the least that it can be, the most, or between the two as the network says (2102.09672)."""
+    text: Any = None
+    """The `Config` of a family that has `text_features`, by which images are told; None: they are told no text."""
 
     def __post_init__(self) -> None:
-        check_network(self.network, self.image_size)
+        check_network(self.network, self.image_size, reads=self.text is not None)
         if self.timesteps < 2:
             raise UserError(f"timesteps is {self.timesteps}: it must be at least 2")
+        if self.zero_terminal and self.predict == "eps":
+            raise UserError(
+                "with zero_terminal the last state is noise alone, which says nothing of x where eps is predicted: set "
+                "predict to v or x"
+            )
         if self.betas == "linear" and self.timesteps <= 20:
             raise UserError(
                 f"timesteps={self.timesteps} of linear betas would add more noise than there can be: choose more than "
@@ -94,25 +103,29 @@ class Prediction(NamedTuple):
 
 
 def build(config: Config) -> Model:
-    """Samples, and a bound on the likelihood where the data are levels."""
+    """Samples, and a bound on the likelihood, of real vectors on their density."""
     learned = config.variance == "learned"
     module: Any = Denoiser(config.network, config.channels * (2 if learned else 1))
     shape, network = config.shape, config.network
-    gammas = discrete_gammas(BETAS[config.betas](config.timesteps))
+    betas = BETAS[config.betas](config.timesteps)
+    gammas = discrete_gammas(zero_terminal(betas) if config.zero_terminal else betas)
+    reader = None if config.text is None else models.build(config.text)
+    conditions = Conditions(network.classes, network.condition_dropout, reader)
 
     def to_input(image: Num[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         return image if config.levels is None else to_unit_range(image, config.levels)
 
     def init(key: Array, batch: Batch) -> Variables:
-        image = batch["image"]
-        return module.init(key, to_input(image), jnp.zeros(len(image)), batch.get("label"))
+        image, reader = batch["image"], conditions.drawn(jax.random.fold_in(key, 1))
+        told = conditions.everything(reader, batch)
+        return merge(module.init(key, to_input(image), jnp.zeros(len(image)), told), reader)
 
     def predict(
-        variables: Variables, x_t: Float[Array, "B H W C"], level: Level, t: Array, label: Array | None, **options: Any
+        variables: Variables, x_t: Float[Array, "B H W C"], level: Level, t: Array, told: Told, **options: Any
     ) -> Prediction:
         """t counts from 1; the level is already shaped like the images."""
         time = (t - 1) * (1000 / config.timesteps)
-        output = module.apply(variables, x_t, time, label, guided=config.channels if learned else None, **options)
+        output = module.apply(variables, x_t, time, told, guided=config.channels if learned else None, **options)
         mix: Array | float = 1.0 if config.variance == "forward" else 0.0
         if learned:
             output, fraction = jnp.split(output, 2, axis=-1)
@@ -152,15 +165,13 @@ def build(config: Config) -> Model:
     ) -> tuple[Float[Array, ""], Aux]:
         """The mean squared error of the prediction; with a learned variance, also a thousandth of the bound."""
         del step
-        label_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
-        label = batch.get("label")
-        if train:
-            label = training_labels(label_key, label, network.classes, network.class_dropout)
+        told_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
+        told = conditions.in_training(variables, batch, told_key) if train else conditions.everything(variables, batch)
         x = to_input(batch["image"])
         t = 1 + jnp.floor(config.timesteps * stratified(time_key, len(x))).astype(jnp.int32)
         t = jnp.minimum(t, config.timesteps)  # a product of floats may round up
         x_t, level = noisy(x, t, jax.random.normal(noise_key, x.shape))
-        p = predict(variables, x_t, level, t, label, train=train, rngs={"dropout": dropout_key})
+        p = predict(variables, x_t, level, t, told, train=train, rngs={"dropout": dropout_key})
         target = from_data(x, x_t, level, config.predict)
         weight = min_snr_weight(level, config.predict) if config.weighting == "min_snr" else 1.0
         value = jnp.mean(weight * jnp.square(p.output - target))
@@ -181,11 +192,11 @@ def build(config: Config) -> Model:
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
         """The bound, of whose sum over steps the last is computed and one other stands for all the others."""
         time_key, noise_key, first_key = jax.random.split(key, 3)
-        x = to_input(batch["image"])
+        x, told = to_input(batch["image"]), conditions.everything(variables, batch)
 
         def cost(t: Int[Array, " B"], key: Array) -> Float[Array, " B"]:
             x_t, level = noisy(x, t, jax.random.normal(key, x.shape))
-            return step_cost(batch, x, x_t, t, predict(variables, x_t, level, t, batch.get("label")))
+            return step_cost(batch, x, x_t, t, predict(variables, x_t, level, t, told))
 
         # Costs fall about as 1/t (2102.09672, figure 2): steps drawn in that proportion, and their costs divided by it,
         # have the same expectation as steps drawn alike and far less variance.
@@ -209,15 +220,20 @@ def build(config: Config) -> Model:
         """The temperature scales all noise. `on_step` sees the states, of `euler` and `heun` over alpha.
 
         Raises:
-          UserError: `sampling` has more steps than the chain.
+          UserError: `sampling` has more steps than the chain, or a solver that cannot begin at noise alone.
         """
         if sampling.steps > config.timesteps:
             raise UserError(
                 f"sampling.steps is {sampling.steps} and the model's chain has timesteps={config.timesteps}: ask for "
                 f"as many at most"
             )
-        label_key, noise_key, solver_key = jax.random.split(key, 3)
-        label = sampling_labels(label_key, given.get("label"), network.classes, num)
+        if config.zero_terminal and sampling.solver in ("euler", "heun"):
+            raise UserError(
+                f"sampling.solver is {sampling.solver}, which begins at sigma / alpha, and with zero_terminal that is "
+                f"infinite: choose ancestral, ddim or dpm_solver"
+            )
+        told_key, noise_key, solver_key = jax.random.split(key, 3)
+        told = conditions.in_drawing(variables, given, told_key, num)
         levels = variance_preserving(gammas)
         alphas = jnp.concatenate([jnp.ones(1), levels.alpha])  # before the first step there is no noise
         sigmas = jnp.concatenate([jnp.zeros(1), levels.sigma])
@@ -227,7 +243,8 @@ def build(config: Config) -> Model:
             return Level(alphas[t], sigmas[t])
 
         def denoise(x: Array, t: Array) -> Denoised:
-            prediction = predict(variables, x, schedule(t), t, label, guidance=sampling.guidance)
+            guidance = Guidance(sampling.guidance_at(schedule(t)), sampling.guidance_rescale)
+            prediction = predict(variables, x, schedule(t), t, told, guidance=guidance)
             return Denoised(prediction.data, prediction.mix)
 
         def denoise_ratio(x: Array, ratio: Array) -> Denoised:
@@ -244,16 +261,15 @@ def build(config: Config) -> Model:
             x = solve(denoise, schedule, times, x)
         return x if config.levels is None else from_unit_range(x, config.levels)
 
-    conditions = label_input(network.classes)
     return Model(
-        inputs={"image": config.image, **conditions},
+        inputs={"image": config.image, **conditions.inputs},
         init=init,
         loss=loss,
-        rules=network_rules(config.network),
-        log_likelihood=None if config.levels is None else log_likelihood,
-        count=None if config.levels is None else subpixels,
-        bound=None if config.levels is None else "lower",
-        conditions=conditions,
+        rules=(*conditions.rules, *network_rules(network, reads=reader is not None)),
+        log_likelihood=log_likelihood,
+        count=subpixels,
+        bound="lower",
+        conditions=conditions.inputs,
         sampling=Sampling(steps=config.timesteps),
         sample=sample,
     )

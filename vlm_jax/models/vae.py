@@ -204,10 +204,22 @@ def build(config: Config) -> Model:
         log_prob, log_ratio, _ = module.apply(variables, batch["image"], noise_like(batch["image"], key))
         return log_prob + log_ratio
 
+    def posterior(
+        variables: Variables, image: Int[Array, "B H W C"]
+    ) -> tuple[Float[Array, "B Z"], Float[Array, "B Z"]]:
+        mean, log_variance = module.apply(variables, image, method="encode")
+        return mean, log_variance
+
     def encode(variables: Variables, image: Int[Array, "B H W C"], key: Array | None = None) -> Float[Array, "B Z"]:
         """The posterior's mean, or a draw from it."""
-        mean, log_variance = module.apply(variables, image, method="encode")
+        mean, log_variance = posterior(variables, image)
         return mean if key is None else mean + jnp.exp(0.5 * log_variance) * noise_like(image, key)
+
+    def log_likelihood_given(
+        variables: Variables, latents: Float[Array, "B Z"], image: Int[Array, "B H W C"]
+    ) -> Float[Array, " B"]:
+        outputs = module.apply(variables, latents, method="decode")
+        return jnp.sum(logistic_mixture_log_prob(outputs, image, config.levels), axis=(1, 2))
 
     def decode(variables: Variables, latents: Float[Array, "B Z"]) -> Int[Array, "B H W C"]:
         """The mean of each pixel's mixture."""
@@ -247,5 +259,7 @@ def build(config: Config) -> Model:
         latents=Input((config.latent,), "float32"),
         encode=encode,
         decode=decode,
+        posterior=posterior,
+        log_likelihood_given=log_likelihood_given,
         sample=sample,
     )

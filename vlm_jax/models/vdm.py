@@ -1,8 +1,8 @@
 """The variational diffusion model (Kingma et al. 2021, 2107.00630): continuous time, trained on its own bound.
 
 The data are noised along gamma, -log SNR, whose ends are learned, and perhaps its way from one to the other. The bound
-on the likelihood of the levels has three terms: what the noisiest image still tells (prior), what undoing the noise
-costs (diffusion), and what the least noisy image leaves open (reconstruction).
+on the likelihood of the levels, or on the density of real vectors, has three terms: what the noisiest image still tells
+(prior), what undoing the noise costs (diffusion), and what the least noisy image leaves open (reconstruction).
 """
 
 from dataclasses import dataclass
@@ -11,20 +11,16 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Num
 
+from vlm_jax import models
 from vlm_jax.contract import Aux, Batch, Model, Variables
 from vlm_jax.errors import UserError
-from vlm_jax.nn.conditioning import Image, Label
-from vlm_jax.nn.denoiser import (
-    Denoiser,
-    Network,
-    check_network,
-    network_rules,
-)
-from vlm_jax.nn.images import Images
-from vlm_jax.nn.labels import label_input, sampling_labels, training_labels
+from vlm_jax.nn.conditioning import Image, Told
+from vlm_jax.nn.denoiser import Denoiser, Guidance, Network, check_network, network_rules
+from vlm_jax.nn.images import ImagesOrLatents
 from vlm_jax.nn.schedule import MONOTONE_SCHEDULE_RULES, MonotoneSchedule
+from vlm_jax.nn.told import Conditions
 from vlm_jax.objectives.diffusion import (
     Level,
     continuous_divergence,
@@ -37,12 +33,13 @@ from vlm_jax.objectives.diffusion import (
     to_data,
     variance_preserving,
 )
-from vlm_jax.objectives.likelihood import nats_to_bits_per_dim, subpixels, to_unit_range
+from vlm_jax.objectives.likelihood import gaussian_log_density, nats_to_bits_per_dim, subpixels, to_unit_range
 from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, Solving
+from vlm_jax.trees import merge
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Images):
+class Config(ImagesOrLatents):
     """A network, and the noise that it learns to undo."""
 
     network: Network
@@ -54,9 +51,11 @@ class Config(Images):
     """-log SNR between its ends: a line, or a network that only rises and is trained to lessen the loss's variance."""
     fourier: tuple[int, ...] = (6, 7)
     """The network also sees sin and cos of 2 pi 2^n x for these n: fine detail, by which levels are told apart."""
+    text: Any = None
+    """The `Config` of a family that has `text_features`, by which images are told; None: they are told no text."""
 
     def __post_init__(self) -> None:
-        check_network(self.network, self.image_size)
+        check_network(self.network, self.image_size, reads=self.text is not None)
         if self.gamma_min >= self.gamma_max:
             raise UserError(
                 f"gamma_min={self.gamma_min} must be below gamma_max={self.gamma_max}: noise grows with time"
@@ -103,7 +102,13 @@ class VDM(nn.Module):
         return self.schedule(t) if self.config.schedule == "monotone" else (t, jnp.ones_like(t))
 
     def __call__(
-        self, x_t: Image, gamma: Float[Array, "*B"], label: Label = None, *, train: bool = False, guidance: float = 1.0
+        self,
+        x_t: Image,
+        gamma: Float[Array, "*B"],
+        told: Told = Told(),
+        *,
+        train: bool = False,
+        guidance: Guidance = Guidance(),
     ) -> Image:
         """The prediction of x."""
         c = self.config
@@ -113,7 +118,7 @@ class VDM(nn.Module):
         waves = [wave(2 * jnp.pi * 2**n * x_t) for n in c.fourier for wave in (jnp.sin, jnp.cos)]
         time = 1000 * (gamma - c.gamma_min) / (c.gamma_max - c.gamma_min)
         inputs = jnp.concatenate([x_t, *waves], axis=-1)
-        output = self.denoiser(inputs, time, label, train=train, guidance=guidance)
+        output = self.denoiser(inputs, time, told, train=train, guidance=guidance)
         if c.predict == "eps":
             output = output + x_t  # at high noise nearly right before any training; so in the authors' release
         level = Level(*(spread(value, x_t) for value in variance_preserving(gamma)))
@@ -124,14 +129,20 @@ def build(config: Config) -> Model:
     """A bound on the likelihood, and samples by undoing the noise step by step."""
     module: Any = VDM(config)  # linen types what `apply` returns as a union
     shape, network = config.shape, config.network
+    reader = None if config.text is None else models.build(config.text)
+    conditions = Conditions(network.classes, network.condition_dropout, reader)
+
+    def to_input(image: Num[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        return image if config.levels is None else to_unit_range(image, config.levels)
 
     def init(key: Array, batch: Batch) -> Variables:
-        image = batch["image"]
-        return module.init(key, to_unit_range(image, config.levels), jnp.zeros(len(image)), batch.get("label"))
+        image, reader = batch["image"], conditions.drawn(jax.random.fold_in(key, 1))
+        told = conditions.everything(reader, batch)
+        return merge(module.init(key, to_input(image), jnp.zeros(len(image)), told), reader)
 
-    def terms(variables: Variables, batch: Batch, key: Array, label: Int[Array, " B"] | None, *, train: bool) -> Terms:
+    def terms(variables: Variables, batch: Batch, key: Array, told: Told, *, train: bool) -> Terms:
         time_key, noise_key, first_key, dropout_key = jax.random.split(key, 4)
-        image, x = batch["image"], to_unit_range(batch["image"], config.levels)
+        image, x = batch["image"], to_input(batch["image"])
         first, last = module.apply(variables, method="ends")
         t = stratified(time_key, len(x))
         # The bound does not depend on the way from end to end: what a gradient would say of it is noise.
@@ -140,11 +151,15 @@ def build(config: Config) -> Model:
         level = Level(*(spread(value, x) for value in variance_preserving(gamma)))
         eps = jax.random.normal(noise_key, x.shape)
         x_t = level.alpha * x + level.sigma * eps
-        data = module.apply(variables, x_t, gamma, label, train=train, rngs={"dropout": dropout_key})
+        data = module.apply(variables, x_t, gamma, told, train=train, rngs={"dropout": dropout_key})
         diffusion = continuous_divergence(eps, from_data(data, x_t, level, "eps"), slope * (last - first))
         alpha, sigma = variance_preserving(first)
         x_0 = alpha * x + sigma * jax.random.normal(first_key, x.shape)
-        return Terms(level_log_prob(x_0, first, image, config.levels), diffusion, prior_divergence(x, last), t)
+        if config.levels is None:
+            log_prob = jnp.sum(gaussian_log_density(x, x_0 / alpha, first), axis=(1, 2, 3))
+        else:
+            log_prob = level_log_prob(x_0, first, image, config.levels)
+        return Terms(log_prob, diffusion, prior_divergence(x, last), t)
 
     def second_moment(variables: Variables, t: Float[Array, " B"], cost: Float[Array, " B"]) -> Float[Array, ""]:
         """The mean square of the diffusion term, of which the gradient is that of its variance by the schedule.
@@ -166,11 +181,9 @@ def build(config: Config) -> Model:
         A learned way of the schedule has the gradient of the estimate's variance, which the value does not hold.
         """
         del step
-        label_key, key = jax.random.split(key)
-        label = batch.get("label")
-        if train:
-            label = training_labels(label_key, label, network.classes, network.class_dropout)
-        log_prob, diffusion, prior, t = terms(variables, batch, key, label, train=train)
+        told_key, key = jax.random.split(key)
+        told = conditions.in_training(variables, batch, told_key) if train else conditions.everything(variables, batch)
+        log_prob, diffusion, prior, t = terms(variables, batch, key, told, train=train)
         nats = {"reconstruction": log_prob, "diffusion": -diffusion, "prior": -prior}
         metrics = {f"{name}_bits_per_dim": nats_to_bits_per_dim(jnp.mean(value), shape) for name, value in nats.items()}
         value = sum(metrics.values(), jnp.float32(0))
@@ -180,7 +193,9 @@ def build(config: Config) -> Model:
         return value, Aux(metrics, weight=jnp.float32(len(t)))
 
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
-        log_prob, diffusion, prior, _ = terms(variables, batch, key, batch.get("label"), train=False)
+        log_prob, diffusion, prior, _ = terms(
+            variables, batch, key, conditions.everything(variables, batch), train=False
+        )
         return log_prob - diffusion - prior
 
     def sample(
@@ -192,10 +207,10 @@ def build(config: Config) -> Model:
         temperature: float = 1.0,
         sampling: Sampling,
         on_step: OnStep | None = None,
-    ) -> Int[Array, "num H W C"]:
+    ) -> Num[Array, "num H W C"]:
         """The temperature scales all noise; at 0 pixels are the likeliest levels. `on_step` sees the states."""
-        label_key, noise_key, solver_key, level_key = jax.random.split(key, 4)
-        label = sampling_labels(label_key, given.get("label"), network.classes, num)
+        told_key, noise_key, solver_key, level_key = jax.random.split(key, 4)
+        told = conditions.in_drawing(variables, given, told_key, num)
         first, last = module.apply(variables, method="ends")
 
         def gamma(t: Array) -> Array:
@@ -205,31 +220,34 @@ def build(config: Config) -> Model:
             return variance_preserving(gamma(t))
 
         def denoise(x: Array, t: Array) -> Denoised:
-            return Denoised(module.apply(variables, x, gamma(t), label, guidance=sampling.guidance))
+            guidance = Guidance(sampling.guidance_at(schedule(t)), sampling.guidance_rescale)
+            return Denoised(module.apply(variables, x, gamma(t), told, guidance=guidance))
 
         times = jnp.linspace(1.0, 0.0, sampling.steps + 1)
         x = temperature * jax.random.normal(noise_key, (num, *shape))
         solve = SOLVERS[sampling.solver]
         x = solve(denoise, schedule, times, x, solver_key, temperature=temperature, on_step=on_step)
+        if config.levels is None:
+            return x / variance_preserving(first)[0]
         logits = level_logits(x, first, config.levels)
         if temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
         return jax.random.categorical(level_key, logits / temperature).astype(jnp.uint8)
 
-    conditions = label_input(network.classes)
     return Model(
-        inputs={"image": config.image, **conditions},
+        inputs={"image": config.image, **conditions.inputs},
         init=init,
         loss=loss,
         rules=(
             (r"(first|last)_gamma$", ()),
             *(MONOTONE_SCHEDULE_RULES if config.schedule == "monotone" else ()),
-            *network_rules(config.network),
+            *conditions.rules,
+            *network_rules(network, reads=reader is not None),
         ),
         log_likelihood=log_likelihood,
         count=subpixels,
         bound="lower",
-        conditions=conditions,
+        conditions=conditions.inputs,
         sampling=Sampling(),
         sample=sample,
     )

@@ -142,6 +142,13 @@ def build(config: Config) -> Model:
         """The mean of each pixel."""
         return from_unit_range(module.apply(variables, latents, method="decode"), config.levels)
 
+    def log_likelihood_given(
+        variables: Variables, latents: Int[Array, "B h w *R"], image: Int[Array, "B H W C"]
+    ) -> Float[Array, " B"]:
+        mean = module.apply(variables, latents, method="decode")
+        log_prob = logistic_log_prob(mean, variables["params"]["log_scale"], image, config.levels)
+        return jnp.sum(log_prob, axis=(1, 2, 3))
+
     def sample(
         variables: Variables, key: Array, given: Batch, *, num: int, temperature: float = 1.0
     ) -> Int[Array, "num H W C"]:
@@ -167,5 +174,6 @@ def build(config: Config) -> Model:
         latents=Input(config.latents, "int32", config.quantizer.size),
         encode=encode,
         decode=decode,
+        log_likelihood_given=log_likelihood_given,
         sample=sample,
     )

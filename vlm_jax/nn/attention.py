@@ -110,12 +110,13 @@ class Attention(nn.Module):
     output_scale: float = 1.0
     """Multiplies the variance of the output projection's initialisation: 1 / (2 layers) in a residual stack."""
     dtype: str = "float32"
+    qkv_bias: bool = True
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        context: Float[Array, "B S D"] | None = None,
+        context: Float[Array, "B S E"] | None = None,
         mask: Bool[Array, "#B #H T _"] | None = None,
         *,
         causal: bool = False,
@@ -127,7 +128,7 @@ class Attention(nn.Module):
         context = x if context is None else context
 
         def project(name: str, inputs: Array) -> Array:
-            heads = nn.Dense(self.width, dtype=self.dtype, name=name)(inputs)
+            heads = nn.Dense(self.width, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(inputs)
             heads = heads.reshape(*inputs.shape[:2], self.heads, self.width // self.heads)
             return constrain(heads, "batch", None, "heads", None)
 

@@ -1,6 +1,6 @@
 """Residual convolutions and attention over maps, and stacks of convolutions from an image to a small map and back."""
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import flax.linen as nn
 import jax
@@ -76,10 +76,12 @@ class Downsample(nn.Module):
 
     width: int
     dtype: str = "float32"
+    padding: Literal["SAME"] | int = "SAME"
+    """1: on all sides."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        x = nn.Conv(self.width, (3, 3), (2, 2), dtype=self.dtype, name="conv")(x)
+        x = nn.Conv(self.width, (3, 3), (2, 2), padding=self.padding, dtype=self.dtype, name="conv")(x)
         return constrain(x, "batch", None, None, None)
 
 

@@ -80,9 +80,10 @@ class Setting(NamedTuple):
     """Where in a cache the tokens go."""
 
 
-def rotary_frequencies(config: DecoderConfig) -> list[float]:
-    """Radians a position of each pair of features: base ** (-2 i / d), scaled."""
-    frequencies = [config.rope_base ** (-2 * i / config.head_width) for i in range(config.head_width // 2)]
+def rotary_frequencies(config: DecoderConfig, coordinates: int = 1) -> list[float]:
+    """Radians a position of each pair of features that turns with a coordinate: base ** (-2 i / d), scaled."""
+    width = config.head_width // coordinates
+    frequencies = [config.rope_base ** (-2 * i / width) for i in range(width // 2)]
     scaling = config.rope_scaling
     return frequencies if scaling is None else [scaled(frequency, scaling) for frequency in frequencies]
 
@@ -95,9 +96,16 @@ def scaled(frequency: float, scaling: RotaryScaling) -> float:
     return frequency * (share + (1 - share) / scaling.factor)
 
 
-def rotary(positions: Int[Array, "B T"], config: DecoderConfig) -> Rotation:
-    """In fp32: bfloat16 has no number between 256 and 258."""
-    angles = positions[..., None, None].astype(jnp.float32) * jnp.array(rotary_frequencies(config), jnp.float32)
+def rotary(positions: Int[Array, "B T *A"], config: DecoderConfig) -> Rotation:
+    """In fp32: bfloat16 has no number between 256 and 258.
+
+    Args:
+      positions: one number each, or several coordinates, each of which turns its share of the pairs (row and column:
+        2406.06525, section 2.2).
+    """
+    coordinates = positions.reshape(*positions.shape[:2], 1, -1, 1).astype(jnp.float32)
+    frequencies = jnp.array(rotary_frequencies(config, coordinates.shape[3]), jnp.float32)
+    angles = (coordinates * frequencies).reshape(*positions.shape[:2], 1, -1)
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
@@ -187,7 +195,7 @@ class Decoder(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "B T *A"],
         mask: Bool[Array, "#B 1 T _"] | None = None,
         *,
         causal: bool = False,

@@ -20,17 +20,22 @@ TIME_FEATURES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class DiT:
-    """Sizes of a diffusion transformer."""
+    """Sizes of a diffusion transformer. It is told no text."""
 
     patch_size: int
     transformer: Transformer
 
     def __post_init__(self) -> None:
-        if self.transformer.width % 4:
-            raise UserError(
-                f"a diffusion transformer of width {self.transformer.width} has no room for sines and cosines of rows "
-                f"and columns: choose a multiple of 4"
-            )
+        check_positions(self.transformer)
+
+
+def check_positions(config: Transformer) -> None:
+    """Refuses a width that positions do not fill."""
+    if config.width % 4:
+        raise UserError(
+            f"a diffusion transformer of width {config.width} has no room for sines and cosines of rows and columns: "
+            f"choose a multiple of 4"
+        )
 
 
 def position_features(side: int, width: int) -> Float[Array, "T D"]:

@@ -55,7 +55,7 @@ class MLP(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         x = constrain(nn.Dense(self.hidden, dtype=self.dtype, name="up")(x), "batch", None, "mlp")
         init = nn.initializers.variance_scaling(self.output_scale, "fan_in", "normal")
         return nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="down")(ACTIVATIONS[self.activation](x))

@@ -1,7 +1,7 @@
-"""The U-Net of DDPM (Ho et al. 2020, 2006.11239)."""
+"""The U-Nets of DDPM (Ho et al. 2020, 2006.11239) and of latent diffusion (Rombach et al. 2021, 2112.10752)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,14 +9,15 @@ from jaxtyping import Array, Float
 
 from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
-from vlm_jax.nn.conditioning import Conditioning, Image, Label, Time, conditioning_rules
+from vlm_jax.nn.conditioning import Conditioning, Image, Label, Text, Time, conditioning_rules
 from vlm_jax.nn.convolution import Downsample, GroupNorm, SpatialAttention, Upsample
+from vlm_jax.nn.spatial_transformer import SPATIAL_TRANSFORMER_RULES, SpatialTransformer
 from vlm_jax.sharding import constrain
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNet:
-    """Sizes of the U-Net."""
+class Sizes:
+    """Of a U-Net."""
 
     widths: tuple[int, ...]
     """Channels at each resolution, the finest first; each next has half the height and width."""
@@ -40,10 +41,35 @@ class UNet:
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class UNet(Sizes):
+    """DDPM's, by its release in TensorFlow. It is told no text."""
+
+    epsilon: ClassVar[float] = 1e-6
+    """Of the group norms."""
+    last_frequency: ClassVar[bool] = True
+    """Of the time: whether 1/10000 is one."""
+    padding: ClassVar[Literal["SAME"] | int] = "SAME"
+    """Of the strided convolutions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentUNet(Sizes):
+    """Latent diffusion's, and Stable Diffusion's: its attention is a transformer that reads a text."""
+
+    epsilon: ClassVar[float] = 1e-5
+    last_frequency: ClassVar[bool] = False
+    padding: ClassVar[Literal["SAME"] | int] = 1
+
+
+SD15 = LatentUNet(widths=(320, 640, 1280, 1280), attention=(64, 32, 16), heads=8)
+"""Of Stable Diffusion 1: 859,520,964 parameters, for latents [64, 64, 4] and texts of width 768."""
+
+
 class UNetBlock(nn.Module):
     """Norm, SiLU, 3x3 convolution, twice, beside a skip; the condition is added between. Starts as almost the skip."""
 
-    config: UNet
+    config: UNet | LatentUNet
     width: int
 
     @nn.compact
@@ -52,10 +78,10 @@ class UNetBlock(nn.Module):
     ) -> Float[Array, "B H W D"]:
         c = self.config
         x = constrain(x, "batch", None, None, None)
-        y = nn.silu(GroupNorm(c.groups, c.dtype, name="norm_in")(x))
+        y = nn.silu(GroupNorm(c.groups, c.dtype, c.epsilon, name="norm_in")(x))
         y = constrain(nn.Conv(self.width, (3, 3), dtype=c.dtype, name="conv_in")(y), "batch", None, None, None)
         shift = constrain(nn.Dense(self.width, dtype=c.dtype, name="condition")(nn.silu(condition)), "batch", None)
-        y = nn.silu(GroupNorm(c.groups, c.dtype, name="norm_out")(y + shift[:, None, None]))
+        y = nn.silu(GroupNorm(c.groups, c.dtype, c.epsilon, name="norm_out")(y + shift[:, None, None]))
         y = nn.Dropout(c.dropout, deterministic=not train)(y)
         init = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
         y = nn.Conv(self.width, (3, 3), kernel_init=init, dtype=c.dtype, name="conv_out")(y)
@@ -67,33 +93,40 @@ class UNetBlock(nn.Module):
 class UNetTower(nn.Module):
     """Noisy image and time -> an image of `channels`; each resolution of the way down is seen on the way up."""
 
-    config: UNet
+    config: UNet | LatentUNet
     channels: int
     classes: int | None = None
 
     @nn.compact
-    def __call__(self, x: Image, time: Time, label: Label = None, *, train: bool = False) -> Float[Array, "B H W O"]:
+    def __call__(
+        self, x: Image, time: Time, label: Label = None, text: Text | None = None, *, train: bool = False
+    ) -> Float[Array, "B H W O"]:
         c = self.config
-        conditioning = Conditioning(4 * c.widths[0], c.widths[0], True, self.classes, c.dtype, name="conditioning")
+        conditioning = Conditioning(
+            4 * c.widths[0], c.widths[0], c.last_frequency, self.classes, c.dtype, name="conditioning"
+        )
         condition = conditioning(time, label)
+
+        def attend(x: Array, name: str) -> Array:
+            if isinstance(c, UNet):
+                return SpatialAttention(c.heads, c.groups, c.dtype, name=name)(x)
+            return SpatialTransformer(c.heads, c.groups, c.dropout, c.dtype, name=name)(x, text, train=train)
 
         def block(x: Array, width: int, name: str) -> Array:
             x = UNetBlock(c, width, name=name)(x, condition, train=train)
-            if x.shape[1] in c.attention:
-                x = SpatialAttention(c.heads, c.groups, c.dtype, name=f"{name}_attention")(x)
-            return x
+            return attend(x, f"{name}_attention") if x.shape[1] in c.attention else x
 
         x = constrain(nn.Conv(c.widths[0], (3, 3), dtype=c.dtype, name="first")(x), "batch", None, None, None)
         skips = [x]
         for level, width in enumerate(c.widths):
             if level:
-                x = Downsample(c.widths[level - 1], c.dtype, name=f"down_{level}")(x)
+                x = Downsample(c.widths[level - 1], c.dtype, c.padding, name=f"down_{level}")(x)
                 skips.append(x)
             for i in range(c.blocks):
                 x = block(x, width, f"down_{level}_{i}")
                 skips.append(x)
         x = UNetBlock(c, c.widths[-1], name="middle_0")(x, condition, train=train)
-        x = SpatialAttention(c.heads, c.groups, c.dtype, name="middle_attention")(x)
+        x = attend(x, "middle_attention")
         x = UNetBlock(c, c.widths[-1], name="middle_1")(x, condition, train=train)
         for level, width in reversed(list(enumerate(c.widths))):
             for i in range(c.blocks + 1):
@@ -101,14 +134,15 @@ class UNetTower(nn.Module):
                 x = block(x, width, f"up_{level}_{i}")
             if level:
                 x = Upsample(width, c.dtype, name=f"up_{level}")(x)
-        x = nn.silu(GroupNorm(c.groups, c.dtype, name="norm_out")(x)).astype(jnp.float32)
+        x = nn.silu(GroupNorm(c.groups, c.dtype, c.epsilon, name="norm_out")(x)).astype(jnp.float32)
         return nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros, name="last")(x)
 
 
-def unet_rules(classes: int | None) -> tuple[Rule, ...]:
+def unet_rules(config: UNet | LatentUNet, classes: int | None) -> tuple[Rule, ...]:
     """Sharding rules of a `UNetTower`."""
     return (
         *conditioning_rules(classes),
+        *(SPATIAL_TRANSFORMER_RULES if isinstance(config, LatentUNet) else ()),
         (r"last/kernel$", (None, None)),
         (r"(first|conv|conv_in|conv_out|condition|skip|query|key|value|out)/kernel$", (None, "filters")),
         (r"(bias|scale)$", (None,)),

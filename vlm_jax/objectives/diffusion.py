@@ -4,6 +4,7 @@ A noisy image is x_t = alpha x + sigma eps with standard normal eps. All functio
 nats and fp32. -log SNR is gamma = log(sigma^2 / alpha^2).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -62,6 +63,23 @@ def linear_betas(steps: int) -> list[float]:
     return [scale * (1e-4 + (0.02 - 1e-4) * i / max(steps - 1, 1)) for i in range(steps)]
 
 
+def scaled_linear_betas(steps: int) -> list[float]:
+    """Latent diffusion's and Stable Diffusion's: their roots are evenly spread, of 0.00085 to 0.012 (2112.10752)."""
+    first, last = math.sqrt(0.00085), math.sqrt(0.012)
+    return [(first + (last - first) * i / max(steps - 1, 1)) ** 2 for i in range(steps)]
+
+
+def zero_terminal(betas: Sequence[float]) -> list[float]:
+    """Betas whose last state is noise alone: alpha is shifted to end at 0 and scaled to begin as it did.
+
+    (2305.08891, algorithm 1)
+    """
+    alphas = [math.exp(0.5 * total) for total in itertools.accumulate(math.log1p(-beta) for beta in betas)]
+    first, last = alphas[0], alphas[-1]
+    squares = [((alpha - last) * first / (first - last)) ** 2 for alpha in alphas]
+    return [1 - after / before for before, after in itertools.pairwise([1.0, *squares])]
+
+
 def cosine_betas(steps: int) -> list[float]:
     """Those that make alpha^2 the square of a cosine, at most 0.999 (2102.09672, equation 17)."""
 
@@ -72,10 +90,13 @@ def cosine_betas(steps: int) -> list[float]:
 
 
 def discrete_gammas(betas: Sequence[float]) -> Float[Array, " T"]:
-    """gamma after each step; the products of 1 - beta are taken in float64, where 1 - alpha^2 does not cancel."""
+    """gamma after each step; the products of 1 - beta are taken in float64, where 1 - alpha^2 does not cancel.
+
+    After a beta of 1 there is noise alone, and gamma is infinite.
+    """
     gammas, log_signal = [], 0.0
     for beta in betas:
-        log_signal += math.log1p(-beta)
+        log_signal += math.log1p(-beta) if beta < 1 else -math.inf
         gammas.append(math.log(-math.expm1(log_signal)) - log_signal)
     return jnp.array(gammas, jnp.float32)
 

@@ -235,10 +235,30 @@ class Solving:
     solver: SolverName = "ancestral"
     steps: int
     guidance: float = 1.0
-    """Above 1: away from the prediction without a class; at 0 that prediction itself (2207.12598)."""
+    """Above 1: away from the prediction without a class and a text; at 0 that prediction itself (2207.12598)."""
+    guidance_from: float = 0.0
+    """There is guidance from this share of noise, sigma / (alpha + sigma), to `guidance_to` (2404.07724)."""
+    guidance_to: float = 1.0
+    guidance_rescale: float = 0.0
+    """The share, 0 to 1, by which a guided prediction has the deviation of the one that is told (2305.08891)."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UserError(f"sampling.steps is {self.steps}: it must be at least 1")
         if not 0 <= self.guidance < math.inf:
             raise UserError(f"sampling.guidance is {self.guidance}: it must be a number, at least 0, and 1 is for none")
+        if not 0 <= self.guidance_from <= self.guidance_to <= 1:
+            raise UserError(
+                f"sampling.guidance_from and guidance_to are {self.guidance_from} and {self.guidance_to}: they must be "
+                f"shares of noise, 0 to 1, the first not above the second"
+            )
+        if not 0 <= self.guidance_rescale <= 1:
+            raise UserError(f"sampling.guidance_rescale is {self.guidance_rescale}: it must be a share, 0 to 1")
+
+    def guidance_at(self, level: tuple[Array, Array]) -> float | Array:
+        """What of the guidance there is at a level of noise."""
+        if self.guidance == 1 or (self.guidance_from, self.guidance_to) == (0, 1):
+            return self.guidance
+        alpha, sigma = level
+        share = sigma / (alpha + sigma)
+        return jnp.where((share >= self.guidance_from) & (share <= self.guidance_to), self.guidance, 1.0)
