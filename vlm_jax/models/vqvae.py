@@ -72,14 +72,22 @@ class Config(Images):
         return (side, side) if books == 1 else (side, side, books)
 
 
-VQGAN_F16 = Config(
-    image_size=256,
-    network=Pyramid(widths=(128, 128, 256, 256, 512), attention=(16,)),
-    quantizer=Learned(size=1024, width=256, commitment=4.0),
-    penalty_weight=0.25,
-)
-"""VQGAN for ImageNet (2012.09841; the release's `imagenet_vqgan`). It multiplies the codes' distance to the features by
-0.25, and not the features' to the codes, as the paper means to."""
+def vqgan(codes: int) -> Config:
+    """For ImageNet (2012.09841; the release's `imagenet_vqgan`).
+
+    Where the paper weights the distance of the features to the codes, the release weights that of the codes to the
+    features, by 0.25: so here.
+    """
+    return Config(
+        image_size=256,
+        network=Pyramid(widths=(128, 128, 256, 256, 512), attention=(16,)),
+        quantizer=Learned(size=codes, width=256, commitment=4.0),
+        penalty_weight=0.25,
+    )
+
+
+VQGAN_F16 = vqgan(1024)
+VQGAN_F16_16384 = vqgan(16_384)
 LLAMAGEN_F16 = replace(VQGAN_F16, quantizer=Learned(size=16_384, width=8, unit=True), penalty_weight=1.0)
 """LlamaGen's tokenizer VQ-16 (2406.06525)."""
 LLAMAGEN_F8 = replace(LLAMAGEN_F16, network=Pyramid(widths=(128, 256, 256, 512), attention=(32,)))
