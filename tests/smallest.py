@@ -139,6 +139,12 @@ CONFIGS: dict[str, Any] = {
     "vqvae of finite scalars": replace(VQVAE, quantizer=FSQ(levels=(3, 4))),
     "vqvae of signs": replace(VQVAE, quantizer=LFQ(width=2)),
     "vqvae of a matrix": replace(VQVAE, quantizer=SimVQ(size=5, width=2)),
+    "vqvae of a critic": replace(
+        VQVAE,
+        image_size=4,
+        quantizer=Learned(size=5, width=2, unit=True),
+        objective=Adversarial(widths=(4,), groups=2),
+    ),
     "vqvae of two books": replace(VQVAE, quantizer=Residual(book=Learned(size=3, width=2, unit=True), books=2)),
     "vdm of texts": vdm.Config(**IMAGE, network=READERS["unet"], text=CLIP, gamma_min=-5.0, fourier=()),
     "vdm": vdm.Config(**IMAGE, network=UNET, gamma_min=-5.0, schedule="monotone", fourier=(0,), predict="v"),

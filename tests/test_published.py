@@ -3,6 +3,8 @@
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from vlm_jax.data import Image
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import build, clip, llava
 from vlm_jax.sharding import MeshShape, make_mesh, placed
+from vlm_jax.start import check_configs
 from vlm_jax.trees import count_parameters, partition
 
 PRESETS = {name: experiment for name, (_, experiment) in presets().items()}
@@ -87,6 +90,16 @@ def tarflow_parameters(patch: int, width: int, blocks: int, depth: int, image_si
     return blocks * ((size + 1) * width + length * width + depth * layer + 2 * width + (width + 1) * 2 * size)
 
 
+def critic_parameters(widths: tuple[int, ...]) -> int:
+    """Of the critic of patches of 1611.07004: 4x4 windows, biases first and last, and norms between."""
+    ends = 16 * 3 * widths[0] + widths[0] + 16 * widths[-1] + 1
+    return ends + sum(16 * inputs * width + 2 * width for inputs, width in pairwise(widths))
+
+
+LOOK = 85_799_424 + (257 - 197) * 768 + critic_parameters((64, 128, 256, 512))
+"""Who looks at copies of 256 pixels: the image tower of OpenAI's CLIP ViT-B/16, which has more patches here, and a
+critic."""
+
 PARAMETERS = {
     # Of OpenAI's released checkpoints, each with its logit_scale.
     "clip-vit-b32": 151_277_313,
@@ -118,6 +131,16 @@ PARAMETERS = {
     "diffusion-dit-b2": 130_512_416 - 256 * 768,
     "diffusion-dit-l2": 458_102_816 - 256 * 1024,
     "diffusion-dit-xl2": 675_129_632 - 256 * 1152,
+    # Of diffusers' AutoencoderKL and VQModel of these settings, on PyTorch's meta device; f8 is Stable Diffusion's.
+    "autoencoder-kl-f4": 55_312_063 + LOOK,
+    "autoencoder-kl-f8": 83_653_863 + LOOK,
+    "autoencoder-kl-f16": 69_610_963 + LOOK,
+    "vqgan-f16": 72_141_699 + LOOK,
+    "vqgan-f16-16384": 76_073_859 + LOOK - critic_parameters((64, 128, 256, 512)) + critic_parameters((64, 128, 256)),
+    "llamagen-tokenizer-f16": 71_883_403 + LOOK,
+    "llamagen-tokenizer-f8": 70_109_835 + LOOK,
+    # Likewise, less the codes, which are averages, and with three scales of pixels.
+    "vqvae-imagenet": 15_077_507 - 512 * 64 + 3,
     # Of the layers that 1807.03039 describes; no exact number is published.
     "flow-glow-cifar10": glow_parameters(32, (12, 24, 48)),
     "flow-glow-imagenet64": glow_parameters(48, (12, 24, 48, 96)),
@@ -166,6 +189,42 @@ def test_generative_models_are_trained_as_published(
     assert (optimizer.learning_rate, optimizer.b2, optimizer.clip_norm) == (learning_rate, b2, clip_norm)
     assert (training.batch_size, training.steps, training.ema_decay) == (batch_size, steps, ema_decay)
     assert any(isinstance(field, Image) and field.flip for field in experiment.data.fields) == flip
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "betas", "clip_norm", "batch_size", "steps", "critic"),
+    [
+        ("autoencoder-kl-f4", 1.08e-4, (0.5, 0.9), None, 24, 176_991, (0.5, 50_001)),
+        ("autoencoder-kl-f8", 1.08e-4, (0.5, 0.9), None, 24, 246_803, (0.5, 50_001)),
+        ("autoencoder-kl-f16", 1.08e-4, (0.5, 0.9), None, 24, 442_998, (0.5, 50_001)),
+        ("vqgan-f16", 5.4e-5, (0.5, 0.9), None, 12, 500_000, (0.8, 250_001)),
+        ("vqgan-f16-16384", 5.4e-5, (0.5, 0.9), None, 12, 500_000, (0.75, 0)),
+        ("llamagen-tokenizer-f16", 1e-4, (0.9, 0.95), 1.0, 128, 40 * 10_009, (0.5, 20_000)),
+        ("llamagen-tokenizer-f8", 1e-4, (0.9, 0.95), 1.0, 128, 40 * 10_009, (0.5, 20_000)),
+    ],
+)
+def test_first_stages_are_trained_as_published(
+    name: str,
+    rate: float,
+    betas: tuple[float, float],
+    clip_norm: float | None,
+    batch_size: int,
+    steps: int,
+    critic: tuple[float, int],
+):
+    """CompVis's configs for 2112.10752 and 2012.09841, with the rate that their main.py makes of them for one GPU;
+    LlamaGen's vq_train.py. The judge is frozen, and all of it is taken from another run."""
+    experiment = PUBLISHED[name]
+    training, optimizer, goal = experiment.training, experiment.training.optimizer, experiment.model.objective
+    assert optimizer.learning_rate == pytest.approx(rate) and optimizer.schedule == "constant"
+    assert ((optimizer.b1, optimizer.b2), optimizer.clip_norm, optimizer.weight_decay) == (betas, clip_norm, 0.0)
+    assert (training.batch_size, training.steps) == (batch_size, steps)
+    assert ((goal.adversarial, goal.start), goal.judged, goal.kl_weight) == (critic, 1.0, 1e-6)
+    frozen, _ = partition(abstract_variables(build(experiment.model))["params"], experiment.frozen)
+    assert frozen.keys() == {"objective"} and frozen["objective"].keys() == {"judge"}
+    judge = replace(clip.CLIP_VIT_B16.image, mean=clip.OPENAI_MEAN, std=clip.OPENAI_STD)
+    source = replace(clip.CLIP_VIT_B16, image=judge)
+    check_configs(experiment.start[0], source, experiment.model)
 
 
 def test_published_samples_are_drawn_as_those_that_were_scored():

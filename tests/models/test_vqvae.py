@@ -11,11 +11,14 @@ import scipy.special
 
 from densities import IMAGES, check_copies
 from reference import random_params
+from vlm_jax.errors import UserError
 from vlm_jax.models import vqvae
 from vlm_jax.models.vqvae import VQVAE, Config
+from vlm_jax.nn.adversary import Adversarial, onlookers
 from vlm_jax.nn.autoencoder import Pyramid
 from vlm_jax.nn.quantize import EMA, FSQ, LFQ, Learned, Residual
 from vlm_jax.objectives.likelihood import to_unit_range
+from vlm_jax.trees import count_parameters, part
 
 NETWORK = Pyramid(widths=(8, 8), blocks=1, groups=1)
 CONFIG = Config(image_size=2, channels=1, levels=3, network=NETWORK, hidden=4, quantizer=FSQ(levels=(3, 5)))
@@ -128,3 +131,88 @@ def test_the_age_of_codes_counts_in_training_alone():
     seen = np.unique(model.encode(variables, IMAGES))
     assert set(np.flatnonzero(np.asarray(state["use"]["age"]) == 0)) == set(seen)
     assert (np.asarray(state["codebook"]["quantizer"]["clusters"]["count"]) > 0).all()
+
+
+CRITIC = replace(
+    CONFIG,
+    image_size=8,
+    channels=3,
+    levels=256,
+    quantizer=Learned(size=6, width=2),
+    penalty_weight=0.25,
+    objective=Adversarial(widths=(4, 8), groups=2, start=10),
+)
+
+
+@pytest.fixture(scope="module")
+def criticised() -> tuple[Any, Any]:
+    """Variables of a model whose copies a critic looks at, and a batch."""
+    batch = {"image": np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)}
+    variables = jax.jit(vqvae.build(CRITIC).init)(KEY, batch)
+    random = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), variables["params"])
+    return {**variables, "params": params}, batch
+
+
+def test_with_a_critic_training_costs_the_error_the_codes_and_what_the_critic_says(criticised: Any):
+    """Means over sub-pixels, whose gradients for the last layer are compared as they are (2012.09841, equation 7)."""
+    variables, batch = criticised
+    module: Any = VQVAE(CRITIC)
+    model, x = vqvae.build(CRITIC), batch["image"] / 127.5 - 1
+    params, last = variables["params"], variables["params"]["decoder"]["last"]
+    distance, _, says = onlookers(CRITIC.objective, part(variables, "objective"))
+
+    def copy(kernel: Any) -> Any:
+        decoder = {**params["decoder"], "last": {**last, "kernel": kernel}}
+        changed = {**variables, "params": {**params, "decoder": decoder}}
+        return module.apply(changed, batch["image"], train=False, method="copied")[0]
+
+    terms = (lambda kernel: jnp.mean(jnp.abs(x - copy(kernel))), lambda kernel: -jnp.mean(says(copy(kernel))))
+    (error, of_error), (criticism, of_criticism) = (jax.value_and_grad(term)(last["kernel"]) for term in terms)
+    weight = 0.5 * np.linalg.norm(of_error) / (np.linalg.norm(of_criticism) + 1e-4)
+    loss = jax.jit(lambda step, train: model.loss(variables, batch, KEY, step, train=train), static_argnames="train")
+    for step, entered in ((9, 0.0), (10, weight)):
+        value, aux = loss(step, True)
+        np.testing.assert_allclose(aux.metrics["critic_weight"], entered, rtol=1e-3)
+        due = error + entered * criticism + aux.metrics["critic_loss"] + 0.25 * aux.metrics["penalty"]
+        np.testing.assert_allclose(value, due, rtol=1e-4)
+        assert aux.weight is None and aux.metrics["penalty"] > 0 and aux.state["said"]["objective"]["real"] != 0
+    value, aux = loss(10, False)
+    np.testing.assert_allclose(value, error, rtol=1e-5)
+    assert aux.weight == 4 and model.log_likelihood is None and model.sample is None
+    jax.tree.map(np.testing.assert_array_equal, aux.state, {name: variables[name] for name in ("use", "said")})
+    assert (distance(x, x) == 0).all()
+
+
+def test_a_critic_that_sees_no_whole_patch_is_refused():
+    with pytest.raises(UserError, match=r"a critic of widths \[4, 8, 8\] sees no whole patch: choose fewer widths"):
+        replace(CRITIC, objective=Adversarial(widths=(4, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "codes"),
+    [
+        # Of diffusers' VQModel of these settings; LlamaGen's README says 72M and 70M.
+        (vqvae.VQGAN_F16, 72_141_699, (16, 16)),
+        (vqvae.LLAMAGEN_F16, 71_883_403, (16, 16)),
+        (vqvae.LLAMAGEN_F8, 70_109_835, (32, 32)),
+    ],
+)
+def test_the_networks_are_the_published_ones(config: Config, parameters: int, codes: tuple[int, int]):
+    """And three scales of pixels."""
+    model = vqvae.build(config)
+    batch = {"image": jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.uint8)}
+    params = jax.eval_shape(model.init, KEY, batch)["params"]
+    assert count_parameters(params) == parameters + 3
+    assert model.latents.shape == codes
+
+
+def test_vqgan_s_release_weights_the_codes_and_llamagen_s_the_features():
+    """taming-transformers' `quantize.py` (its note on beta) and LlamaGen's `vq_model.py`: the weights of the distance of
+    the codes to the features, and of the features to the codes."""
+    weights = {
+        name: (config.penalty_weight, config.penalty_weight * config.quantizer.commitment)
+        for name, config in (("vqgan", vqvae.VQGAN_F16), ("llamagen", vqvae.LLAMAGEN_F16))
+    }
+    assert weights == {"vqgan": (0.25, 1.0), "llamagen": (1.0, 0.25)}
+    assert (vqvae.LLAMAGEN_F16.quantizer.unit, vqvae.VQGAN_F16.quantizer.unit) == (True, False)

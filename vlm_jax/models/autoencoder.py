@@ -16,10 +16,10 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.nn.adversary import Adversarial, Adversary, adversary_rules, check_adversary, onlookers
-from vlm_jax.nn.autoencoder import PYRAMID_RULES, Decoder, Encoder, Pyramid
+from vlm_jax.nn.autoencoder import PYRAMID_RULES, Decoder, Encoder, Pyramid, painter
 from vlm_jax.nn.convolution import check_halved
 from vlm_jax.nn.images import Images
-from vlm_jax.objectives.adversarial import Onlookers, Weights, adversarial_loss, error_of_copies
+from vlm_jax.objectives.adversarial import Onlookers, loss_of_copies
 from vlm_jax.objectives.likelihood import (
     from_unit_range,
     gaussian_kl,
@@ -67,8 +67,12 @@ class Config(Images):
         return side, side, self.latent
 
 
+KL_F4 = Config(image_size=256, network=Pyramid(widths=(128, 256, 512)), latent=3)
+"""2112.10752, appendix D.4 and table 8; the release's `autoencoder_kl_64x64x3`."""
 SD_VAE = Config(image_size=256, network=Pyramid())
 """Stable Diffusion's, KL-f8 (2112.10752): 83,653,863 parameters, and a scale of each channel of pixels."""
+KL_F16 = Config(image_size=256, network=Pyramid(widths=(128, 128, 256, 256, 512), attention=(16,)), latent=16)
+"""The release's `autoencoder_kl_16x16x16`."""
 
 
 class Terms(NamedTuple):
@@ -188,24 +192,16 @@ def build(config: Config) -> Model:
     ) -> tuple[Float[Array, ""], Aux]:
         """The release's loss over the number of sub-pixels; of held-out images without what a critic says."""
         goal: Any = config.objective
-        image = batch["image"]
-        (hidden, divergence), state = applied(variables, image, key, train=train, method="hidden")
-        rate = jnp.mean(divergence) / math.prod(config.shape)
-        last, x = variables["params"]["decoder"]["last"], to_unit_range(image, config.levels)
-
-        def paint(kernel: Float[Array, "h w D C"]) -> Float[Array, "B H W C"]:
-            layer: Any = nn.Conv(config.channels, (3, 3))
-            return layer.apply({"params": {**last, "kernel": kernel}}, hidden)
-
-        eyes, metrics = Onlookers(*onlookers(goal, part(variables, "objective"))), {"rate": rate}
-        if not train:
-            error = error_of_copies(x, paint(last["kernel"]), eyes.distance, goal.judged)
-            return error + goal.kl_weight * rate, Aux(metrics, jnp.float32(len(image)), state)
-        entered = goal.adversarial * jnp.float32(step >= goal.start)
-        weights = Weights(goal.judged, entered, goal.lecam, float(math.prod(config.shape)))
-        said = state["said"]["objective"]
-        value, found, said = adversarial_loss(x, paint, last["kernel"], eyes, said, weights)
-        return value + goal.kl_weight * rate, Aux(metrics | found, None, {**state, "said": {"objective": said}})
+        (hidden, divergence), state = applied(variables, batch["image"], key, train=train, method="hidden")
+        last, x = variables["params"]["decoder"]["last"], to_unit_range(batch["image"], config.levels)
+        eyes = Onlookers(*onlookers(goal, part(variables, "objective")))
+        said, size = state["said"]["objective"], math.prod(config.shape)
+        value, metrics, said = loss_of_copies(
+            x, painter(last, hidden), last["kernel"], eyes, said, goal, step, scale=float(size), train=train
+        )
+        rate = jnp.mean(divergence) / size
+        weight, state = None if train else jnp.float32(len(x)), {**state, "said": {"objective": said}}
+        return value + goal.kl_weight * rate, Aux(metrics | {"rate": rate}, weight, state)
 
     def loss(
         variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool

@@ -22,6 +22,8 @@ from vlm_jax.objectives.contrastive import info_nce, sigmoid
 
 MAX_SCALE = 100.0
 """The inverse temperature is clipped here (2103.00020, section 2.5)."""
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of the pixels that OpenAI's weights were trained on (the release)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,9 +79,8 @@ def published(width: int, depth: int, heads: int, mlp: int) -> Config:
     decoder = replace(
         language.LLAMA_2_7B.decoder, width=width, depth=depth, heads=heads, kv_heads=heads, head_width=128, mlp=mlp
     )
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     return Config(
-        vision=replace(clip.CLIP_VIT_L14.image, image_size=336, mean=mean, std=std, features=1),
+        vision=replace(clip.CLIP_VIT_L14.image, image_size=336, mean=clip.OPENAI_MEAN, std=clip.OPENAI_STD, features=1),
         language=replace(language.LLAMA_2_7B, vocab_size=32_064, context_length=2048, decoder=decoder),
     )
 

@@ -96,8 +96,8 @@ class Adversary(nn.Module):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w"]:
         """Of images in [-1, 1]: what the critic says."""
-        if self.is_initializing():
-            self.distance(x, x)
+        if self.is_initializing() and self.config.judge is not None:
+            self.judge(x)  # as a whole: features do not reach its last layers, which the tower that it is taken of has
         return self.critic(x)
 
     def distance(self, x: Float[Array, "B H W C"], y: Float[Array, "B H W C"]) -> Float[Array, " B"]:

@@ -1,7 +1,8 @@
 """The convolutional encoder and decoder of two-stage models: VQGAN (2012.09841) and latent diffusion (2112.10752)."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -110,6 +111,18 @@ class Decoder(nn.Module):
                 x = Upsample(width, c.dtype, name=f"up_{level}")(x)
         x = nn.silu(GroupNorm(c.groups, c.dtype, name="norm_out")(x)).astype(jnp.float32)
         return nn.Conv(self.channels, (3, 3), name="last")(x) if painted else x
+
+
+def painter(
+    last: Mapping[str, Array], hidden: Float[Array, "B H W D"]
+) -> Callable[[Float[Array, "h w D C"]], Float[Array, "B H W C"]]:
+    """From the kernel of a `Decoder`'s last layer to the images that it makes of what it reads.
+
+    Args:
+      last: the layer's parameters, of which the bias is used.
+    """
+    layer: Any = nn.Conv(last["kernel"].shape[-1], (3, 3))
+    return lambda kernel: layer.apply({"params": {**last, "kernel": kernel}}, hidden)
 
 
 PYRAMID_RULES: tuple[Rule, ...] = (

@@ -4,7 +4,7 @@ It is one loss: what the critic learns has no gradient for the autoencoder, and 
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,46 @@ class Weights(NamedTuple):
     scale: float
     """What the error is multiplied by before its gradient is compared with the critic's, such as the number of
     sub-pixels; the whole is divided by it again."""
+
+
+class Goal(Protocol):
+    """What settings say of these."""
+
+    @property
+    def judged(self) -> float: ...
+
+    @property
+    def adversarial(self) -> float:
+        """Of what the critic says, from step `start` on."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def lecam(self) -> float: ...
+
+
+def loss_of_copies(
+    x: Images,
+    paint: Callable[[Kernel], Images],
+    kernel: Kernel,
+    onlookers: Onlookers,
+    averages: Mapping[str, Float[Array, ""]],
+    goal: Goal,
+    step: Array | int,
+    *,
+    scale: float,
+    train: bool,
+) -> tuple[Float[Array, ""], dict[str, Array], Mapping[str, Array]]:
+    """`adversarial_loss` at a step of training; of held-out images the error alone, without what a critic says.
+
+    Args:
+      scale: as in `Weights`.
+    """
+    if not train:
+        return error_of_copies(x, paint(kernel), onlookers.distance, goal.judged), {}, averages
+    entered = goal.adversarial * jnp.float32(step >= goal.start)
+    return adversarial_loss(x, paint, kernel, onlookers, averages, Weights(goal.judged, entered, goal.lecam, scale))
 
 
 def error_of_copies(

@@ -21,8 +21,8 @@ from vlm_jax.models import clip
 from vlm_jax.nn.text import TextTransformer
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.vision import VisionTransformer
-from vlm_jax.pretrained.hf_towers import require
 from vlm_jax.pretrained.layout import Entry, Layout, Move, Source, same
+from vlm_jax.pretrained.settings import require
 from vlm_jax.pretrained.siglip import END, check_expressible, scalar_entry, tokenizer
 from vlm_jax.pretrained.tensors import BFLOAT16
 

@@ -12,7 +12,6 @@ from vlm_jax.experiment import Experiment
 from vlm_jax.models import clip
 from vlm_jax.pretrained.hf_towers import (
     IDLE,
-    require,
     text_config,
     text_entries,
     told_of,
@@ -23,6 +22,7 @@ from vlm_jax.pretrained.hf_towers import (
 )
 from vlm_jax.pretrained.images import Pixels, cropping, pixels, processor
 from vlm_jax.pretrained.layout import Entry, Layout, Source, linear
+from vlm_jax.pretrained.settings import require
 
 KEY = "vision_model.pre_layrnorm.weight"  # sic
 PREPROCESSOR = "preprocessor_config.json"

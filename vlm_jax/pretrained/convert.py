@@ -22,8 +22,9 @@ from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment, to_record
 from vlm_jax.models import build
 from vlm_jax.pretrained import LAYOUTS
-from vlm_jax.pretrained.layout import named, open_source, read_params, recognised, written, written_keys
+from vlm_jax.pretrained.layout import named, open_source, recognised, written, written_keys
 from vlm_jax.pretrained.tensors import INDEX
+from vlm_jax.pretrained.variables import read_variables
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.frozen import save_frozen
 from vlm_jax.train.optim import Optimizer
@@ -77,8 +78,8 @@ def weights_to_run(path: Path, workdir: Path, layout: str | None = None) -> str:
     tokenizer = None if tokens is None else found.tokenizer(source)
     if tokenizer is not None and tokens is not None:
         check_tokenizer(tokenizer, vocab_size=tokens.limit, eos_id=tokens.contains)
-    params = read_params(found, config, source.tensors)
-    dtype = next(iter(jax.tree.leaves(params))).dtype
+    variables, drawn = read_variables(found, config, source)
+    dtype = next(iter(jax.tree.leaves(variables["params"]))).dtype
     fields = found.fields(source)
     experiment = Experiment(
         model=config,
@@ -93,20 +94,23 @@ def weights_to_run(path: Path, workdir: Path, layout: str | None = None) -> str:
         frozen=() if dtype == np.float32 else (ALL,),
         frozen_dtype=None if dtype == np.float32 else "bfloat16",
     )
-    save(workdir, to_record(f"convert/{found.name}", experiment, {}), params, experiment, tokenizer)
-    return f"{workdir} holds {count_parameters(params):,} parameters in {dtype}, of layout {found.name}"
+    save(workdir, to_record(f"convert/{found.name}", experiment, {}), variables, experiment, tokenizer)
+    count = count_parameters(variables["params"])
+    told = f"{workdir} holds {count:,} parameters in {dtype}, of layout {found.name}"
+    return f"{told}; {count_parameters(drawn):,} of them are drawn, which no such file holds" if drawn else told
 
 
 def save(
     workdir: Path,
     record: dict[str, Any],
-    params: Mapping[str, Any],
+    variables: Mapping[str, Any],
     experiment: Experiment,
     tokenizer: Tokenizer | None,
 ) -> None:
-    """Writes the directory of a run whose parameters are these, at step 0."""
+    """Writes the directory of a run whose variables are these, at step 0."""
     # On the host, which may have room for what an accelerator has not, and where an array of NumPy is none of its own.
-    params = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices("cpu")[0], may_alias=True), params)
+    placed = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices("cpu")[0], may_alias=True), dict(variables))
+    params = placed.pop("params")
     with claimed_workdir(workdir, record):
         if tokenizer is not None:
             write_tokenizer(workdir, tokenizer)
@@ -114,7 +118,7 @@ def save(
         still, live = partition(params, experiment.frozen)
         save_frozen(workdir / CHECKPOINTS, still, identity)
         with Checkpoints(workdir / CHECKPOINTS, identity=identity) as checkpoints:
-            checkpoints.save(0, {"params": live, "collections": {}})
+            checkpoints.save(0, {"params": live, "collections": placed})
 
 
 def run_to_weights(workdir: Path, directory: Path, layout: str) -> str:
@@ -133,7 +137,10 @@ def run_to_weights(workdir: Path, directory: Path, layout: str) -> str:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is there already: choose a directory that is empty or not there")
     loaded = load(workdir)
-    files = found.export(loaded.experiment, loaded.tokenizer)
+    files = {**found.export(loaded.experiment, loaded.tokenizer)}
+    collections = {name: tree for name, tree in loaded.variables.items() if name != "params"}
+    for name, settings in found.told(collections).items():
+        files[name] = {**files[name], **settings}
     params = loaded.variables["params"]
     shards = shards_of(written_keys(found, loaded.experiment.model, params))
     with failure_told(directory):
@@ -146,7 +153,7 @@ def run_to_weights(workdir: Path, directory: Path, layout: str) -> str:
                 write_arrays(temporary / name, dict(written(found, loaded.experiment.model, params, keys)))
                 weight_map |= dict.fromkeys(keys, name)
             if len(shards) > 1:
-                files = {**files, Path(found.weights).stem + INDEX: {"metadata": {}, "weight_map": weight_map}}
+                files[Path(found.weights).stem + INDEX] = {"metadata": {}, "weight_map": weight_map}
             for name, content in files.items():
                 (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
             if loaded.tokenizer is not None:

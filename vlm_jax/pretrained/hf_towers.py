@@ -149,13 +149,6 @@ def told_of(config: VisionTransformer | TextTransformer, kind: str) -> dict[str,
     return {**told, "vocab_size": config.vocab_size, "max_position_embeddings": config.context_length}
 
 
-def require(settings: Mapping[str, tuple[Any, Any]], whose: str) -> None:
-    """Refuses to write settings, by their names, that are not the only ones that a layout has."""
-    for name, (found, only) in settings.items():
-        if found != only:
-            raise UserError(f"{name} is {found!r} and {whose}'s layouts have {only!r} alone: the model stays a run")
-
-
 def patch_entry(path: str, key: str, size: int, channels: int) -> Entry:
     """The kernel of a strided convolution [D, C, size, size] as that of a product with flattened patches."""
 

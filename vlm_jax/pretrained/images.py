@@ -7,10 +7,9 @@ from vlm_jax.data.fields import Image
 from vlm_jax.data.transforms import Method
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
+from vlm_jax.models.clip import OPENAI_MEAN, OPENAI_STD
 from vlm_jax.nn.vision import VisionTransformer
 
-OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of the pixels that CLIP was trained on (2103.00020, the release)."""
 METHODS: dict[int, Method] = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers of filters."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlm_jax.contract import abstract_batch
+from vlm_jax.contract import Variables, abstract_batch
 from vlm_jax.data import Tokenizer, load_tokenizer
 from vlm_jax.data.config import Field
 from vlm_jax.errors import UserError
@@ -23,7 +23,7 @@ from vlm_jax.files import parse_json
 from vlm_jax.identity import listed
 from vlm_jax.models import build
 from vlm_jax.pretrained.tensors import BFLOAT16, Tensors, open_tensors
-from vlm_jax.trees import leaves_by_path
+from vlm_jax.trees import leaves_by_path, partition
 
 ALIGNMENT = 64
 """Bytes, of arrays in the memory of a host (XLA's minimum)."""
@@ -140,6 +140,16 @@ class Layout:
     """Its own; None: it reads no text, or none was published with it."""
     idle: tuple[str, ...] = ()
     """Regular expressions, each of a whole key, of what is in some files and gives the model nothing."""
+    known_as: Callable[[str], str] = str
+    """From a key of a file to that of the table, where older files, or larger ones, differ in names alone."""
+    fresh: tuple[str, ...] = ()
+    """Regular expressions of the paths of parameters that no file holds: they begin as the model draws them, and are
+    left out of what is written."""
+    collections: Callable[[Source, Any], Mapping[str, np.ndarray]] = lambda source, config: {}
+    """What files say of what the model keeps beside its parameters, by its paths, as "moments/mean"; the rest is as
+    the model begins it."""
+    told: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, Any]]] = lambda collections: {}
+    """The inverse: settings by the JSON files that `export` gives, which they are added to."""
     export: Callable[[Experiment, Tokenizer | None], Mapping[str, Mapping[str, Any]]] | None = None
     """The JSON files beside the weights, by their names; raises a `UserError` that names what the layout cannot
     express. None: the layout is read, and not written."""
@@ -196,12 +206,20 @@ def _places(abstract: Mapping[str, Any]) -> dict[str, _Place]:
     return places
 
 
-def abstract_params(config: Any) -> Mapping[str, Any]:
-    """The parameters of a `Config`'s model, as shapes."""
+def abstract_variables(config: Any) -> Variables:
+    """All that a `Config`'s model keeps, as shapes."""
     model = build(config)
-    abstract = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), abstract_batch(model.inputs, 1))
-    assert set(abstract) == {"params"}, "a model that keeps more than parameters has no layout yet"
-    return abstract["params"]
+    return jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), abstract_batch(model.inputs, 1))
+
+
+def abstract_params(config: Any) -> Mapping[str, Any]:
+    """Its parameters alone."""
+    return abstract_variables(config)["params"]
+
+
+def held(layout: Layout, params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of a model's parameters, or their shapes, that files of a layout hold."""
+    return partition(params, layout.fresh)[1]
 
 
 def _table(layout: Layout, config: Any, places: Mapping[str, Any]) -> dict[str, list[Entry]]:
@@ -225,14 +243,14 @@ def read_params(layout: Layout, config: Any, tensors: Tensors) -> dict[str, Any]
     """Our parameters, filled from one array of theirs after the other: in memory there is never more than they and one.
 
     Returns:
-      A tree of NumPy arrays, all bfloat16 or all float32, as `stored_dtype` says.
+      A tree of NumPy arrays without those that are `fresh`, all bfloat16 or all float32, as `stored_dtype` says.
 
     Raises:
       UserError: the file lacks an array, or has one that the layout does not know, or one is of another shape or
         damaged.
     """
-    places = _places(abstract := abstract_params(config))
-    table = _table(layout, config, places)
+    places = _places(abstract := held(layout, abstract_params(config)))
+    table, tensors = _table(layout, config, places), tensors.renamed(layout.known_as)
     due = {key for key, group in table.items() if not all(entry.repeats for entry in group)}
     known = [key for key in tensors if key in table or any(re.fullmatch(idle, key) for idle in layout.idle)]
     if missing := sorted(due - set(tensors)):
@@ -284,7 +302,7 @@ def _moved(entry: Entry, theirs: np.ndarray, shape: tuple[int, ...], path: Path)
 
 def written_keys(layout: Layout, config: Any, params: Mapping[str, Any]) -> dict[str, int]:
     """The keys that `written` gives, in order, and the bytes of each."""
-    places, leaves = _places(params), leaves_by_path(params)
+    places, leaves = _places(held(layout, params)), leaves_by_path(params)
     sizes: dict[str, int] = {}
     for key, group in _table(layout, config, places).items():
         if not group[0].repeats:
@@ -297,7 +315,7 @@ def written(
     layout: Layout, config: Any, params: Mapping[str, Any], keys: Iterable[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Arrays of theirs by key, made one after the other of our parameters."""
-    places, leaves = _places(params), leaves_by_path(params)
+    places, leaves = _places(held(layout, params)), leaves_by_path(params)
     table = _table(layout, config, places)
     for key in keys:
         parts = []

@@ -18,9 +18,10 @@ from vlm_jax.nn.text import TextTransformer
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.vision import VisionTransformer
 from vlm_jax.pretrained.clip_hf import check_expressible
-from vlm_jax.pretrained.hf_towers import fused_entries, patch_entry, require, row_entry
+from vlm_jax.pretrained.hf_towers import fused_entries, patch_entry, row_entry
 from vlm_jax.pretrained.images import METHODS, Pixels, cropping, pixels, processor, square
 from vlm_jax.pretrained.layout import Entry, Layout, Source, linear, norm
+from vlm_jax.pretrained.settings import require
 from vlm_jax.pretrained.tensors import BFLOAT16
 from vlm_jax.records import to_json
 

@@ -19,7 +19,6 @@ from vlm_jax.experiment import Experiment
 from vlm_jax.models import clip
 from vlm_jax.pretrained.hf_towers import (
     IDLE,
-    require,
     text_config,
     text_entries,
     told_of,
@@ -30,6 +29,7 @@ from vlm_jax.pretrained.hf_towers import (
 )
 from vlm_jax.pretrained.images import Pixels, pixels, processor, squashing
 from vlm_jax.pretrained.layout import Entry, Layout, Source, linear, tokenizer_beside
+from vlm_jax.pretrained.settings import require
 
 KEY = "text_model.head.weight"
 PREPROCESSOR = "preprocessor_config.json"

@@ -81,6 +81,19 @@ class Tensors(Mapping[str, np.ndarray]):
         """Of an array as it is read, which it is not for this."""
         return self._stored[name].dtype
 
+    def renamed(self, name: Callable[[str], str]) -> "Tensors":
+        """The same arrays by other names.
+
+        Raises:
+          UserError: two of them would have one name.
+        """
+        stored: dict[str, Stored] = {}
+        for key, array in self._stored.items():
+            if name(key) in stored:
+                raise UserError(f"{self.path} holds {name(key)} twice, once by another name: keep one of them")
+            stored[name(key)] = array
+        return Tensors(self.path, stored, self.facts)
+
 
 def open_tensors(path: Path) -> Tensors:
     """The arrays of a file, or of the files of a directory as they are published.
@@ -122,7 +135,8 @@ def refuse_pickle(path: Path) -> None:
     if path.suffix in PICKLES:
         command = (
             f"import torch, safetensors.torch as s; t = torch.load('{path.name}', 'cpu', weights_only=True); "
-            f"s.save_file({{k: v.clone().contiguous() for k, v in t.get('state_dict', t).items()}}, "
+            f"t = t.get('state_dict', t.get('model', t)); "
+            f"s.save_file({{k: v.clone().contiguous() for k, v in t.items()}}, "
             f"'{path.with_suffix('.safetensors').name}')"
         )
         raise UserError(f'{path} is a pickle, which is not read here: where torch is, run python -c "{command}"')
