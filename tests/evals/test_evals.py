@@ -12,7 +12,17 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from vlm_jax.contract import Input, Model
 from vlm_jax.data import train_tokenizer
-from vlm_jax.evals import EVALUATIONS, Judge, Labelled, Subject, likelihood, reconstruction, retrieval, zero_shot
+from vlm_jax.evals import (
+    EVALUATIONS,
+    Judge,
+    Labelled,
+    Pictures,
+    Subject,
+    likelihood,
+    reconstruction,
+    retrieval,
+    zero_shot,
+)
 from vlm_jax.evals.retrieval import belonging, recall_at
 from vlm_jax.objectives.likelihood import subpixels
 
@@ -293,6 +303,6 @@ def test_evaluations_run_where_their_capabilities_are_and_nowhere_else() -> None
     assert applicable(subject(both, **text)) == {"retrieval"}
     labelled = Labelled(batches(), ("a",), ("{}",))
     assert applicable(subject(both, **text, labelled=labelled)) == {"retrieval", "zero_shot"}
-    judge = Judge(both, {})
-    assert applicable(subject(model(sample=known))) == applicable(subject(model(), judge=judge)) == set()
-    assert applicable(subject(model(sample=known), judge=judge)) == {"frechet"}
+    looked: dict[str, Any] = {"judges": (Judge(both, {}),), "pictures": Pictures(levels=2, held_out=lambda: iter(()))}
+    assert applicable(subject(model(sample=known))) == applicable(subject(model(), **looked)) == set()
+    assert applicable(subject(model(sample=known), **looked)) == {"frechet"}

@@ -2,7 +2,7 @@
 
 from vlm_jax.evals import captions, frechet, likelihood, perplexity, reconstruction, retrieval, vqa, zero_shot
 from vlm_jax.evals.judge import Judge
-from vlm_jax.evals.subject import Evaluation, Labelled, Subject, written
+from vlm_jax.evals.subject import Evaluation, Labelled, Pictures, Subject, written
 
 EVALUATIONS: tuple[Evaluation, ...] = (
     retrieval.EVALUATION,
@@ -17,4 +17,4 @@ EVALUATIONS: tuple[Evaluation, ...] = (
     frechet.EVALUATION,
 )
 
-__all__ = ["EVALUATIONS", "Evaluation", "Judge", "Labelled", "Subject", "written"]
+__all__ = ["EVALUATIONS", "Evaluation", "Judge", "Labelled", "Pictures", "Subject", "written"]
