@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import jax
 import tyro
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from tools.data import OtherData, choose_data
+from tools.judging import load_judges, pictures_of
 from vlm_jax.commandline import command, require_one_process
 from vlm_jax.contract import Batch, Input, check_batch
 from vlm_jax.data import (
@@ -31,7 +31,7 @@ from vlm_jax.data import (
 )
 from vlm_jax.data.fields import Inputs
 from vlm_jax.errors import UserError, check_seed
-from vlm_jax.evals import EVALUATIONS, Evaluation, Judge, Labelled, Subject, written
+from vlm_jax.evals import EVALUATIONS, Evaluation, Labelled, Subject, written
 from vlm_jax.experiment import ZeroShot
 from vlm_jax.files import check_writable, parse_json, write_output
 from vlm_jax.paths import local_path
@@ -48,7 +48,7 @@ def evaluate(
     split: str | None = None,
     checkpoint_step: int | None = None,
     data_dir: str | None = None,
-    judge: Path | None = None,
+    judge: tuple[Path, ...] = (),
     zero_shot: str | None = None,
     zero_shot_split: str | None = None,
     zero_shot_label: str | None = None,
@@ -69,7 +69,8 @@ def evaluate(
       split: Part of the data set to evaluate on; None: the run's test split.
       checkpoint_step: Step of a checkpoint; None: the best by validation loss, else the newest.
       data_dir: Where prepared data sets are; None: where the run had them.
-      judge: The directory of a run that can embed images, by which those that the model draws are measured.
+      judge: The directories of runs that can embed images, by which those that the model makes are measured. Each of
+        several has metrics of its own, METRIC_by_NAME, where NAME is the end of its directory.
       zero_shot: A labelled data set to classify; None: the one that the run names, if any.
       zero_shot_split: The part of it to classify; None: test, or the run's.
       zero_shot_label: Its field to classify by, where it has several labels.
@@ -145,7 +146,8 @@ def evaluate(
             training=None if loaded.experiment.data.name is None else training,
             labelled=labelled,
             sampling=loaded.experiment.sampling,
-            judge=None if judge is None else load_judge(judge, mesh),
+            pictures=pictures_of(loaded, source, read, directory, batch_size),
+            judges=load_judges(judge, mesh),
         )
         chosen = choose(subject, only)
         facts: Results = {"step": loaded.step, "split": split, "examples": len(rows), "seed": seed}
@@ -167,8 +169,8 @@ def evaluate(
             found: Results = {f"{evaluation.name}/{metric}": value for metric, value in measured.items()}
             if "labelled" in evaluation.given and task is not None:
                 found |= describe(task)
-            if "judge" in evaluation.given:
-                found[f"{evaluation.name}_judge"] = str(judge)
+            if judge and "judges" in (*evaluation.given, *evaluation.if_given):
+                found[f"{evaluation.name}_judge"] = ", ".join(map(str, judge))
             print_table(found)
             results |= {name: finite(value) for name, value in found.items()}
             try:
@@ -184,18 +186,6 @@ def evaluate(
 def results_name(name: str | None, split: str) -> str:
     """The file of results; the run's own data need no name."""
     return "eval.json" if name is None else f"eval-{name}-{split}.json".replace("/", "-")
-
-
-def load_judge(workdir: Path, mesh: Mesh) -> Judge:
-    """A run that can embed images.
-
-    Raises:
-      UserError: it is no run, or cannot.
-    """
-    loaded = load(workdir, mesh=mesh)
-    if loaded.model.embed_image is None:
-        raise UserError(f"{workdir} holds a model that does not embed images: give another --judge, such as a clip's")
-    return Judge(loaded.model, loaded.variables)
 
 
 def choose_task(workdir: Path, loaded: Loaded, name: str | None, changes: dict[str, Any]) -> ZeroShot | None:
@@ -250,6 +240,8 @@ def finite(value: float | int | str | None) -> float | int | str | None:
 def keep(path: Path, facts: Results, results: Results) -> None:
     """Writes results, beside those of other evaluations where these are there of the same checkpoint and images.
 
+    What was measured before by the same evaluation, such as by other judges, is gone.
+
     Raises:
       UserError: the file cannot be written.
     """
@@ -257,8 +249,11 @@ def keep(path: Path, facts: Results, results: Results) -> None:
         old = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         old = None
-    same = isinstance(old, dict) and all(old.get(name) == value for name, value in facts.items())
-    text = json.dumps((old if same else {}) | results, indent=2, allow_nan=False) + "\n"
+    if not isinstance(old, dict) or any(old.get(name) != value for name, value in facts.items()):
+        old = {}
+    anew = tuple(f"{name.split('/')[0]}{mark}" for name in results if "/" in name for mark in "/_")
+    others = {name: value for name, value in old.items() if not name.startswith(anew)}
+    text = json.dumps(others | results, indent=2, allow_nan=False) + "\n"
     write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -277,7 +272,7 @@ def choose(subject: Subject, names: tuple[str, ...]) -> list[Evaluation]:
     """The evaluations of these names; of none: all that apply.
 
     Raises:
-      UserError: there is none of a name, or it does not apply.
+      UserError: there is none of a name, or it does not apply, or a judge cannot do what it is needed for.
     """
     known = {evaluation.name: evaluation for evaluation in EVALUATIONS}
     for name in names:
@@ -285,7 +280,10 @@ def choose(subject: Subject, names: tuple[str, ...]) -> list[Evaluation]:
             raise UserError(f"there is no evaluation {name}: choose from {', '.join(known)} for --only")
         if not known[name].applies_to(subject):
             raise UserError(f"the model has nothing for the evaluation {name} to measure: leave it out of --only")
-    return [known[name] for name in names] or [each for each in EVALUATIONS if each.applies_to(subject)]
+    chosen = [known[name] for name in names] or [each for each in EVALUATIONS if each.applies_to(subject)]
+    for evaluation in chosen:
+        evaluation.check(subject)
+    return chosen
 
 
 def on_device(

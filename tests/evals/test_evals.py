@@ -8,18 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from skimage.metrics import peak_signal_noise_ratio
 
 from vlm_jax.contract import Input, Model
 from vlm_jax.data import train_tokenizer
-from vlm_jax.evals import EVALUATIONS, Judge, Labelled, Subject, likelihood, reconstruction, retrieval, zero_shot
+from vlm_jax.evals import (
+    EVALUATIONS,
+    Judge,
+    Labelled,
+    Pictures,
+    Subject,
+    likelihood,
+    retrieval,
+    zero_shot,
+)
 from vlm_jax.evals.retrieval import belonging, recall_at
 from vlm_jax.objectives.likelihood import subpixels
 
 IMAGE = Input((8, 8, 1), "uint8", 17)
-
-
-SMALL = Input((4, 4, 1), "uint8", 17)
 
 
 def model(inputs: dict[str, Input] | None = None, **capabilities: object) -> Model:
@@ -31,15 +36,6 @@ def model(inputs: dict[str, Input] | None = None, **capabilities: object) -> Mod
         rules=(),
         **{"count": subpixels, **capabilities},
     )
-
-
-def codec(added: int, spec: Input = IMAGE) -> dict[str, Any]:
-    """Capabilities of an image that is its own latents, decoded with as much added to its levels."""
-    return {
-        "latents": Input(spec.shape, "float32"),
-        "encode": lambda _, image, key=None: image.astype(jnp.float32),
-        "decode": lambda _, latents: latents.astype(jnp.uint8) + jnp.uint8(added),
-    }
 
 
 def batches(*parts: tuple[dict, int]) -> Callable[[], Iterator[tuple[dict, int]]]:
@@ -244,32 +240,6 @@ def test_noise_is_averaged_over_thousands_of_draws_however_few_the_images_are(im
     assert 0 < abs(nats) < 4 / math.sqrt(max(images, likelihood.NOISE_DRAWS))
 
 
-def test_reconstruction_measures_in_the_data_s_own_range() -> None:
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 16, (2, 8, 8, 1)).astype(np.uint8)
-    subject = Subject(
-        model=model(**codec(1)),
-        variables={},
-        batches=batches(({"image": image}, 2)),
-        examples=2,
-    )
-    metrics = reconstruction.run(subject)
-    assert metrics["psnr"] == pytest.approx(10 * math.log10(16**2), rel=1e-6)
-    assert metrics["psnr"] == pytest.approx(peak_signal_noise_ratio(image[0], image[0] + 1, data_range=16))
-    assert 0.9 < metrics["ssim"] < 1
-
-
-def test_images_smaller_than_the_window_of_ssim_have_none_and_equal_ones_an_infinite_psnr() -> None:
-    image = np.zeros((2, 4, 4, 1), np.uint8)
-    subject = Subject(
-        model=model({"image": SMALL}, **codec(0, SMALL)),
-        variables={},
-        batches=batches(({"image": image}, 2)),
-        examples=2,
-    )
-    assert reconstruction.run(subject) == {"psnr": math.inf}
-
-
 def test_evaluations_run_where_their_capabilities_are_and_nowhere_else() -> None:
     def applicable(subject: Subject) -> set[str]:
         return {evaluation.name for evaluation in EVALUATIONS if evaluation.applies_to(subject)}
@@ -293,6 +263,6 @@ def test_evaluations_run_where_their_capabilities_are_and_nowhere_else() -> None
     assert applicable(subject(both, **text)) == {"retrieval"}
     labelled = Labelled(batches(), ("a",), ("{}",))
     assert applicable(subject(both, **text, labelled=labelled)) == {"retrieval", "zero_shot"}
-    judge = Judge(both, {})
-    assert applicable(subject(model(sample=known))) == applicable(subject(model(), judge=judge)) == set()
-    assert applicable(subject(model(sample=known), judge=judge)) == {"frechet"}
+    looked: dict[str, Any] = {"judges": (Judge(both, {}),), "pictures": Pictures(levels=2, held_out=lambda: iter(()))}
+    assert applicable(subject(model(sample=known))) == applicable(subject(model(), **looked)) == set()
+    assert applicable(subject(model(sample=known), **looked)) == {"frechet"}

@@ -11,7 +11,7 @@ from scipy.linalg import sqrtm
 
 from vlm_jax.contract import Input, Model
 from vlm_jax.errors import UserError
-from vlm_jax.evals import Judge, Subject, frechet
+from vlm_jax.evals import Judge, Pictures, Subject, frechet
 from vlm_jax.evals.frechet import frechet_distance
 
 
@@ -40,10 +40,10 @@ def test_it_is_symmetric_and_that_of_a_set_from_itself_is_0_though_fewer_than_it
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x)) and frechet_distance(x, y) > 1
 
 
-def seeing(size: int, channels: int, limit: int, look: Any) -> Judge:
+def seeing(size: int, channels: int, limit: int, look: Any, name: str = "judge") -> Judge:
     inputs = {"image": Input((size, size, channels), "uint8", limit)}
     model = Model(inputs=inputs, init=lambda *_: {}, loss=lambda *_, **__: None, rules=(), embed_image=look)
-    return Judge(model, {})
+    return Judge(model, {}, name=name)
 
 
 def corner(_: Any, image: jax.Array) -> jax.Array:
@@ -82,9 +82,10 @@ def sampling(images: np.ndarray, valid: int, value: int) -> Subject:
             sample=sample,
         ),
         variables={},
-        batches=lambda: iter([({"image": images}, len(images)), ({"image": images}, valid)]),
+        batches=lambda: iter(()),
         examples=len(images) + valid,
-        judge=seeing(2, 1, 256, corner),
+        pictures=Pictures(levels=256, held_out=lambda: iter([images, images[:valid]][: 1 + (valid > 0)])),
+        judges=(seeing(2, 1, 256, corner),),
     )
 
 
@@ -96,6 +97,17 @@ def test_as_many_samples_are_drawn_as_there_are_held_out_images() -> None:
     assert frechet.run(subject) == {"distance_of_embeddings": pytest.approx(30**2 + 120), "samples": 6}
     told = replace(subject, sampling=Settings(brighter=10))  # as the run's settings say
     assert frechet.run(told)["distance_of_embeddings"] == pytest.approx(40**2 + 120)
+
+
+def test_each_of_several_judges_says_how_far_it_finds_the_same_samples() -> None:
+    subject = sampling(np.zeros((3, 2, 2, 1), np.uint8), 0, 40)
+    twice = seeing(2, 1, 256, lambda _, image: 2 * corner(_, image), "other")
+    found = frechet.run(replace(subject, judges=(*subject.judges, twice)))
+    assert found == {
+        "distance_of_embeddings_by_judge": pytest.approx(40**2),
+        "distance_of_embeddings_by_other": pytest.approx(80**2),
+        "samples": 3,
+    }
 
 
 def test_what_a_judge_cannot_look_at_is_told() -> None:

@@ -1,4 +1,4 @@
-"""The tools on what is not the run's own: another data set, and a judge."""
+"""The tools on what is not the run's own: another data set, and judges."""
 
 import json
 import shutil
@@ -13,8 +13,10 @@ from PIL import Image as PillowImage
 import vlm_jax
 from tools.data import OtherData, choose_data
 from tools.evaluate import evaluate, results_name
+from tools.judging import image_of, names_of, pictures_of
 from tools.sample import Options, sample
-from vlm_jax.data import Data, Image, open_data, open_training_data
+from vlm_jax.contract import Input
+from vlm_jax.data import Data, Image, open_data, open_source, open_training_data
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import from_record, to_record
 
@@ -65,11 +67,55 @@ def test_what_is_shown_may_be_of_another_data_set(vae_run: Path, clip_run: Path,
 
 def test_samples_are_measured_by_a_judge(vae_run: Path, clip_run: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"split": "test[:40]", "batch_size": 16, "out": tmp_path / "eval.json"}
-    results = evaluate(vae_run, **options, judge=clip_run, only=("frechet",))
+    results = evaluate(vae_run, **options, judge=(clip_run,), only=("frechet",))
     assert results["frechet/samples"] == 40 and 0 < results["frechet/distance_of_embeddings"] < 4
     assert results["frechet_judge"] == str(clip_run)
     assert not any("frechet" in name for name in evaluate(vae_run, **options, only=("reconstruction",)))
     with pytest.raises(UserError, match="holds a model that does not embed images: give another --judge"):
-        evaluate(vae_run, **options, judge=vae_run)
+        evaluate(vae_run, **options, judge=(vae_run,))
     with pytest.raises(UserError, match="nothing for the evaluation frechet to measure"):
         evaluate(vae_run, **options, only=("frechet",))
+
+
+def test_several_judges_have_metrics_of_their_own_names(vae_run: Path, clip_run: Path, tmp_path: Path) -> None:
+    """And what was measured before by one is gone from the file, which names the judges of what it holds."""
+    options: dict[str, Any] = {"split": "test[:40]", "batch_size": 16, "out": tmp_path / "eval.json"}
+    alone = evaluate(vae_run, **options, judge=(clip_run,), only=("frechet",))
+    other = shutil.copytree(clip_run, tmp_path / "other")
+    evaluate(vae_run, **options, judge=(clip_run, other), only=("frechet",))
+    kept = json.loads((tmp_path / "eval.json").read_text())
+    distances = {name: value for name, value in kept.items() if "distance" in name}
+    one = alone["frechet/distance_of_embeddings"]
+    expected = {f"frechet/distance_of_embeddings_by_{name}": pytest.approx(one) for name in ("run", "other")}
+    assert distances == expected and kept["frechet_judge"] == f"{clip_run}, {other}"
+
+
+def test_judges_are_called_by_as_much_of_their_directories_as_tells_them_apart(tmp_path: Path) -> None:
+    assert names_of([Path("runs/a"), Path("runs/b/")]) == ["a", "b"]
+    assert names_of([tmp_path / "x/run", tmp_path / "y/run", tmp_path / "b"]) == [
+        "x-run",
+        "y-run",
+        f"{tmp_path.name}-b",
+    ]
+    assert names_of([]) == [] and names_of([Path("/")]) == [""]
+    with pytest.raises(UserError, match=r"--judge names .*/a twice: give it once"):
+        names_of([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+
+
+def test_pictures_are_as_the_model_reads_or_draws_them(vae_run: Path, data_dir: Path) -> None:
+    """Of the split and of the training data, in order; of a model that reads latents as large as it draws them."""
+    loaded = vlm_jax.load(vae_run)
+    data, spec = loaded.experiment.data, loaded.model.inputs["image"]
+    source = open_data(data, "test[:5]", loaded.model.inputs, data_dir)
+    pictures = pictures_of(loaded, source, data, data_dir, 2)
+    shown = list(pictures.held_out())
+    assert [len(images) for images in shown] == [2, 2, 1] and pictures.levels == spec.limit == 17
+    expected = [source[index]["image"].pixels(1) for index in range(5)]
+    np.testing.assert_array_equal(np.concatenate(shown), expected)
+    first = next(pictures.training())
+    assert first[0] == next(open_source("digits", data.train, data_dir).strings())
+    np.testing.assert_array_equal(first[1], open_source("digits", data.train, data_dir)[0]["image"].pixels(1))
+    inputs = {"latent": Input((2, 2, 1), "float32")}
+    latent = replace(loaded, model=replace(loaded.model, inputs=inputs, encode=None, decode=None))
+    assert image_of(latent) == spec._replace(limit=256)
+    assert image_of(replace(latent, model=replace(latent.model, sample=None))) is None

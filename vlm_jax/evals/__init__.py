@@ -1,8 +1,18 @@
 """Measurements of whatever a model can do: each names the capabilities that it needs."""
 
-from vlm_jax.evals import captions, frechet, likelihood, perplexity, reconstruction, retrieval, vqa, zero_shot
+from vlm_jax.evals import (
+    captions,
+    frechet,
+    generation,
+    likelihood,
+    perplexity,
+    reconstruction,
+    retrieval,
+    vqa,
+    zero_shot,
+)
 from vlm_jax.evals.judge import Judge
-from vlm_jax.evals.subject import Evaluation, Labelled, Subject, written
+from vlm_jax.evals.subject import Evaluation, Labelled, Pictures, Subject, written
 
 EVALUATIONS: tuple[Evaluation, ...] = (
     retrieval.EVALUATION,
@@ -15,6 +25,7 @@ EVALUATIONS: tuple[Evaluation, ...] = (
     vqa.EVALUATION,
     captions.EVALUATION,
     frechet.EVALUATION,
+    generation.EVALUATION,
 )
 
-__all__ = ["EVALUATIONS", "Evaluation", "Judge", "Labelled", "Subject", "written"]
+__all__ = ["EVALUATIONS", "Evaluation", "Judge", "Labelled", "Pictures", "Subject", "written"]

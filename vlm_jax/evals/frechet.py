@@ -1,6 +1,5 @@
-"""How far the samples of a model are from held-out images, in the eyes of a judge."""
+"""How far the samples of a model are from held-out images, in the eyes of judges."""
 
-from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -8,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vlm_jax.errors import UserError
+from vlm_jax.evals.judge import Judge, by_each
 from vlm_jax.evals.subject import Evaluation, Subject
 
 
@@ -26,34 +26,29 @@ def frechet_distance(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -
     return max(0.0, float(difference @ difference + np.trace(root @ root) + np.trace(np.atleast_2d(b)) - 2 * shared))
 
 
-def run(subject: Subject) -> dict[str, float]:
+def run(subject: Subject) -> dict[str, float | None]:
     """Of as many samples as there are held-out images; FID is this distance of one network's features (1706.08500).
 
     Of few images for the dimensions of the embedding it is too large, by what hangs on their number: compare like
     with like.
     """
-    model, judge = subject.model, subject.judge
-    levels = model.inputs["image"].limit if "image" in model.inputs else None
-    assert model.sample is not None and judge is not None
-    if levels is None:
-        raise UserError("the model samples no images that a judge could look at: leave out --judge")
-    if subject.examples < 2:
-        raise UserError("one image has no covariance: choose a larger split")
+    model, pictures = subject.model, subject.pictures
+    assert model.sample is not None and pictures is not None and subject.judges is not None
     key = jax.random.key(0) if subject.key is None else subject.key
-    draws: list[np.ndarray] = []
+    real = list(pictures.held_out())
+    if sum(map(len, real)) < 2:
+        raise UserError("one image has no covariance: choose a larger split")
+    draw = jax.jit(partial(model.sample, num=len(real[0]), sampling=subject.sampling))
+    draws = [
+        np.asarray(draw(subject.variables, jax.random.fold_in(key, index), {}))[: len(images)]
+        for index, images in enumerate(real)
+    ]
 
-    def held_out() -> Iterator[np.ndarray]:
-        assert model.sample is not None
-        draw = None
-        for index, (batch, valid) in enumerate(subject.batches()):
-            images = np.asarray(batch["image"])
-            draw = draw or jax.jit(partial(model.sample, num=len(images), sampling=subject.sampling))
-            draws.append(np.asarray(draw(subject.variables, jax.random.fold_in(key, index), {}))[:valid])
-            yield images[:valid]
+    def distance(judge: Judge) -> dict[str, float]:
+        seen, drawn = (judge.embeddings(images, pictures.levels) for images in (real, draws))
+        return {"distance_of_embeddings": frechet_distance(seen, drawn)}
 
-    real = judge.embeddings(held_out(), levels)
-    distance = frechet_distance(real, judge.embeddings(draws, levels))
-    return {"distance_of_embeddings": distance, "samples": float(sum(map(len, draws)))}
+    return {**by_each(subject.judges, distance), "samples": float(sum(map(len, draws)))}
 
 
-EVALUATION = Evaluation("frechet", ("sample",), run, given=("judge",))
+EVALUATION = Evaluation("frechet", ("sample",), run, given=("judges", "pictures"))

@@ -1,6 +1,6 @@
 """A second model that looks at images, for evaluations of those that the first one makes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -9,15 +9,24 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from vlm_jax.contract import Input, Model, Variables
+from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.data.transforms import resample, whole_box
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A model that has `embed_image`, and its variables."""
+    """A model that has `embed_image`, and what belongs to it."""
 
     model: Model
     variables: Variables
+    tokenizer: Tokenizer | None = None
+    name: str = "judge"
+    """By which its results are told from those of others."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether it embeds texts too, so that it can say which of them an image shows."""
+        return self.model.embed_text is not None and self.tokenizer is not None
 
     def embeddings(self, batches: Iterable[UInt8[np.ndarray, "B H W C"]], levels: int) -> Float[np.ndarray, "N D"]:
         """What it sees in images of any size, in grey or RGB, of values in `[0, levels)`.
@@ -34,6 +43,15 @@ class Judge:
             shown = np.stack([_shown(scaled[image], spec) for image in batch])
             vectors.append(np.asarray(embed(self.variables, shown)))
         return np.concatenate(vectors)
+
+
+def by_each(judges: Sequence[Judge], measure: Callable[[Judge], Mapping[str, float | None]]) -> dict[str, float | None]:
+    """What each of them measures: METRIC where there is one, METRIC_by_NAME where there are several."""
+    found: dict[str, float | None] = {}
+    for judge in judges:
+        suffix = f"_by_{judge.name}" if len(judges) > 1 else ""
+        found |= {f"{metric}{suffix}": value for metric, value in measure(judge).items()}
+    return found
 
 
 def _shown(image: UInt8[np.ndarray, "H W C"], spec: Input) -> UInt8[np.ndarray, "S S K"]:

@@ -3,13 +3,14 @@
 The protocol of Karpathy & Fei-Fei (1412.2306): an image may have several captions, and any of them finds it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from vlm_jax.evals.judge import Judge
 from vlm_jax.evals.subject import Evaluation, Subject
 
 RANKS = (1, 5, 10)
@@ -29,23 +30,28 @@ def images_of(subject: Subject) -> tuple[Items, int]:
     assert subject.model.embed_image is not None
     embed, size = jax.jit(subject.model.embed_image), 1
     vectors: list[np.ndarray] = []
-    numbers: dict[bytes, int] = {}
-    ids: list[int] = []
+    contents: list[bytes] = []
     for batch, valid in subject.batches():
         images, size = np.asarray(batch["image"])[:valid], len(batch["image"])
         vectors.append(np.asarray(embed(subject.variables, batch["image"]))[:valid])
-        ids += [numbers.setdefault(image.tobytes(), len(numbers)) for image in images]
-    return Items(np.concatenate(vectors), np.array(ids)), size
+        contents += [image.tobytes() for image in images]
+    return Items(np.concatenate(vectors), alike(contents)), size
 
 
-def texts_of(subject: Subject, captions: Sequence[str], size: int) -> Items:
+def alike(contents: Iterable[bytes]) -> Int[np.ndarray, " N"]:
+    """A number for each, the same for those that are equal."""
+    numbers: dict[bytes, int] = {}
+    return np.array([numbers.setdefault(each, len(numbers)) for each in contents])
+
+
+def texts_of(reader: Subject | Judge, captions: Sequence[str], size: int) -> Items:
     """Every caption, `size` of them at a time."""
-    assert subject.model.embed_text is not None and subject.tokenizer is not None
-    embed = jax.jit(subject.model.embed_text)
-    tokens = subject.tokenizer.encode(captions, subject.model.inputs["tokens"].shape[0])
+    assert reader.model.embed_text is not None and reader.tokenizer is not None
+    embed = jax.jit(reader.model.embed_text)
+    tokens = reader.tokenizer.encode(captions, reader.model.inputs["tokens"].shape[0])
     filled = np.pad(tokens, ((0, -len(tokens) % size), (0, 0)), mode="edge")  # so that all parts have one shape
     parts = np.split(filled, len(filled) // size)
-    vectors = np.concatenate([np.asarray(embed(subject.variables, part)) for part in parts])
+    vectors = np.concatenate([np.asarray(embed(reader.variables, part)) for part in parts])
     return Items(vectors[: len(tokens)], np.unique(tokens, axis=0, return_inverse=True)[1].reshape(-1))
 
 
@@ -63,6 +69,21 @@ def belonging(
     return pairs[image_ids[:, None], text_ids]
 
 
+def captions_of(subject: Subject) -> list[Sequence[str]] | None:
+    """Those of each image of the split; None: an image has none."""
+    captions = [record.get("captions", ()) for record in subject.records()] if subject.records is not None else []
+    return captions if captions and all(captions) else None
+
+
+def gallery(
+    reader: Subject | Judge, captions: Sequence[Sequence[str]], image_ids: Int[np.ndarray, " N"], size: int = 128
+) -> tuple[Items, Bool[np.ndarray, "N M"]]:
+    """All captions of N images, as a model reads them, and which of them belong to which of the images."""
+    texts = texts_of(reader, [text for each in captions for text in each], size)
+    image_of = np.repeat(np.arange(len(captions)), [len(each) for each in captions])
+    return texts, belonging(image_of, image_ids, texts.ids)
+
+
 def recall_at(similarity: Float[np.ndarray, "N M"], belongs: Bool[np.ndarray, "N M"], k: int) -> float:
     """The share of rows of which a column that belongs to it is among the `k` most similar.
 
@@ -78,9 +99,7 @@ def run(subject: Subject) -> dict[str, float]:
     assert subject.records is not None
     captions = [record["captions"] for record in subject.records()]
     images, size = images_of(subject)
-    texts = texts_of(subject, [text for each in captions for text in each], size)
-    image_of = np.repeat(np.arange(len(captions)), [len(each) for each in captions])
-    belongs = belonging(image_of, images.ids, texts.ids)
+    texts, belongs = gallery(subject, captions, images.ids, size)
     similarity = images.vectors @ texts.vectors.T
     metrics = {}
     for k in RANKS:

@@ -5,9 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jaxtyping import UInt8
 
 from vlm_jax.contract import Batch, Input, Model, Variables
 from vlm_jax.data import Tokenizer
+from vlm_jax.errors import UserError
 from vlm_jax.evals.judge import Judge
 
 
@@ -19,6 +22,18 @@ class Labelled:
     label_names: tuple[str, ...]
     prompts: tuple[str, ...]
     """Templates in which {} stands for a label's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Images of the size, colours and levels that a model reads or draws, uint8."""
+
+    levels: int
+    """Their values are in `[0, levels)`."""
+    held_out: Callable[[], Iterator[UInt8[np.ndarray, "B H W C"]]]
+    """The split in order, some at a time."""
+    training: Callable[[], Iterator[tuple[Mapping[str, Any], UInt8[np.ndarray, "H W C"]]]] | None = None
+    """Of each record that the model was trained on its strings, as `Subject.records`, and its image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +64,10 @@ class Subject:
     """For zero-shot classification."""
     sampling: Any = None
     """The settings by which the model samples; None: its family's."""
-    judge: Judge | None = None
-    """For evaluations of images by what another model sees in them."""
+    pictures: Pictures | None = None
+    """For evaluations that look at what is drawn; None: the model draws none, or the data have none."""
+    judges: tuple[Judge, ...] | None = None
+    """For evaluations of images by what other models see in them; None: there are none."""
     shared: dict[str, Any] = field(default_factory=dict, init=False)
     """What one evaluation of this subject has computed that another needs as well, by name."""
 
@@ -81,7 +98,27 @@ class Evaluation(NamedTuple):
     """Its metrics by name, without the evaluation's; None: not defined on these data."""
     given: tuple[str, ...] = ()
     """Names of fields of `Subject`."""
+    if_given: tuple[str, ...] = ()
+    """Of those by which it measures more where they are there."""
+    conditions: tuple[str, ...] = ()
+    """Names of what `sample` can be told."""
+    judges_read: bool = False
+    """Whether the judges must embed texts."""
 
     def applies_to(self, subject: Subject) -> bool:
         able = all(getattr(subject.model, name) is not None for name in self.capabilities)
-        return able and all(getattr(subject, name) is not None for name in self.given)
+        told = all(name in subject.model.conditions for name in self.conditions)
+        return able and told and all(getattr(subject, name) is not None for name in self.given)
+
+    def check(self, subject: Subject) -> None:
+        """Before anything is computed.
+
+        Raises:
+          UserError: a judge cannot do what it is needed for.
+        """
+        for judge in subject.judges or ():
+            if self.judges_read and not judge.reads:
+                raise UserError(
+                    f"{judge.name} holds a model that embeds no texts, by which {self.name} could not tell what an "
+                    f"image shows: leave it out of --judge, or name other evaluations by --only"
+                )

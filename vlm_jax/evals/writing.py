@@ -130,10 +130,15 @@ def by_group(
     Args:
       groups: which group each is of; none: they are all one.
     """
-    members = {"": np.ones(len(values), bool)} | {f"_{each}": np.array(groups) == each for each in sorted(set(groups))}
     found: Metrics = {}
-    for group, those in members.items():
+    for group, those in members(groups, len(values)).items():
         numbers = np.unique(pictures[those], return_inverse=True)[1]
         mean, error = ratio_and_error(np.bincount(numbers, values[those]), np.bincount(numbers))
         found |= {f"{name}{group}": mean, f"{name}{group}_standard_error": error}
     return found
+
+
+def members(groups: Sequence[str], count: int) -> dict[str, Bool[np.ndarray, " N"]]:
+    """Which of so many are of all, and which of each group, by what is appended to the name of a metric of theirs."""
+    apart = {f"_{each}": np.array(groups) == each for each in sorted(set(groups))}
+    return {"": np.ones(count, bool)} | apart

@@ -1,0 +1,179 @@
+"""Pictures that a model draws of captions: whether their captions are found by them, and whether they are copies.
+
+A picture is drawn of the first caption of each held-out image, and finds that image's, or does not, among the captions
+of all, in the eyes of each judge. Beside it stand the same of the images themselves (`real_`), which is all that the
+judge can tell, and of the image that training has of the nearest caption (`nearest_caption_`), which is what is to be
+had without drawing; all of them in all, and by how new the first caption is to training (`captions.novelty`).
+"""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, UInt8
+from tqdm import tqdm
+
+from vlm_jax.contract import check_batch
+from vlm_jax.errors import UserError
+from vlm_jax.evals.captions import novelty
+from vlm_jax.evals.cider import words
+from vlm_jax.evals.frechet import frechet_distance
+from vlm_jax.evals.judge import Judge, by_each
+from vlm_jax.evals.pixels import border_contrast, psnr_of_nearest
+from vlm_jax.evals.retrieval import RANKS, alike, captions_of, gallery, recall_at
+from vlm_jax.evals.subject import Evaluation, Subject
+from vlm_jax.evals.writing import Metrics, members
+
+IMAGES = 400
+"""Held-out images, at most: the first of the split."""
+NEAR_COPY = 35.0
+"""PSNR in dB above which an image is a near-copy of one of training.
+
+Emoji lie on white and come in variants: drawings that differ in the tone of a skin alone are about 30 dB apart, and a
+fifth of the held-out ones of `openmoji` come so near to one of training; to 35 dB a fiftieth does. A copy that a first
+stage has blurred may stay below: so the median of the PSNR is told too. Both stand beside those of the real images."""
+GRIDS = (4, 8)
+"""Pixels of the sides of patches whose borders are looked for."""
+
+
+def run(subject: Subject) -> Metrics:
+    """By each judge recall of captions and the Fréchet distance of drawn from real images; of the pixels the share of
+    near-copies of training images, the median PSNR of the nearest, and how much borders of patches show.
+    """
+    EVALUATION.check(subject)
+    pictures = subject.pictures
+    assert pictures is not None and pictures.training is not None
+    assert subject.judges is not None and subject.training_texts is not None
+    held_out = held_out_of(subject)
+    asked = [captions[0] for captions in held_out.captions]
+    new = novelty(subject.training_texts())
+    groups = [new(caption) for caption in asked]
+    sets = {
+        "": drawn(subject, asked, held_out.together),
+        "real_": held_out.images,
+        "nearest_caption_": images_of_nearest(asked, pictures.training()),
+    }
+
+    def judged(judge: Judge) -> Metrics:
+        texts, belongs = gallery(judge, held_out.captions, alike(image.tobytes() for image in held_out.images))
+        found: Metrics = {}
+        vectors = {}
+        for name, images in sets.items():
+            parts = np.split(images, range(held_out.together, len(images), held_out.together))
+            vectors[name] = judge.embeddings(parts, pictures.levels)
+            similarity = vectors[name] @ texts.vectors.T
+            for k, (group, those) in itertools.product(RANKS, members(groups, len(groups)).items()):
+                found[f"{name}recall@{k}{group}"] = recall_at(similarity[those], belongs[those], k)
+        found |= {f"chance_recall@{k}": chance(belongs, k) for k in RANKS}
+        return found | {"distance_of_embeddings": frechet_distance(vectors["real_"], vectors[""])}
+
+    found = by_each(subject.judges, judged)
+    both = np.concatenate([sets[""], sets["real_"]])
+    decibels = psnr_of_nearest(both, (image for _, image in pictures.training()), pictures.levels)
+    for name, nearest in zip(("", "real_"), np.split(decibels, 2), strict=True):
+        found[f"{name}near_copies"] = float(np.mean(nearest > NEAR_COPY))
+        found[f"{name}psnr_of_nearest"] = float(np.median(nearest))
+        found |= {f"{name}borders_of_{side}": border_contrast(sets[name], side) for side in GRIDS}
+    counts = {f"captions_{group}": float(groups.count(group)) for group in sorted(set(groups))}
+    return {**found, "captions": float(len(groups)), **counts}
+
+
+class HeldOut(NamedTuple):
+    """The first images of the split."""
+
+    images: UInt8[np.ndarray, "N H W C"]
+    captions: Sequence[Sequence[str]]
+    """All that each image has."""
+    together: int
+    """How many of them are read at a time."""
+
+
+def held_out_of(subject: Subject) -> HeldOut:
+    """At most `IMAGES` of them.
+
+    Raises:
+      UserError: there is one alone, or one without a caption.
+    """
+    assert subject.pictures is not None
+    captions = captions_of(subject)
+    if captions is None:
+        raise UserError("an image of the split has no caption to draw: choose a split whose images have some")
+    if len(captions) < 2:
+        raise UserError("one image has no covariance: choose a larger split")
+    batches, count = [], 0
+    for batch in subject.pictures.held_out():
+        batches.append(batch)
+        count += len(batch)
+        if count >= IMAGES:
+            break
+    return HeldOut(np.concatenate(batches)[:IMAGES], captions[:IMAGES], len(batches[0]))
+
+
+def drawn(subject: Subject, captions: Sequence[str], together: int) -> UInt8[np.ndarray, "N H W C"]:
+    """An image of each caption, so many at a time, each time with other noise.
+
+    Raises:
+      UserError: the tokenizer makes ids that the model cannot be told.
+    """
+    model, tokenizer = subject.model, subject.tokenizer
+    assert model.sample is not None and tokenizer is not None
+    spec = model.conditions["tokens"]
+    # Under `jax.jit` the model would not see what it cannot read.
+    tokens = check_batch({"tokens": spec}, {"tokens": tokenizer.encode(captions, spec.shape[0])})["tokens"]
+    filled = np.pad(tokens, ((0, -len(tokens) % together), (0, 0)), mode="edge")  # so that all parts have one shape
+    key = jax.random.key(0) if subject.key is None else subject.key
+    sample = jax.jit(partial(model.sample, num=together, sampling=subject.sampling))
+    images = []
+    for index, part in enumerate(tqdm(np.split(filled, len(filled) // together), "drawing", leave=False, disable=None)):
+        noise = jax.random.fold_in(key, index)
+        images.append(np.asarray(sample(subject.variables, noise, {"tokens": part})))
+    return np.concatenate(images)[: len(captions)]
+
+
+def images_of_nearest(
+    captions: Sequence[str], training: Iterable[tuple[Mapping[str, Any], UInt8[np.ndarray, "H W C"]]]
+) -> UInt8[np.ndarray, "N H W C"]:
+    """For each caption the training image with the one nearest to it, whatever a judge would say.
+
+    By the words that both have, as a share of those that one of them has (Jaccard 1912), in no order and counted once;
+    of those that tie the first.
+    """
+    sought = [set(words(caption)) for caption in captions]
+    holding = defaultdict(list)
+    for index, mine in enumerate(sought):
+        for word in mine:
+            holding[word].append(index)
+    shares, found = np.zeros(len(sought)), dict[int, np.ndarray]()
+    first: np.ndarray | None = None  # nothing is nearer to a caption that shares no word with any
+    for record, image in training:
+        for theirs in map(set, map(words, record.get("captions", ()))):
+            first = image if first is None else first
+            for index in {each for word in theirs for each in holding.get(word, ())}:
+                share = len(sought[index] & theirs) / len(sought[index] | theirs)
+                if share > shares[index]:
+                    shares[index], found[index] = share, image
+    assert first is not None
+    return np.stack([found.get(index, first) for index in range(len(sought))])
+
+
+def chance(belongs: Bool[np.ndarray, "N M"], k: int) -> float:
+    """The recall of texts in random order: k / M where each of the images has one of the M for its own."""
+    count = belongs.shape[1]
+    if k >= count:
+        return 1.0
+    return 1 - float(np.mean([math.comb(count - own, k) / math.comb(count, k) for own in belongs.sum(axis=1).tolist()]))
+
+
+EVALUATION = Evaluation(
+    "generation",
+    ("sample",),
+    run,
+    given=("tokenizer", "records", "training_texts", "pictures", "judges"),
+    conditions=("tokens",),
+    judges_read=True,
+)
