@@ -122,6 +122,13 @@ def tokenizer_beside(source: Source) -> Tokenizer | None:
     return load_tokenizer(path) if path.is_file() else None
 
 
+def expects(told: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:
+    """Refuses what is not the only one that the model expresses, which it is where nothing is told."""
+    for name, only in settings.items():
+        if told.get(name, only) != only:
+            raise UserError(f"{name} in {where} is {told[name]!r}, which the model cannot express: {only!r} is")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """A published layout of a family's weights."""

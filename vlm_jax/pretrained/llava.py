@@ -18,7 +18,7 @@ from vlm_jax.models import llava
 from vlm_jax.pretrained.hf_towers import IDLE, require, vision_config, vision_entries
 from vlm_jax.pretrained.hf_towers import told_of as told_of_tower
 from vlm_jax.pretrained.images import Pixels, cropping, pixels, processor
-from vlm_jax.pretrained.layout import Entry, Layout, Source, linear, tokenizer_beside
+from vlm_jax.pretrained.layout import Entry, Layout, Source, expects, linear, tokenizer_beside
 from vlm_jax.pretrained.llama import end_of_text, language_config, language_entries, told_of
 
 TOWER = {
@@ -94,13 +94,6 @@ def shown(source: Source, vision: Mapping[str, Any]) -> Pixels:
     """What the processor does to images."""
     size, name = vision["image_size"], "preprocessor_config.json"
     return pixels(source.beside(name), cropping(size), size, str(source.directory / name))
-
-
-def expects(told: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:
-    """Refuses what is not the only one that the model expresses, which it is where nothing is told."""
-    for name, only in settings.items():
-        if told.get(name, only) != only:
-            raise UserError(f"{name} in {where} is {told[name]!r}, which the model cannot express: {only!r} is")
 
 
 def vision_settings(told: Mapping[str, Any]) -> dict[str, Any]:
