@@ -20,6 +20,7 @@ from vlm_jax.models import (
     pixelcnn,
     probability_flow,
     tarflow,
+    text_encoder,
     vae,
     vdm,
     vqvae,
@@ -30,6 +31,7 @@ from vlm_jax.nn.decoder import DecoderConfig
 from vlm_jax.nn.denoiser import Network
 from vlm_jax.nn.dit import DiT
 from vlm_jax.nn.quantize import EMA, FSQ, LFQ, Learned, Residual, SimVQ
+from vlm_jax.nn.t5 import T5
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.unet import UNet
 from vlm_jax.nn.vision import VisionTransformer
@@ -57,6 +59,19 @@ LLAVA = llava.Config(
     shuffle=2,
     images=2,
 )
+T5_ENCODER = T5(
+    vocab_size=6,
+    context_length=3,
+    eos_id=2,
+    width=8,
+    depth=1,
+    heads=2,
+    head_width=3,
+    mlp=8,
+    norm_eps=NORM_EPS,
+    dropout=DROPOUT,
+    scan=False,
+)
 VAE = vae.Config(**IMAGE, latent=2, widths=(8,), mixtures=1, dropout=DROPOUT)
 FLOW = flow.Config(**IMAGE, scales=1, steps=1, width=8, dropout=DROPOUT)
 DDPM = diffusion.Config(**IMAGE, network=UNET, timesteps=4, betas="cosine", variance="learned")
@@ -64,6 +79,10 @@ STRAIGHT = probability_flow.Config(**IMAGE, network=DIT, likelihood_steps=2)
 
 PYRAMID = Pyramid(widths=(4, 4), blocks=1, attention=(2,), groups=2, dropout=DROPOUT)
 VQVAE = vqvae.Config(**IMAGE, network=PYRAMID, hidden=4, quantizer=EMA(size=5, width=2))
+
+PARTS = ("text_encoder",)
+"""Families that are parts of other models: they have neither a loss nor presets. What else a family owes is held for
+their smallest configurations."""
 
 CONFIGS: dict[str, Any] = {
     "autoencoder": autoencoder.Config(**IMAGE, network=PYRAMID, latent=2),
@@ -107,6 +126,8 @@ CONFIGS: dict[str, Any] = {
     "probability flow": STRAIGHT,
     "edm": replace(STRAIGHT, process="edm"),
     "tarflow": tarflow.Config(**IMAGE, patch_size=1, blocks=2, classes=2, transformer=TRANSFORMER),
+    "text encoder": text_encoder.Config(network=CLIP.text),
+    "text encoder of T5": text_encoder.Config(network=T5_ENCODER),
     "vae": VAE,
     "vae of a learned prior": replace(VAE, pseudo_inputs=2),
     "vqvae": VQVAE,

@@ -277,7 +277,7 @@ def choose(subject: Subject, names: tuple[str, ...]) -> list[Evaluation]:
     """The evaluations of these names; of none: all that apply.
 
     Raises:
-      UserError: there is none of a name, or it does not apply.
+      UserError: there is none of a name, or it does not apply, or none does.
     """
     known = {evaluation.name: evaluation for evaluation in EVALUATIONS}
     for name in names:
@@ -285,7 +285,10 @@ def choose(subject: Subject, names: tuple[str, ...]) -> list[Evaluation]:
             raise UserError(f"there is no evaluation {name}: choose from {', '.join(known)} for --only")
         if not known[name].applies_to(subject):
             raise UserError(f"the model has nothing for the evaluation {name} to measure: leave it out of --only")
-    return [known[name] for name in names] or [each for each in EVALUATIONS if each.applies_to(subject)]
+    chosen = [known[name] for name in names] or [each for each in EVALUATIONS if each.applies_to(subject)]
+    if not chosen:
+        raise UserError("the model does nothing that an evaluation measures: give a run of what it is a part of")
+    return chosen
 
 
 def on_device(

@@ -1,6 +1,17 @@
 """Public checkpoints: one file for each published layout, which is read into a family's variables and written back."""
 
-from vlm_jax.pretrained import big_vision, clip_hf, llama, llama_gguf, llava, open_clip, openai_clip, siglip
+from vlm_jax.pretrained import (
+    big_vision,
+    clip_hf,
+    clip_text,
+    llama,
+    llama_gguf,
+    llava,
+    open_clip,
+    openai_clip,
+    siglip,
+    t5,
+)
 from vlm_jax.pretrained.layout import Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -12,5 +23,7 @@ LAYOUTS: tuple[Layout, ...] = (
     openai_clip.LAYOUT,
     *big_vision.LAYOUTS,
     *llava.LAYOUTS,
+    *clip_text.LAYOUTS,
+    t5.LAYOUT,
 )
 """All that `tools.convert` knows."""
