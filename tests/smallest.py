@@ -21,6 +21,7 @@ from vlm_jax.models import (
     pixelcnn,
     probability_flow,
     tarflow,
+    text_encoder,
     token_autoregressive,
     vae,
     vdm,
@@ -33,6 +34,7 @@ from vlm_jax.nn.denoiser import Network
 from vlm_jax.nn.dit import DiT
 from vlm_jax.nn.pixart import PixArt
 from vlm_jax.nn.quantize import EMA, FSQ, LFQ, Learned, Residual, SimVQ
+from vlm_jax.nn.t5 import T5
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.unet import LatentUNet, UNet
 from vlm_jax.nn.vision import VisionTransformer
@@ -65,6 +67,19 @@ LLAVA = llava.Config(
     shuffle=2,
     images=2,
 )
+T5_ENCODER = T5(
+    vocab_size=6,
+    context_length=3,
+    eos_id=2,
+    width=8,
+    depth=1,
+    heads=2,
+    head_width=3,
+    mlp=8,
+    norm_eps=NORM_EPS,
+    dropout=DROPOUT,
+    scan=False,
+)
 VAE = vae.Config(**IMAGE, latent=2, widths=(8,), mixtures=1, dropout=DROPOUT)
 FLOW = flow.Config(**IMAGE, scales=1, steps=1, width=8, dropout=DROPOUT)
 DDPM = diffusion.Config(**IMAGE, network=UNET, timesteps=4, betas="cosine", variance="learned")
@@ -76,6 +91,10 @@ VQVAE = vqvae.Config(**IMAGE, network=PYRAMID, hidden=4, quantizer=EMA(size=5, w
 AUTOENCODER = autoencoder.Config(**IMAGE, network=PYRAMID, latent=2)
 LATENTS: dict[str, Any] = {"image_size": 1, "channels": 2, "levels": None}
 """What that makes of an image, as a prior has them."""
+
+PARTS = ("text_encoder",)
+"""Families that are parts of other models: they have neither a loss nor presets. What else a family owes is held for
+their smallest configurations."""
 
 CONFIGS: dict[str, Any] = {
     "autoencoder": AUTOENCODER,
@@ -133,6 +152,8 @@ CONFIGS: dict[str, Any] = {
     "token autoregressive of texts": token_autoregressive.Config(
         first=replace(VQVAE, quantizer=FSQ(levels=(3, 4))), decoder=DECODER, text=CLIP
     ),
+    "text encoder": text_encoder.Config(network=CLIP.text),
+    "text encoder of T5": text_encoder.Config(network=T5_ENCODER),
     "vae": VAE,
     "vae of a learned prior": replace(VAE, pseudo_inputs=2),
     "vqvae": VQVAE,

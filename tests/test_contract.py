@@ -1,6 +1,7 @@
 """What every family owes: held for each tiny preset there is, so that a new family is covered by having one.
 
-What has to be compiled is held for the smallest configurations (`smallest.py`), and for the presets as a slow test.
+What has to be compiled is held for the smallest configurations (`smallest.py`), and for the presets as a slow test. Of
+what is a part of other models, and trains as such alone, there are smallest configurations and no presets.
 """
 
 import math
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.presets import presets
 from smallest import CONFIGS as SMALLEST
+from smallest import PARTS
 from vlm_jax.contract import CAPABILITIES, SEQUENCE, Input, Model, abstract_batch, check_batch
 from vlm_jax.errors import UserError
 from vlm_jax.models import FAMILIES, build, family_of
@@ -25,9 +27,13 @@ from vlm_jax.train.optim import make_optimizer
 from vlm_jax.train.step import init_train_state, train_state_shardings
 from vlm_jax.trees import leaves_by_path
 
-CONFIGS = {name: experiment.model for name, (_, experiment) in presets().items()}
-TINY = [name for name in CONFIGS if "tiny" in name]
-COMPILED = SMALLEST | {name: CONFIGS[name] for name in TINY}
+PRESETS = {name: experiment.model for name, (_, experiment) in presets().items()}
+TINY = [name for name in PRESETS if "tiny" in name]
+UNTRAINED = [name for name, config in SMALLEST.items() if family_of(config) in PARTS]
+CONFIGS = PRESETS | {name: SMALLEST[name] for name in UNTRAINED}
+COMPILED = SMALLEST | {name: PRESETS[name] for name in TINY}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+TRAINED = [*(name for name in SMALLEST if name not in UNTRAINED), *SLOW]
 BATCH = 4
 KEY = jax.random.key(0)
 
@@ -60,7 +66,7 @@ def abstract_variables(preset: str) -> Any:
     return jax.eval_shape(model.init, KEY, abstract_batch(model.inputs, BATCH))
 
 
-@pytest.fixture(scope="module", params=[*SMALLEST, *(pytest.param(name, marks=pytest.mark.slow) for name in TINY)])
+@pytest.fixture(scope="module", params=[*SMALLEST, *SLOW])
 def config(request) -> Any:
     return COMPILED[request.param]
 
@@ -85,7 +91,7 @@ def variables(init) -> Any:
 
 
 def test_every_family_has_a_tiny_preset_and_a_smallest_configuration():
-    assert {family_of(CONFIGS[name]) for name in TINY} == set(FAMILIES)
+    assert {family_of(PRESETS[name]) for name in TINY} == set(FAMILIES) - set(PARTS)
     assert {family_of(config) for config in SMALLEST.values()} == set(FAMILIES)
 
 
@@ -99,6 +105,13 @@ def test_initialisation_is_a_function_of_the_key(config: Any, model: Model, init
     assert {leaf.dtype for leaf in jax.tree.leaves(first["params"])} == {np.dtype(np.float32)}
 
 
+@pytest.mark.parametrize("config", UNTRAINED, indirect=True)
+def test_a_part_of_other_models_says_that_it_has_no_loss(model: Model):
+    with pytest.raises(UserError, match=r"has no loss: make it a part of another model"):
+        model.loss({}, random_batch(model), KEY, 0, train=True)
+
+
+@pytest.mark.parametrize("config", TRAINED, indirect=True)
 def test_the_loss_is_a_finite_float32_scalar_and_a_function_of_its_arguments(model: Model, variables):
     before, batch = jax.tree.map(np.array, variables), random_batch(model)
     loss = jax.jit(lambda variables, key: model.loss(variables, batch, key, jnp.zeros((), jnp.int32), train=True))
@@ -111,6 +124,7 @@ def test_the_loss_is_a_finite_float32_scalar_and_a_function_of_its_arguments(mod
     assert jax.tree.structure(aux.state) == jax.tree.structure({k: v for k, v in variables.items() if k != "params"})
 
 
+@pytest.mark.parametrize("config", TRAINED, indirect=True)
 def test_the_weight_counts_examples_or_tokens(model: Model, variables):
     """It doubles where every example is there twice; None: the loss is no mean over items."""
 
@@ -148,7 +162,7 @@ def test_gradients_reach_every_parameter(config: Any, model: Model, variables):
     assert not [path for path in unreached - beyond if not re.search(NO_GRADIENT, path)]
 
 
-@pytest.mark.parametrize("preset", TINY)
+@pytest.mark.parametrize("preset", [*TINY, *UNTRAINED])
 def test_capabilities_return_what_the_contract_says(preset: str):
     model = build(CONFIGS[preset])
     variables = abstract_variables(preset)
@@ -252,7 +266,7 @@ def test_rules_lay_out_every_parameter_and_none_is_left_over(preset: str, shape:
     assert held < 0.6 * sum(leaf.size for leaf in arrays.values()) or family_of(CONFIGS[preset]) == "kde"
 
 
-@pytest.mark.parametrize("preset", CONFIGS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_moments_and_averages_lie_beside_their_parameters(preset: str):
     training = presets()[preset][1].training
     model, mesh = build(CONFIGS[preset]), mesh_for(preset, MeshShape(data=2, fsdp=2, tensor=2))

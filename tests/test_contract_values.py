@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from reference import random_params
-from smallest import CONFIGS, DROPOUT, NORM_EPS
+from smallest import CONFIGS, DROPOUT, NORM_EPS, PARTS
 from vlm_jax.contract import Model, abstract_batch
 from vlm_jax.evals import Subject, likelihood
 from vlm_jax.models import FAMILIES, build, family_of
@@ -183,12 +183,13 @@ def trace(function: Callable[..., Any], *args: Any) -> None:
     jax.eval_shape(lambda *args: function(jax.random.key(0), *args), *args)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+TRAINED = [name for name, config in CONFIGS.items() if family_of(config) not in PARTS]
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_dropout_is_for_the_loss_of_training_norms_have_their_epsilon_and_no_key_draws_twice(name: str):
     model = MODELS[name]
-    batch, abstract = random_batch(model), abstract_batch(model.inputs, BATCH)
-    with watched():
-        trace(lambda key, batch: model.init(key, batch), abstract)
+    abstract = abstract_batch(model.inputs, BATCH)
     variables = jax.eval_shape(model.init, KEY, abstract)
     with watched() as training:
         trace(lambda key, v, batch: model.loss(v, batch, key, 0, train=True)[0], variables, abstract)
@@ -196,13 +197,29 @@ def test_dropout_is_for_the_loss_of_training_norms_have_their_epsilon_and_no_key
     with watched() as evaluation:
         trace(lambda key, v, batch: model.loss(v, batch, key, 0, train=False)[0], variables, abstract)
     assert len(evaluation.dropouts) == len(training.dropouts)
+    assert not any(drew for _, drew in evaluation.dropouts)
+    check_epsilons(CONFIGS[name], training, evaluation)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_use_draws_no_dropout_norms_have_their_epsilon_and_no_key_draws_twice(name: str):
+    """Nor does initialisation draw with a key twice."""
+    model = MODELS[name]
+    batch, abstract = random_batch(model), abstract_batch(model.inputs, BATCH)
+    with watched():
+        trace(lambda key, batch: model.init(key, batch), abstract)
+    variables = jax.eval_shape(model.init, KEY, abstract)
     with watched() as use:
         for function in (model.log_likelihood, model.log_weight):
             if function is not None:
                 trace(lambda key, v, batch, f=function: f(v, batch, key), variables, abstract)
-        for function, field in ((model.embed_image, "image"), (model.embed_text, "tokens")):
-            if function is not None:
-                trace(lambda key, v, x, f=function: f(v, x), variables, abstract[field])
+        for field, functions in (
+            ("image", (model.embed_image, model.image_features)),
+            ("tokens", (model.embed_text, model.text_features)),
+        ):
+            for function in functions:
+                if function is not None:
+                    trace(lambda key, v, x, f=function: f(v, x), variables, abstract[field])
         if model.encode is not None:
             trace(lambda key, v, x: model.decode(v, model.encode(v, x, key)), variables, abstract["image"])
         if model.sample is not None:
@@ -212,9 +229,14 @@ def test_dropout_is_for_the_loss_of_training_norms_have_their_epsilon_and_no_key
             if getattr(CONFIGS[name], "patch_size", 1) > 1:
                 known[:] = True
             trace(lambda key, v: model.complete(v, key, batch["image"], known), variables)
-    assert not any(drew for _, drew in (*evaluation.dropouts, *use.dropouts))
-    epsilons = {*training.epsilons, *evaluation.epsilons, *use.epsilons}
-    assert epsilons == ({NORM_EPS} if "norm_eps" in setting_names(CONFIGS[name]) else epsilons)
+    assert not any(drew for _, drew in use.dropouts)
+    check_epsilons(CONFIGS[name], use)
+
+
+def check_epsilons(config: Any, *seen: Seen) -> None:
+    """Where a config holds the epsilon of its norms, no norm has another."""
+    epsilons = {epsilon for each in seen for epsilon in each.epsilons}
+    assert epsilons == {NORM_EPS} or "norm_eps" not in setting_names(config)
 
 
 def setting_names(config: Any) -> set[str]:

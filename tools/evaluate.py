@@ -272,7 +272,7 @@ def choose(subject: Subject, names: tuple[str, ...]) -> list[Evaluation]:
     """The evaluations of these names; of none: all that apply.
 
     Raises:
-      UserError: there is none of a name, or it does not apply, or a judge cannot do what it is needed for.
+      UserError: there is none of a name, it does not apply, none does, or a judge cannot do what it is needed for.
     """
     known = {evaluation.name: evaluation for evaluation in EVALUATIONS}
     for name in names:
@@ -281,6 +281,8 @@ def choose(subject: Subject, names: tuple[str, ...]) -> list[Evaluation]:
         if not known[name].applies_to(subject):
             raise UserError(f"the model has nothing for the evaluation {name} to measure: leave it out of --only")
     chosen = [known[name] for name in names] or [each for each in EVALUATIONS if each.applies_to(subject)]
+    if not chosen:
+        raise UserError("the model does nothing that an evaluation measures: give a run of what it is a part of")
     for evaluation in chosen:
         evaluation.check(subject)
     return chosen

@@ -13,6 +13,7 @@ from vlm_jax.nn.sequence import (
     place_images,
     positions,
     prefix_numbers,
+    up_to_end,
 )
 
 LENGTH = 3
@@ -90,6 +91,13 @@ def test_a_target_is_predicted_by_the_place_before_it_in_its_document():
     found = np.asarray(found)
     assert {(b, t): found[b, t] for b, t in np.argwhere(predicted).tolist()} == expected
     assert 0 < len(expected) < target.sum()
+
+
+def test_a_text_goes_up_to_its_first_end_and_without_one_to_the_last_place():
+    tokens = np.array([[5, 2, 7, 2], [2, 2, 2, 2], [0, 1, 3, 4], [1, 3, 4, 2]])
+    lengths = [2, 1, 4, 4]
+    found = jax.jit(up_to_end, static_argnums=1)(tokens, 2)
+    np.testing.assert_array_equal(found, [[place < length for place in range(4)] for length in lengths])
 
 
 def test_features_stand_in_their_places_and_nothing_else_moves():

@@ -301,6 +301,7 @@ def test_openai_s_names_without_settings_are_read_when_it_is_said_what_they_are(
     ("name", "change", "words"),
     [
         ("clip", lambda c: replace(c, image=replace(c.image, pre_norm=False)), "image.pre_norm is False"),
+        ("clip", lambda c: replace(c, text=replace(c.text, eos_id=2)), "text.eos_id is 2, which .* for the highest id"),
         ("open-clip", lambda c: replace(c, text=replace(c.text, eos_id=4)), "text.eos_id is 4"),
         ("openai-clip", lambda c: replace(c, image=replace(c.image, mean=(0.5,))), r"image.mean is \(0.5,\)"),
         ("siglip", lambda c: CLIP, "objective is 'info_nce'"),

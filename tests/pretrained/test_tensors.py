@@ -55,6 +55,9 @@ def assert_reads(path: Path, arrays: dict[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         assert (tensors.shape(name), tensors.dtype(name)) == (array.shape, array.dtype)
         np.testing.assert_array_equal(tensors[name], array)
+    for ask in (tensors.shape, tensors.dtype):
+        with pytest.raises(UserError, match=r"lacks head\.weight: it is of another layout, or not all of it is there"):
+            ask("head.weight")
 
 
 def test_what_was_written_is_read_from_every_container(tmp_path: Path):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.nn.sequence import up_to_end
 from vlm_jax.nn.stack import Remat
 from vlm_jax.nn.text import TextTower, TextTransformer
 from vlm_jax.nn.transformer import Transformer
@@ -172,9 +173,7 @@ def build(config: Config) -> Model:
         variables: Variables, tokens: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T"]]:
         """A text goes to its first end token, that included."""
-        ends = tokens == text.eos_id
-        inside = jnp.cumsum(ends, axis=1) - ends == 0
-        return module.apply(variables, tokens, method="text_features"), inside
+        return module.apply(variables, tokens, method="text_features"), up_to_end(tokens, text.eos_id)
 
     inputs: Mapping[str, Input] = {
         "image": Input((image.image_size, image.image_size, image.channels), "uint8", 256),

@@ -18,7 +18,7 @@ from vlm_jax.contract import Aux, Batch, Input, Model, Rule, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, empty_cache
 from vlm_jax.nn.decoder import Decoder, DecoderConfig, RotaryScaling, decoder_rules
-from vlm_jax.nn.sequence import attention_mask, documents, next_tokens, positions
+from vlm_jax.nn.sequence import attention_mask, documents, next_tokens, positions, up_to_end
 from vlm_jax.nn.stack import unrolled
 from vlm_jax.nn.vocabulary import look_up, token_logits, vocabulary_rules
 from vlm_jax.objectives.language import cross_entropy, sequence_scores
@@ -280,8 +280,7 @@ def continued(
     carry = (cache, first == config.eos_id)
     rest = decode(ending(step, config.eos_id), carry, first, room, key, start=start + 1)
     drawn = jnp.concatenate([first[:, None], rest], axis=1)
-    ends = drawn == config.eos_id
-    real = jnp.cumsum(ends, axis=1) - ends == 0
+    real = up_to_end(drawn, config.eos_id)
     prompt = jnp.ones_like(tokens, bool)
     return {
         "tokens": jnp.concatenate([tokens, drawn], axis=1),

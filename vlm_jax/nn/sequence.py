@@ -47,6 +47,12 @@ def prefix_numbers(target: Bool[Array, "B T"], segment: Int[Array, "B T"]) -> In
     return jnp.where(targets > before, -1, 0)
 
 
+def up_to_end(tokens: Int[Array, "B T"], eos_id: int) -> Bool[Array, "B T"]:
+    """True up to a row's first `eos_id`, that included; everywhere in a row that has none."""
+    ends = tokens == eos_id
+    return jnp.cumsum(ends, axis=1) - ends == 0
+
+
 def next_tokens(
     tokens: Int[Array, "B T"], target: Bool[Array, "B T"], segment: Int[Array, "B T"]
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:

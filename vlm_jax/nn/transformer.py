@@ -34,7 +34,7 @@ class Transformer(StackConfig):
             )
 
 
-def feature_layers(config: Transformer, left_out: int) -> int | None:
+def feature_layers(config: StackConfig, left_out: int) -> int | None:
     """`layers` of a stack whose last blocks features know nothing of.
 
     Raises:

@@ -3,6 +3,7 @@
 from vlm_jax.pretrained import (
     big_vision,
     clip_hf,
+    clip_text,
     compvis,
     first_stages,
     llama,
@@ -11,6 +12,7 @@ from vlm_jax.pretrained import (
     open_clip,
     openai_clip,
     siglip,
+    t5,
 )
 from vlm_jax.pretrained.layout import Layout
 
@@ -25,5 +27,7 @@ LAYOUTS: tuple[Layout, ...] = (
     *llava.LAYOUTS,
     *first_stages.LAYOUTS,
     *compvis.LAYOUTS,
+    *clip_text.LAYOUTS,
+    t5.LAYOUT,
 )
 """All that `tools.convert` knows."""

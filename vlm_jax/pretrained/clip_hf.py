@@ -10,6 +10,7 @@ from vlm_jax.data.config import Field
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import clip
+from vlm_jax.nn.text import TextTransformer
 from vlm_jax.pretrained.hf_towers import (
     IDLE,
     text_config,
@@ -62,6 +63,13 @@ def end_id(told: dict[str, Any], where: str) -> int:
     return told["vocab_size"] - 1 if found == 2 else found
 
 
+def end_told(text: TextTransformer) -> int:
+    """The inverse; raises a `UserError` where a 2 that is meant would not be taken for itself."""
+    if text.eos_id == 2 and text.vocab_size != 3:
+        raise UserError("text.eos_id is 2, which CLIP's layouts have for the highest id: the model stays a run")
+    return text.eos_id
+
+
 def entries(config: clip.Config) -> Iterator[Entry]:
     yield from vision_entries(config.image, "image/", "vision_model.")
     yield from linear("image_projection", "visual_projection", bias=False)
@@ -91,7 +99,7 @@ def check_expressible(config: clip.Config) -> None:
 def export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dict[str, Any]]:
     model = experiment.model
     check_expressible(model)
-    text = told_of(model.text, "clip_text_model") | {"eos_token_id": model.text.eos_id}
+    text = told_of(model.text, "clip_text_model") | {"eos_token_id": end_told(model.text)}
     if tokenizer is not None:
         text |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
     return {

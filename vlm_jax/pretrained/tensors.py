@@ -74,12 +74,17 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of an array, which is not read for it."""
-        return self._stored[name].shape
+        """Of an array, which is not read for it; raises a `UserError` where there is none."""
+        return self._due(name).shape
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """Of an array as it is read, which it is not for this."""
-        return self._stored[name].dtype
+        """Of an array as it is read, which it is not for this; raises a `UserError` where there is none."""
+        return self._due(name).dtype
+
+    def _due(self, name: str) -> Stored:
+        if name not in self._stored:
+            raise UserError(f"{self.path} lacks {name}: it is of another layout, or not all of it is there")
+        return self._stored[name]
 
     def renamed(self, name: Callable[[str], str]) -> "Tensors":
         """The same arrays by other names.
