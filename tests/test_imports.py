@@ -53,7 +53,7 @@ def inside(name: str, packages: tuple[str, ...]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-FOUNDATION = ("vlm_jax.contract", "vlm_jax.errors", "vlm_jax.sharding", "vlm_jax.trees")
+FOUNDATION = ("vlm_jax.contract", "vlm_jax.errors", "vlm_jax.inputs", "vlm_jax.sharding", "vlm_jax.trees")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,8 @@ FOUNDATION = ("vlm_jax.contract", "vlm_jax.errors", "vlm_jax.sharding", "vlm_jax
     [
         ("vlm_jax.errors", (), ()),
         ("vlm_jax.trees", (), ("jax",)),
-        ("vlm_jax.contract", ("vlm_jax.errors",), ("jax", "numpy")),
+        ("vlm_jax.inputs", ("vlm_jax.errors",), ("jax", "numpy")),
+        ("vlm_jax.contract", ("vlm_jax.errors", "vlm_jax.inputs"), ("jax", "numpy")),
         ("vlm_jax.sharding", FOUNDATION, ("jax", "jaxtyping", "numpy")),
         ("vlm_jax.objectives", ("vlm_jax.objectives",), ("jax", "jaxtyping")),
         ("vlm_jax.sampling", ("vlm_jax.sampling", "vlm_jax.errors"), ("jax", "jaxtyping")),

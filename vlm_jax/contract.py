@@ -10,13 +10,25 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
+from vlm_jax.inputs import SEQUENCE, Batch, Input, abstract_batch, beginning, blank, check_batch, read_fields
 
-Batch = Mapping[str, jax.Array]
-"""Named arrays whose leading axis is the global batch."""
+__all__ = [
+    "CAPABILITIES",
+    "SEQUENCE",
+    "Aux",
+    "Axis",
+    "Batch",
+    "Input",
+    "Model",
+    "Rule",
+    "Variables",
+    "abstract_batch",
+    "check_batch",
+    "check_sampling",
+]
 
 Variables = Mapping[str, Any]
 """`{"params": tree, **mutable collections}`, as linen's `init` returns it."""
@@ -25,20 +37,6 @@ Axis = str | tuple[str, int] | None
 """A logical axis; with a number, that of the heads whose features the dimension holds, which stay together."""
 Rule = tuple[str, tuple[Axis, ...]]
 """A regular expression searched in a parameter's path, and logical axes of the trailing dimensions it names."""
-
-
-class Input(NamedTuple):
-    """What a model expects of one field of a batch."""
-
-    shape: tuple[int, ...]
-    """Of one example, without the batch axis."""
-    dtype: str
-    limit: int | None = None
-    """Values are integers in `[0, limit)`; None: any value."""
-    contains: int | None = None
-    """Every example has this value somewhere, such as the token that ends a text; None: it need not."""
-    span: int | None = None
-    """Values are places of the sequence, of so many of which each is the first, or limit - 1: of none."""
 
 
 class Aux(NamedTuple):
@@ -101,10 +99,10 @@ class Model:
     posterior: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     """`(variables, image) -> (mean, log_variance)`, of the Gaussian that `encode` draws from, each like `latents`"""
     log_likelihood_given: Callable[..., jax.Array] | None = None
-    """`(variables, latents, image) -> [B]`, nats: of the image given its latents, by the decoder"""
+    """`(variables, image, latents) -> [B]`, nats: log p(image | latents)"""
     stage: Callable[..., Any] | None = None
-    """`(variables, image) -> array`: all that `loss` reads of an image, which depends on no parameter that trains; a
-    batch may hold it as `stage`, computed once, in the place of `image`"""
+    """`(variables, image) -> array`: all that `loss` reads of an image, by parameters that do not train; a batch may
+    hold it as `stage` in the place of `image`"""
     conditions: Mapping[str, Input] = field(default_factory=dict)
     """What `sample` can be told, one of each for an image; what it is not told of these it draws, labels uniformly."""
     sampling: Any = None
@@ -148,101 +146,36 @@ CAPABILITIES = (
 )
 
 
-def abstract_batch(inputs: Mapping[str, Input], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and dtypes of a batch, for tracing without data."""
-    return {
-        name: jax.ShapeDtypeStruct((batch_size, *spec.shape), np.dtype(spec.dtype)) for name, spec in inputs.items()
-    }
-
-
-def check_batch(inputs: Mapping[str, Input], batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The fields of a host batch that the model reads, checked before any compute is spent on them.
-
-    Runs on the host because nothing on the device would tell: an embedding turns an id outside its table into
-    NaN, and plain indexing clamps it.
-
-    Raises:
-      UserError: a field is missing, or has another shape or dtype, or values outside `[0, limit)`, or lacks one.
-    """
-    for name, spec in inputs.items():
-        if name not in batch:
-            raise UserError(
-                f"the model reads the field {name!r} and the data have {sorted(batch)}: "
-                f"choose a data set that has it, or another model"
-            )
-        array = batch[name]
-        if array.shape[1:] != spec.shape or array.dtype != np.dtype(spec.dtype):
-            raise UserError(
-                f"the field {name!r} holds {array.dtype}{list(array.shape[1:])} an example and the model expects "
-                f"{spec.dtype}{list(spec.shape)}: make the data and model settings agree"
-            )
-        _check_values(name, spec, array)
-    return {name: batch[name] for name in inputs}
-
-
-def _check_values(name: str, spec: Input, array: np.ndarray) -> None:
-    if spec.limit is not None and array.size:
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= spec.limit:
-            raise UserError(
-                f"the field {name!r} holds the value {low if low < 0 else high}, outside [0, {spec.limit}): for "
-                f"tokens, the tokenizer's vocabulary must not exceed the model's; for images, their levels"
-            )
-    if spec.contains is not None and not (array == spec.contains).any(axis=tuple(range(1, array.ndim))).all():
-        raise UserError(
-            f"an example's field {name!r} lacks the value {spec.contains}, by which the model finds the end: the "
-            f"tokenizer's end token must be the model's eos_id"
-        )
-    if spec.span is not None and not (apart := _apart(spec, array)).all():
-        raise UserError(
-            f"the field {name!r} holds {array[int(np.argmin(apart))].tolist()}, where each image takes {spec.span} "
-            f"places: they must not overlap, nor end beyond the {(spec.limit or 0) - 1} that there are"
-        )
-
-
-def _apart(spec: Input, array: Any) -> Any:
-    """bool [B]: whether the images that begin at [B, N] end within the sequence, and no two share a place."""
-    none, span = (spec.limit or 0) - 1, spec.span or 0
-    ends = (array == none) | (array + span <= none)
-    both = (array[:, :, None] < none) & (array[:, None] < none) & ~np.eye(array.shape[1], dtype=bool)
-    shared = both & (abs(array[:, :, None] - array[:, None]) < span)
-    return ends.all(axis=1) & ~shared.any(axis=(1, 2))
-
+FIELDS_ALONE = (
+    *("embed_image", "embed_text", "image_features", "text_features"),
+    *("encode", "posterior", "stage", "log_likelihood_given"),
+)
+"""Capabilities whose first argument is images or tokens."""
 
 MODALITIES = ("text", "image")
 """What `generate` makes segments of."""
 
-SEQUENCE = ("tokens", "target", "segment")
-"""Fields with a value for each place of a sequence."""
-
-Fits = jax.Array | None
-"""Which rows hold values that the model can read; None: all, as was seen on the host."""
-
 
 def _attentive(model: Model, capability: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A capability that checks what it is told."""
-    if capability in ("embed_image", "embed_text", "image_features", "text_features", "encode", "posterior", "stage"):
+    if capability in FIELDS_ALONE:
         name = "tokens" if capability in ("embed_text", "text_features") else "image"
 
         def of_field(variables: Variables, value: jax.Array, *rest: Any, **named: Any) -> Any:
-            given, fits = _read(model.inputs, {name: value}, (name,))
-            return jax.tree.map(lambda y: _blank(y, fits), function(variables, given[name], *rest, **named))
+            given, fits = read_fields(model.inputs, {name: value}, (name,))
+            return jax.tree.map(lambda y: blank(y, fits), function(variables, given[name], *rest, **named))
 
         return of_field
 
-    if capability in ("decode", "log_likelihood_given"):
+    if capability == "decode":
 
-        def of_latents(variables: Variables, latents: Any, *image: jax.Array) -> jax.Array:
+        def decode(variables: Variables, latents: Any) -> jax.Array:
             alone = isinstance(model.latents, Input)
             specs: Any = {"latents": model.latents} if alone else model.latents
-            values, fits = _read(specs, {"latents": latents} if alone else latents, tuple(specs))
-            read = values["latents"] if alone else values
-            if not image:
-                return function(variables, read)
-            seen, known = _read(model.inputs, {"image": image[0]}, ("image",), len(jax.tree.leaves(read)[0]))
-            return _blank(_blank(function(variables, read, seen["image"]), fits), known)
+            values, _ = read_fields(specs, {"latents": latents} if alone else latents, tuple(specs))
+            return function(variables, values["latents"] if alone else values)
 
-        return of_latents
+        return decode
 
     if capability == "sample":
 
@@ -266,8 +199,8 @@ def _attentive(model: Model, capability: str, function: Callable[..., Any]) -> C
                 if not hasattr(model.sampling, "steps"):
                     raise UserError("the model draws in no steps that `on_step` could be told of: leave it out")
                 told["on_step"] = on_step
-            values, fits = _read(model.conditions, given, tuple(given), num)
-            return _blank(function(variables, key, values, num=num, temperature=temperature, **told), fits)
+            values, fits = read_fields(model.conditions, given, tuple(given), num)
+            return blank(function(variables, key, values, num=num, temperature=temperature, **told), fits)
 
         return sample
 
@@ -286,9 +219,9 @@ def _attentive(model: Model, capability: str, function: Callable[..., Any]) -> C
             if not order or not set(order) <= set(MODALITIES):
                 raise UserError(f"`order` is {order}: it must name segments to generate, each text or image")
             told = _settings(model, sampling)
-            values, fits = _read(_beginning(model.inputs, batch), batch, tuple(model.inputs))
+            values, fits = read_fields(beginning(model.inputs, batch), batch, tuple(model.inputs))
             generated = function(variables, key, values, order=order, temperature=temperature, **told)
-            return {name: _blank(field, fits) for name, field in generated.items()}
+            return {name: blank(field, fits) for name, field in generated.items()}
 
         return generate
 
@@ -298,87 +231,21 @@ def _attentive(model: Model, capability: str, function: Callable[..., Any]) -> C
             variables: Variables, key: jax.Array, image: jax.Array, known: np.ndarray, *, temperature: Any = 1.0
         ) -> jax.Array:
             _check_temperature(temperature)
-            given, fits = _read(model.inputs, {"image": image}, ("image",))
+            given, fits = read_fields(model.inputs, {"image": image}, ("image",))
             if known.dtype != bool or known.shape != model.inputs["image"].shape[:2]:
                 raise UserError(
                     f"`known` holds {known.dtype}{list(known.shape)} and must say of each of the "
                     f"{list(model.inputs['image'].shape[:2])} pixels whether it is known, as bool"
                 )
-            return _blank(function(variables, key, given["image"], known, temperature=temperature), fits)
+            return blank(function(variables, key, given["image"], known, temperature=temperature), fits)
 
         return complete
 
     def of_batch(variables: Variables, batch: Batch, key: jax.Array, **rest: Any) -> jax.Array:
-        given, fits = _read(model.inputs, batch, tuple(model.inputs))
-        return _blank(function(variables, given, key, **rest), fits)
+        given, fits = read_fields(model.inputs, batch, tuple(model.inputs))
+        return blank(function(variables, given, key, **rest), fits)
 
     return of_batch
-
-
-def _beginning(specs: Mapping[str, Input], batch: Batch) -> dict[str, Input]:
-    """What `generate` goes on from: fields of a sequence are as long as the given tokens, which may leave room."""
-    shape = np.shape(batch.get("tokens", ()))
-    if "tokens" not in specs or len(shape) != 2 or shape[1] > specs["tokens"].shape[0]:
-        return dict(specs)
-    sequence = {name: specs[name]._replace(shape=shape[1:]) for name in SEQUENCE if name in specs}
-    places = {name: spec._replace(limit=shape[1] + 1) for name, spec in specs.items() if spec.span is not None}
-    return {**specs, **sequence, **places}
-
-
-def _read(
-    specs: Mapping[str, Input], given: Mapping[str, Any], names: tuple[str, ...], num: int | None = None
-) -> tuple[dict[str, jax.Array], Fits]:
-    """The named values in the dtypes of their specification, and which rows of them the model can read.
-
-    Integers of any width will do, as lists and libraries have them, for their values are looked at.
-    """
-    values, fits = {}, None
-    for name in names:
-        if name not in given:
-            raise UserError(f"the model reads the field {name!r} and is given {sorted(given)}: give it as well")
-        spec, value = specs[name], given[name]
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
-        known = not traced and getattr(value, "is_fully_addressable", True)
-        array: Any = np.asarray(value) if known else jnp.asarray(value)
-        integers = np.issubdtype(spec.dtype, np.integer)
-        kind: Any = np.integer if integers else np.bool_ if spec.dtype == "bool" else np.floating
-        if array.shape[1:] != spec.shape or not np.issubdtype(array.dtype, kind):
-            raise UserError(
-                f"the field {name!r} holds {array.dtype}{list(array.shape[1:])} an example and the model expects "
-                f"{spec.dtype}{list(spec.shape)}: give it that"
-            )
-        num = len(array) if num is None else num
-        if len(array) != num:
-            raise UserError(f"the field {name!r} holds {len(array)} examples and {num} are due: give one for each")
-        if known:
-            _check_values(name, spec, array)
-        elif integers:
-            one = _fit(spec, array)
-            fits = one if fits is None else fits & one
-        values[name] = jnp.asarray(value if isinstance(value, jax.Array) else array, spec.dtype)  # where it lies
-    return values, fits
-
-
-def _fit(spec: Input, array: Any) -> jax.Array:
-    """bool [B]: what `_check_values` asks, of an array that is not known yet."""
-    pixels = tuple(range(1, array.ndim))
-    fits = jnp.ones(len(array), bool)
-    if jnp.issubdtype(array.dtype, jnp.signedinteger):  # of the others XLA would fold a constant as large as the images
-        fits &= jnp.all(array >= 0, axis=pixels)
-    if spec.limit is not None and spec.limit <= np.iinfo(array.dtype).max:
-        fits &= jnp.all(array < spec.limit, axis=pixels)
-    if spec.contains is not None:
-        fits &= jnp.any(array == spec.contains, axis=pixels)
-    if spec.span is not None:
-        fits &= _apart(spec, array)
-    return fits
-
-
-def _blank(y: jax.Array, fits: Fits) -> jax.Array:
-    if fits is None:
-        return y
-    nothing = jnp.nan if jnp.issubdtype(y.dtype, jnp.floating) else 0
-    return jnp.where(fits.reshape(-1, *[1] * (y.ndim - 1)), y, jnp.asarray(nothing, y.dtype))
 
 
 def check_sampling(model: Model, sampling: Any) -> None:

@@ -241,7 +241,7 @@ def build(config: Config) -> Model:
         return mean if key is None else mean + jnp.exp(0.5 * log_variance) * noise_like(image, key)
 
     def log_likelihood_given(
-        variables: Variables, latents: Float[Array, "B h w Z"], image: Int[Array, "B H W C"]
+        variables: Variables, image: Int[Array, "B H W C"], latents: Float[Array, "B h w Z"]
     ) -> Float[Array, " B"]:
         shift, scale = module.apply(variables, method="moments")
         mean = module.apply(variables, latents * scale + shift, method="decode")

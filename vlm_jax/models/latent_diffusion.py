@@ -90,7 +90,7 @@ def build(config: Config) -> Model:
         latent_key, prior_key = jax.random.split(key)
         assert first.log_likelihood_given is not None and prior.log_likelihood is not None
         z, log_posterior = drawn_from(stage(variables, batch["image"]), latent_key)
-        log_prob = first.log_likelihood_given(part(variables, "first"), z, batch["image"])
+        log_prob = first.log_likelihood_given(part(variables, "first"), batch["image"], z)
         log_prior = prior.log_likelihood(part(variables, "prior"), {**batch, "image": z}, prior_key)
         return log_prob - log_posterior + log_prior
 

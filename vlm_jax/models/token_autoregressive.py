@@ -226,7 +226,7 @@ def build(config: Config) -> Model:
         codes = stage(variables, batch["image"])
         told = conditions.everything(variables, batch)
         log_prior = jnp.sum(module.apply(variables, codes.reshape(len(codes), -1), told), axis=1)
-        return log_prior + first.log_likelihood_given(part(variables, "first"), codes, batch["image"])
+        return log_prior + first.log_likelihood_given(part(variables, "first"), batch["image"], codes)
 
     def sample(
         variables: Variables,

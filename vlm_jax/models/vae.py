@@ -216,7 +216,7 @@ def build(config: Config) -> Model:
         return mean if key is None else mean + jnp.exp(0.5 * log_variance) * noise_like(image, key)
 
     def log_likelihood_given(
-        variables: Variables, latents: Float[Array, "B Z"], image: Int[Array, "B H W C"]
+        variables: Variables, image: Int[Array, "B H W C"], latents: Float[Array, "B Z"]
     ) -> Float[Array, " B"]:
         outputs = module.apply(variables, latents, method="decode")
         return jnp.sum(logistic_mixture_log_prob(outputs, image, config.levels), axis=(1, 2))

@@ -208,7 +208,7 @@ def build(config: Config) -> Model:
         return from_unit_range(module.apply(variables, latents, method="decode"), config.levels)
 
     def log_likelihood_given(
-        variables: Variables, latents: Int[Array, "B h w *R"], image: Int[Array, "B H W C"]
+        variables: Variables, image: Int[Array, "B H W C"], latents: Int[Array, "B h w *R"]
     ) -> Float[Array, " B"]:
         mean = module.apply(variables, latents, method="decode")
         log_prob = logistic_log_prob(mean, variables["params"]["log_scale"], image, config.levels)
