@@ -96,6 +96,15 @@ def critic_parameters(widths: tuple[int, ...]) -> int:
     return ends + sum(16 * inputs * width + 2 * width for inputs, width in pairwise(widths))
 
 
+SD_VAE = 83_653_863
+
+
+def llamagen_parameters(width: int, depth: int) -> int:
+    """Of a Llama of 16,384 codes, which are read and predicted by tables of their own, and 1,000 classes and none."""
+    mlp = 256 * math.ceil(8 * width / 3 / 256)
+    return depth * (4 * width**2 + 3 * width * mlp + 2 * width) + width + 2 * 16_384 * width + 1_001 * width
+
+
 LOOK = 85_799_424 + (257 - 197) * 768 + critic_parameters((64, 128, 256, 512))
 """Who looks at copies of 256 pixels: the image tower of OpenAI's CLIP ViT-B/16, which has more patches here, and a
 critic."""
@@ -127,10 +136,18 @@ PARAMETERS = {
     # No number is published: of the layers that 2107.00630, appendix B, describes, counted layer by layer.
     "diffusion-vdm-cifar10": vdm_parameters(width=128, blocks=32),
     # 33, 130, 458 and 675 million: of the release, less the 256 positions that it stores.
-    "diffusion-dit-s2": 32_963_360 - 256 * 384,
-    "diffusion-dit-b2": 130_512_416 - 256 * 768,
-    "diffusion-dit-l2": 458_102_816 - 256 * 1024,
-    "diffusion-dit-xl2": 675_129_632 - 256 * 1152,
+    "dit-s2": 32_963_360 - 256 * 384 + SD_VAE,
+    "dit-b2": 130_512_416 - 256 * 768 + SD_VAE,
+    "dit-l2": 458_102_816 - 256 * 1024 + SD_VAE,
+    "dit-xl2": 675_129_632 - 256 * 1152 + SD_VAE,
+    # Of the release's U-Net, and of CLIP's text tower as transformers has it alone.
+    "sd15": 859_520_964 + 123_060_480 + 77 * 768 + SD_VAE,
+    # 0.6 billion: of diffusers' PixArtTransformer2DModel on PyTorch's meta device; and of T5 v1.1 XXL's encoder.
+    "pixart-xl2": 610_856_096 + 4_762_310_656 + 120 * 4096 + SD_VAE,
+    # 111, 343 and 775 million: counted layer by layer; and the tokenizer.
+    "llamagen-b": llamagen_parameters(768, 12) + 71_883_403,
+    "llamagen-l": llamagen_parameters(1024, 24) + 71_883_403,
+    "llamagen-xl": llamagen_parameters(1280, 36) + 71_883_403,
     # Of diffusers' AutoencoderKL and VQModel of these settings, on PyTorch's meta device; f8 is Stable Diffusion's.
     "autoencoder-kl-f4": 55_312_063 + LOOK,
     "autoencoder-kl-f8": 83_653_863 + LOOK,
@@ -168,8 +185,8 @@ def test_the_number_of_parameters_is_that_of_the_release(name: str):
     [
         ("diffusion-ddpm-cifar10", 2e-4, 0.999, 1.0, 128, 800_000, 0.9999, True),
         ("diffusion-vdm-cifar10", 2e-4, 0.99, None, 128, 10_000_000, 0.9999, False),
-        ("diffusion-dit-s2", 1e-4, 0.999, None, 256, 400_000, 0.9999, False),
-        ("diffusion-dit-xl2", 1e-4, 0.999, None, 256, 7_000_000, 0.9999, False),
+        ("dit-s2", 1e-4, 0.999, None, 256, 400_000, 0.9999, False),
+        ("dit-xl2", 1e-4, 0.999, None, 256, 7_000_000, 0.9999, False),
         ("ladder-vae-cifar10", 2e-4, 0.9, 200 / math.log(2), 32, 1_100_000, 0.9999, False),
     ],
 )
@@ -235,7 +252,7 @@ def test_published_samples_are_drawn_as_those_that_were_scored():
     flow = PUBLISHED["tarflow-imagenet64-class"]
     assert (flow.sampling.guidance, flow.sampling.rising, flow.sampling.attention_temperature) == (2.3, True, 1.0)
     assert (flow.model.noise, flow.model.class_dropout, flow.model.classes) == (0.05, 0.1, 1000)
-    guidance = {size: PUBLISHED[f"diffusion-dit-{size}"].sampling.guidance for size in ("s2", "b2", "l2", "xl2")}
+    guidance = {size: PUBLISHED[f"dit-{size}"].sampling.guidance for size in ("s2", "b2", "l2", "xl2")}
     assert guidance == {"s2": 1.0, "b2": 1.0, "l2": 1.0, "xl2": 1.5}
     ddpm = PUBLISHED["diffusion-ddpm-cifar10"]
     assert ddpm.model.variance == "forward"
@@ -331,7 +348,7 @@ def lowered_step(experiment: Experiment) -> jax.stages.Lowered:
     return lower_step(experiment, make_mesh(MeshShape(data=2, fsdp=4 // tensor, tensor=tensor)))[1]
 
 
-SCANNED = ("clip-vit-b16", "diffusion-dit-xl2", "llava-v1-5-7b-projector", "llava-v1-5-7b")  # traced within seconds
+SCANNED = ("clip-vit-b16", "dit-xl2", "llava-v1-5-7b-projector", "llava-v1-5-7b")  # traced within seconds
 
 
 @pytest.mark.parametrize(

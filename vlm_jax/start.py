@@ -23,7 +23,7 @@ from vlm_jax.trees import leaves_by_path, part, unmatched
 COMPUTED = ("scan", "remat", "dtype", "dropout", "class_dropout", "condition_dropout", "features")
 """Settings that may differ: they say how a function is computed, to its rounding, what training leaves out of it, or
 where features are read."""
-SIZED = ("classes", "embedding")
+SIZED = ("classes", "embedding", "objective")
 """Settings that may differ where some paths are left: shapes tell of them, and shapes are compared."""
 RESIZED = ("image_size", "vocab_size", "context_length", "images")
 """Settings that may differ always: position tables are resized, tables of tokens grow, other shapes are compared."""

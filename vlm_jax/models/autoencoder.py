@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.errors import UserError
 from vlm_jax.nn.adversary import Adversarial, Adversary, adversary_rules, check_adversary, onlookers
 from vlm_jax.nn.autoencoder import PYRAMID_RULES, Decoder, Encoder, Pyramid, painter
 from vlm_jax.nn.convolution import check_halved
@@ -54,7 +55,8 @@ class Config(Images):
     network: Pyramid
     latent: int = 4
     """Channels of the latents."""
-    objective: Bound | Adversarial = Bound()
+    objective: Bound | Adversarial | None = Bound()
+    """None: it does not train, as the first stage of another model, and holds nothing for that."""
 
     def __post_init__(self) -> None:
         check_halved(self.network.widths, self.image_size)
@@ -101,7 +103,7 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(c.network, c.channels)
         if isinstance(c.objective, Bound):
             self.log_scale = self.param("log_scale", nn.initializers.constant(-2.0), (c.channels,))
-        else:
+        elif c.objective is not None:
             self.objective = Adversary(c.objective)
         self.mean = self.variable("moments", "mean", jnp.zeros, (c.latent,))
         self.square = self.variable("moments", "square", jnp.ones, (c.latent,))
@@ -207,6 +209,8 @@ def build(config: Config) -> Model:
         variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
     ) -> tuple[Float[Array, ""], Aux]:
         """The negative evidence lower bound in bits a dimension, its divergence in training of the config's weight."""
+        if config.objective is None:
+            raise UserError("model.objective is None, of a first stage that does not train: set it to train one")
         if not isinstance(config.objective, Bound):
             return adversarial_terms(variables, batch, key, step, train=train)
         found, state = applied(variables, batch["image"], key, train=train)

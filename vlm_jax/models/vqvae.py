@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.errors import UserError
 from vlm_jax.nn.adversary import Adversarial, Adversary, adversary_rules, check_adversary, onlookers
 from vlm_jax.nn.autoencoder import PYRAMID_RULES, Decoder, Encoder, Pyramid, painter
 from vlm_jax.nn.codebook import RECENT, use_of_codes
@@ -58,7 +59,8 @@ class Config(Images):
     quantizer: EMA | Learned | SimVQ | FSQ | LFQ | Residual
     penalty_weight: float = 1.0
     """Of the quantiser's penalty beside what else there is to the loss, in training."""
-    objective: Bound | Adversarial = Bound()
+    objective: Bound | Adversarial | None = Bound()
+    """None: it does not train, as the first stage of another model, and holds nothing for that."""
 
     def __post_init__(self) -> None:
         check_halved(self.network.widths, self.image_size)
@@ -108,7 +110,7 @@ class VQVAE(nn.Module):
         self.decoder = Decoder(c.network, c.channels)
         if isinstance(c.objective, Bound):
             self.log_scale = self.param("log_scale", nn.initializers.constant(-2.0), (c.channels,))
-        else:
+        elif c.objective is not None:
             self.objective = Adversary(c.objective)
         shape = (c.quantizer.size,) if c.quantizer.books == 1 else (c.quantizer.books, c.quantizer.size)
         self.age = self.variable("use", "age", lambda: jnp.full(shape, RECENT))
@@ -182,6 +184,8 @@ def build(config: Config) -> Model:
         variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
     ) -> tuple[Float[Array, ""], Aux]:
         """The negative bound in bits a dimension; in training the penalty in place of the codes' rate, a constant."""
+        if config.objective is None:
+            raise UserError("model.objective is None, of a first stage that does not train: set it to train one")
         if not isinstance(config.objective, Bound):
             return adversarial_terms(variables, batch, key, step, train=train)
         (log_prob, found, use), state = applied(variables, batch, key, train=train)
