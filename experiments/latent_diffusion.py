@@ -3,17 +3,17 @@
 from dataclasses import replace
 from typing import Any
 
-from experiments.autoencoder import autoencoder_tiny
+from experiments.autoencoder import autoencoder_tiny, autoencoder_tiny_digits
 from experiments.clip import clip_small
-from experiments.data import OPENMOJI, TINY, TINY_OPTIMIZER
+from experiments.data import DIGITS, OPENMOJI, TINY, TINY_OPTIMIZER
 from vlm_jax.data import Caption, Data, Image, Text
 from vlm_jax.experiment import Experiment
-from vlm_jax.models import autoencoder, clip, diffusion, latent_diffusion, probability_flow, text_encoder
+from vlm_jax.models import autoencoder, clip, diffusion, latent_diffusion, probability_flow, text_encoder, vdm
 from vlm_jax.nn.denoiser import Network
 from vlm_jax.nn.dit import DiT
 from vlm_jax.nn.pixart import PixArt
 from vlm_jax.nn.transformer import Transformer
-from vlm_jax.nn.unet import SD15, LatentUNet
+from vlm_jax.nn.unet import SD15, LatentUNet, UNet
 from vlm_jax.start import Start
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
@@ -52,6 +52,32 @@ def latent_diffusion_tiny() -> Experiment:
         ),
         start=(Start(workdir="runs/autoencoder-tiny", into="first"), read_by("runs/clip-small", "prior/text")),
         frozen=(r"^first/", r"^prior/text/"),
+        cached=True,
+    )
+
+
+def latent_diffusion_tiny_digits() -> Experiment:
+    """Variational diffusion of the latents of `autoencoder-tiny-digits`, which is needed: both bounds in one."""
+    backbone = UNet(widths=(64,), blocks=2, groups=8, dropout=0.1)
+    return Experiment(
+        model=latent_diffusion.Config(
+            first=autoencoder_tiny_digits().model,
+            prior=vdm.Config(
+                image_size=4,
+                channels=4,
+                levels=None,
+                network=Network(backbone=backbone),
+                predict="v",
+                gamma_min=-8.0,
+                schedule="monotone",
+                fourier=(),
+            ),
+        ),
+        sampling=vdm.Sampling(steps=100),
+        data=DIGITS,
+        training=TINY,
+        start=(Start(workdir="runs/autoencoder-tiny-digits", into="first"),),
+        frozen=(r"^first/",),
         cached=True,
     )
 
@@ -192,4 +218,4 @@ def pixart_xl2() -> Experiment:
     return replace(experiment, sampling=diffusion.Sampling(solver="dpm_solver", steps=20, guidance=4.5))
 
 
-PRESETS = (latent_diffusion_tiny, dit_s2, dit_b2, dit_l2, dit_xl2, sd15, pixart_xl2)
+PRESETS = (latent_diffusion_tiny, latent_diffusion_tiny_digits, dit_s2, dit_b2, dit_l2, dit_xl2, sd15, pixart_xl2)

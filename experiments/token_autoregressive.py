@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from experiments.data import TINY, TINY_OPTIMIZER
+from experiments.data import DIGITS, TINY, TINY_OPTIMIZER
 from experiments.latent_diffusion import CAPTIONED, READER, read_by
-from experiments.vqvae import llamagen_tokenizer_f16, vqvae_tiny
+from experiments.vqvae import llamagen_tokenizer_f16, vqvae_tiny, vqvae_tiny_digits
 from vlm_jax.data import Data, Image, Label
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import token_autoregressive
@@ -26,6 +26,19 @@ def token_autoregressive_tiny() -> Experiment:
         ),
         start=(Start(workdir="runs/vqvae-tiny", into="first"), read_by("runs/clip-small", "text")),
         frozen=(r"^first/", r"^text/"),
+        cached=True,
+    )
+
+
+def token_autoregressive_tiny_digits() -> Experiment:
+    """The codes of `vqvae-tiny-digits`, which is needed: a bound by two exact sums."""
+    decoder = DecoderConfig(width=128, depth=4, heads=4, kv_heads=4, head_width=32, mlp=344, dropout=0.1)
+    return Experiment(
+        model=token_autoregressive.Config(first=vqvae_tiny_digits().model, decoder=decoder),
+        data=DIGITS,
+        training=TINY,
+        start=(Start(workdir="runs/vqvae-tiny-digits", into="first"),),
+        frozen=(r"^first/",),
         cached=True,
     )
 
@@ -73,4 +86,4 @@ def llamagen_xl() -> Experiment:
     return llamagen(token_autoregressive.LLAMAGEN_XL, 2e-4)
 
 
-PRESETS = (token_autoregressive_tiny, llamagen_b, llamagen_l, llamagen_xl)
+PRESETS = (token_autoregressive_tiny, token_autoregressive_tiny_digits, llamagen_b, llamagen_l, llamagen_xl)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from experiments.autoencoder import judged
-from experiments.data import OPENMOJI, TINY, TINY_OPTIMIZER
+from experiments.data import DIGITS, DIGITS_IMAGE, OPENMOJI, TINY, TINY_OPTIMIZER
 from vlm_jax.data import Data, Image
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import vqvae
@@ -25,6 +25,20 @@ def vqvae_tiny() -> Experiment:
         ),
         data=OPENMOJI,
         training=replace(TINY, optimizer=replace(TINY_OPTIMIZER, warmup_steps=100), steps=1000, batch_size=32),
+    )
+
+
+def vqvae_tiny_digits() -> Experiment:
+    """Handwritten digits, 8x8: one of 64 codes for each square of 2x2 pixels; minutes on a CPU."""
+    return Experiment(
+        model=vqvae.Config(
+            **DIGITS_IMAGE,
+            network=Pyramid(widths=(32, 64), blocks=1, groups=8, dropout=0.1),
+            hidden=64,
+            quantizer=EMA(size=64, width=8),
+        ),
+        data=DIGITS,
+        training=TINY,
     )
 
 
@@ -107,6 +121,7 @@ def llamagen_tokenizer_f8() -> Experiment:
 
 PRESETS = (
     vqvae_tiny,
+    vqvae_tiny_digits,
     vqvae_imagenet,
     vqgan_f16,
     vqgan_f16_16384,

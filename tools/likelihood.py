@@ -101,7 +101,10 @@ def likelihood(
         path = workdir / name
         try:
             if not complete(path, experiment):
-                run(name, replace(experiment, workdir=str(path), data_dir=str(directory)))
+                starts = tuple(
+                    replace(each, workdir=str(workdir / Path(each.workdir).name)) for each in experiment.start
+                )
+                run(name, replace(experiment, workdir=str(path), data_dir=str(directory), start=starts))
             sheets[name], row = measure(path, load(path), directory, seed, out / f"{name}.json")
             rows.append(row)
             rows.sort(key=lambda row: -row.bits_per_dim)
@@ -145,7 +148,8 @@ def choose(names: tuple[str, ...], data: str) -> dict[str, Experiment]:
             raise UserError(f"{name} trains on {own}, not on {data}: leave it out, or change --data")
         if not has_likelihood(known[name]):
             raise UserError(f"{name} has no likelihood of images: leave it out")
-    return {name: known[name] for name in names}
+    # Those that begin with others' runs after the others.
+    return {name: known[name] for name in sorted(names, key=lambda name: len(known[name].start) > 0)}
 
 
 def begun(chosen: dict[str, Experiment], workdir: Path, data_dir: str | None) -> dict[str, Experiment]:

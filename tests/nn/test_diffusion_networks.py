@@ -84,12 +84,6 @@ def test_the_transformer_starts_at_zero_and_its_blocks_as_the_identity():
     assert all((leaf == 0).all() for leaf in modulations.values())
 
 
-def test_a_network_without_classes_cannot_be_guided():
-    module = Denoiser(Network(backbone=UNet(widths=(8,), blocks=1, groups=4)), 1)
-    with pytest.raises(UserError, match=r"this network is told none: leave sampling\.guidance at 1, not 3\.0"):
-        jax.eval_shape(lambda: module.init_with_output(KEY, X, TIME, guidance=Guidance(3.0)))
-
-
 def test_timestep_features_are_those_of_the_papers():
     """DDPM's frequencies end at 1/10000 (its released code), DiT's one before it."""
     time = np.float32([0, 1, 999])

@@ -55,6 +55,15 @@ def test_what_is_not_given_is_drawn_or_untold(variables):
     assert neither.in_drawing({}, {}, KEY, 2) == neither.in_training({}, {}, KEY) == (None, None)
 
 
+def test_guidance_of_what_was_never_untold_is_refused():
+    CONDITIONS.check_guidance(3.0)
+    Conditions(None, 0.0, None).check_guidance(1.0)
+    with pytest.raises(UserError, match=r"this model is told none: leave sampling\.guidance at 1, not 3\.0"):
+        Conditions(None, 0.1, None).check_guidance(3.0)
+    with pytest.raises(UserError, match=r"which this model never had to make \(condition_dropout 0\): leave sampling"):
+        replace(CONDITIONS, dropout=0.0).check_guidance(0.0)
+
+
 def test_a_reader_that_reads_no_text_is_refused():
     with pytest.raises(UserError, match=r"the model that is to read texts has no text_features: choose another"):
         Conditions(None, 0.1, build(vae.Config(**IMAGE, latent=2, widths=(8,), mixtures=1)))

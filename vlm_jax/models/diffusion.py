@@ -233,6 +233,7 @@ def build(config: Config) -> Model:
                 f"infinite: choose ancestral, ddim or dpm_solver"
             )
         told_key, noise_key, solver_key = jax.random.split(key, 3)
+        conditions.check_guidance(sampling.guidance)
         told = conditions.in_drawing(variables, given, told_key, num)
         levels = variance_preserving(gammas)
         alphas = jnp.concatenate([jnp.ones(1), levels.alpha])  # before the first step there is no noise

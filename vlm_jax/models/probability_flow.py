@@ -189,6 +189,7 @@ def build(config: Config) -> Model:
     ) -> Num[Array, "num H W C"]:
         """The temperature scales all noise. `on_step` sees the states."""
         told_key, noise_key, solver_key = jax.random.split(key, 3)
+        conditions.check_guidance(sampling.guidance)
         told = conditions.in_drawing(variables, given, told_key, num)
 
         def denoised(x: Array, t: Array) -> Denoised:

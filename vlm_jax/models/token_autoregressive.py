@@ -240,16 +240,12 @@ def build(config: Config) -> Model:
         """The temperature is that of each code's softmax; pixels are the decoder's means.
 
         Raises:
-          UserError: it is to be guided and is told nothing.
+          UserError: it is to be guided and is told nothing, or always was told.
         """
         told_key, code_key = jax.random.split(key)
+        conditions.check_guidance(sampling.guidance)
         told = conditions.in_drawing(variables, given, told_key, num)
         guided = sampling.guidance != 1
-        if guided and told.label is None and told.text is None:
-            raise UserError(
-                f"guidance goes away from the prediction without a class or a text and this model is told none: leave "
-                f"sampling.guidance at 1, not {sampling.guidance}"
-            )
         d, stack = unrolled(config.decoder, variables["params"]["decoder"])
         writer: Any = Codes(replace(config, decoder=d), side, size)
         own = {"params": {**variables["params"], "decoder": stack}}

@@ -210,6 +210,7 @@ def build(config: Config) -> Model:
     ) -> Num[Array, "num H W C"]:
         """The temperature scales all noise; at 0 pixels are the likeliest levels. `on_step` sees the states."""
         told_key, noise_key, solver_key, level_key = jax.random.split(key, 4)
+        conditions.check_guidance(sampling.guidance)
         told = conditions.in_drawing(variables, given, told_key, num)
         first, last = module.apply(variables, method="ends")
 

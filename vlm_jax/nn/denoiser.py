@@ -119,11 +119,6 @@ class Denoiser(nn.Module):
         """
         time = jnp.broadcast_to(time, (len(x),))
         classes = self.config.classes
-        if classes is None and told.text is None and guidance.used:
-            raise UserError(
-                f"guidance goes away from the prediction without a class or a text and this network is told none: "
-                f"leave sampling.guidance at 1, not {guidance.scale}"
-            )
         if not guidance.used or (told.label is None and told.text is None):
             return self.predict(x, time, told, train=train)
         y = self.predict(jnp.concatenate([x, x]), jnp.concatenate([time, time]), doubled(told, classes), train=train)

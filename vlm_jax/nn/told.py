@@ -74,6 +74,25 @@ class Conditions:
             label = jnp.where(heard, label, self.classes)
         return Told(label, None if text is None else text._replace(known=heard))
 
+    def check_guidance(self, guidance: float) -> None:
+        """Refuses guidance away from a prediction that was never learned.
+
+        Raises:
+          UserError: the model is told nothing, or always was.
+        """
+        if guidance == 1:
+            return
+        if self.inputs == {}:
+            raise UserError(
+                f"guidance goes away from the prediction without a class or a text and this model is told none: leave "
+                f"sampling.guidance at 1, not {guidance}"
+            )
+        if self.dropout == 0:
+            raise UserError(
+                f"guidance goes away from the prediction without a class or a text, which this model never had to make "
+                f"(condition_dropout 0): leave sampling.guidance at 1, not {guidance}"
+            )
+
     def in_drawing(self, variables: Variables, given: Batch, key: Array, num: int) -> Told:
         """What is given; a class that is not is drawn, and a text that is not is untold."""
         label = sampling_labels(key, given.get("label"), self.classes, num)
