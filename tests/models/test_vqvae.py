@@ -208,8 +208,8 @@ def test_the_networks_are_the_published_ones(config: Config, parameters: int, co
 
 
 def test_vqgan_s_release_weights_the_codes_and_llamagen_s_the_features():
-    """taming-transformers' `quantize.py` (its note on beta) and LlamaGen's `vq_model.py`: the weights of the codes'
-    distance to the features, and of the features' to the codes."""
+    """taming-transformers' `quantize.py` (see its note on beta), LlamaGen's `vq_model.py`: of the distance of the codes
+    to the features, and of the features to the codes."""
     weights = {
         name: (config.penalty_weight, config.penalty_weight * config.quantizer.commitment)
         for name, config in (("vqgan", vqvae.VQGAN_F16), ("llamagen", vqvae.LLAMAGEN_F16))

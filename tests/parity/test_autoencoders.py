@@ -1,5 +1,6 @@
 """First stages of random, perturbed weights compute what diffusers computes, by every layout, and go there and back."""
 
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from vlm_jax.experiment import Experiment
 from vlm_jax.models import build
 from vlm_jax.models.autoencoder import Autoencoder
 from vlm_jax.models.vqvae import VQVAE
-from vlm_jax.pretrained import LAYOUTS
+from vlm_jax.pretrained import LAYOUTS, first_stages
 from vlm_jax.pretrained.layout import named, open_source, recognised, written, written_keys
 from vlm_jax.pretrained.variables import read_variables
 from vlm_jax.train.optim import Optimizer
@@ -139,6 +140,17 @@ def test_a_published_autoencoder_computes_what_diffusers_does(published: tuple[s
     assert np.std(expected["pixels"], axis=(0, 1, 2)).min() > 0.05
     assert name != "vq" or len(np.unique(expected["codes"])) > 10
     assert_equal(ours(config, variables), expected)
+
+
+@pytest.mark.parametrize("kind", [AutoencoderKL, VQModel])
+def test_a_setting_that_is_left_out_is_what_it_is_there(kind: type):
+    """Of diffusers' own signatures; what is expressed in one way only is so by default."""
+    usual = {
+        name: list(setting.default) if isinstance(setting.default, tuple) else setting.default
+        for name, setting in inspect.signature(kind.__init__).parameters.items()
+    }
+    assert first_stages.USUAL[kind.__name__] == {name: usual[name] for name in first_stages.USUAL[kind.__name__]}
+    assert {name: usual[name] for name in first_stages.ONLY if name in usual}.items() <= first_stages.ONLY.items()
 
 
 def test_decoded_images_are_theirs_within_a_level(published: tuple[str, Any, Path]):

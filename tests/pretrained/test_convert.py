@@ -157,6 +157,7 @@ def test_a_layout_that_cannot_be_written_or_is_none_is_refused(source: Path, run
         None: r"is a run: say by --layout",
         "llama-gguf": r"is read and not written",
         "lama": r"there is no layout lama: choose one of llama, llama-gguf",
+        "clip": r"the layout clip is one of clip, and .* holds a language: choose another",
     }.items():
         with pytest.raises(UserError, match=words):
             convert(str(run), tmp_path / "out", layout=layout)

@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -106,6 +108,18 @@ def test_a_converted_run_goes_back_with_its_moments(layout: str, source: Path, r
     if layout == "autoencoder_kl":
         file = "diffusion_pytorch_model.safetensors"
         assert_trees_equal(load_file(tmp_path / "out" / file), load_file(source / file))
+
+
+def test_weights_in_bfloat16_stay_so_and_moments_in_float32(source: Path, tmp_path: Path):
+    file, half = "diffusion_pytorch_model.safetensors", shutil.copytree(source, tmp_path / "half")
+    save_file({key: array.astype(jnp.bfloat16) for key, array in load_file(source / file).items()}, half / file)
+    assert "parameters in bfloat16" in convert(str(half), tmp_path / "run")
+    loaded = load(tmp_path / "run")
+    kinds = {name: {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} for name, tree in loaded.variables.items()}
+    assert kinds == {"params": {"bfloat16"}, "moments": {"float32"}, "said": {"float32"}}
+    assert loaded.experiment.model.network.dtype == "bfloat16"
+    image = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.uint8)
+    assert jax.eval_shape(loaded.model.encode, loaded.variables, image).dtype == jnp.float32
 
 
 def test_a_converted_run_is_evaluated_and_drawn_from(run: Path, data_dir: Path, tmp_path: Path):

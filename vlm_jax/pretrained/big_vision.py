@@ -191,6 +191,7 @@ def export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dic
 def layout(name: str, first: str, *, stacked: bool) -> Layout:
     return Layout(
         name=name,
+        family="clip",
         recognises=lambda source: PATCH in source.tensors and f"{IMAGE}/{first}/LayerNorm_0/scale" in source.tensors,
         config=config,
         entries=partial(entries, stacked=stacked),

@@ -118,6 +118,7 @@ def codes_layout(name: str, names: Names, *, unit: bool) -> Layout:
 
     return Layout(
         name=name,
+        family="vqvae",
         recognises=lambda source: held_by(source, first) and held_by(source, "quantize.embedding.weight"),
         config=lambda source: vq_config(source, names, unit=unit),
         entries=lambda config: vq_entries(config, names),
@@ -132,6 +133,7 @@ def codes_layout(name: str, names: Names, *, unit: bool) -> Layout:
 LAYOUTS = (
     Layout(
         name="autoencoder_kl-compvis",
+        family="autoencoder",
         recognises=lambda source: (
             held_by(source, "encoder.down.0.block.0.norm1.weight") and not held_by(source, "quantize.embedding.weight")
         ),

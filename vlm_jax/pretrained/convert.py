@@ -19,8 +19,8 @@ from vlm_jax.data import Data, Text, Tokenizer, check_tokenizer
 from vlm_jax.data.fields import TextReader
 from vlm_jax.data.tokenizer import SETTINGS
 from vlm_jax.errors import UserError
-from vlm_jax.experiment import Experiment, to_record
-from vlm_jax.models import build
+from vlm_jax.experiment import Experiment, from_record, to_record
+from vlm_jax.models import build, family_of
 from vlm_jax.pretrained import LAYOUTS
 from vlm_jax.pretrained.layout import named, open_source, recognised, written, written_keys
 from vlm_jax.pretrained.tensors import INDEX
@@ -136,6 +136,8 @@ def run_to_weights(workdir: Path, directory: Path, layout: str) -> str:
         raise UserError(f"the layout {layout} is read and not written: choose another")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is there already: choose a directory that is empty or not there")
+    if (family := family_of(from_record(read_record(workdir)).model)) != found.family:
+        raise UserError(f"the layout {layout} is one of {found.family}, and {workdir} holds a {family}: choose another")
     loaded = load(workdir)
     files = {**found.export(loaded.experiment, loaded.tokenizer)}
     collections = {name: tree for name, tree in loaded.variables.items() if name != "params"}

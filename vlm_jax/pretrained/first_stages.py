@@ -65,7 +65,10 @@ def told_by(source: Source, kind: str) -> dict[str, Any]:
     """The settings, with what is left out; raises a `UserError` that names one which cannot be expressed."""
     told, where = source.config, where_of(source)
     if told.get("_class_name") != kind:
-        raise UserError(f"_class_name in {where} is {told.get('_class_name')!r}: weights of these keys are {kind}'s")
+        found = told.get("_class_name")
+        raise UserError(
+            f"_class_name in {where} is {found!r}: bring the config.json of the weights, which are {kind}'s"
+        )
     expects(told, ONLY, where)
     told = {**USUAL[kind], **told}
     if told["in_channels"] != told["out_channels"]:
@@ -204,6 +207,7 @@ def recognises(source: Source) -> bool:
 LAYOUTS = (
     Layout(
         name="autoencoder_kl",
+        family="autoencoder",
         recognises=lambda source: recognises(source) and "quantize.embedding.weight" not in source.tensors,
         config=kl_config,
         entries=kl_entries,
@@ -217,6 +221,7 @@ LAYOUTS = (
     ),
     Layout(
         name="vq_model",
+        family="vqvae",
         recognises=lambda source: recognises(source) and "quantize.embedding.weight" in source.tensors,
         config=vq_config,
         entries=vq_entries,

@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,8 @@ class Layout:
 
     name: str
     """By which `tools.convert --layout` knows it."""
+    family: str
+    """Of the models that it holds: the file of their `Config` in `vlm_jax.models`."""
     recognises: Callable[[Source], bool]
     """Whether files are of this layout."""
     config: Callable[[Source], Any]
@@ -206,6 +209,7 @@ def _places(abstract: Mapping[str, Any]) -> dict[str, _Place]:
     return places
 
 
+@lru_cache(maxsize=1)
 def abstract_variables(config: Any) -> Variables:
     """All that a `Config`'s model keeps, as shapes."""
     model = build(config)

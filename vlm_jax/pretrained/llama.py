@@ -239,6 +239,7 @@ def export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dic
 
 LAYOUT = Layout(
     name="llama",
+    family="language",
     recognises=lambda source: (
         source.config.get("model_type") in KINDS and "model.embed_tokens.weight" in source.tensors
     ),

@@ -136,6 +136,7 @@ def tokenizer(source: Source) -> Tokenizer:
 
 LAYOUT = Layout(
     name="llama-gguf",
+    family="language",
     recognises=lambda source: source.config.get("general.architecture") in KINDS,
     config=config,
     entries=entries,

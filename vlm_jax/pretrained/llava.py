@@ -178,6 +178,7 @@ def layout_of(name: str) -> Layout:
     keys = KEYS[name]
     return Layout(
         name=name,
+        family="llava",
         recognises=lambda source: recognises(keys, source),
         config=lambda source: config_of(keys, source),
         entries=lambda config: entries_of(keys, config),

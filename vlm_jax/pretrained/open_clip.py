@@ -210,6 +210,7 @@ def export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dic
 
 LAYOUT = Layout(
     name="open-clip",
+    family="clip",
     recognises=lambda source: "visual.conv1.weight" in source.tensors and bool(source.beside(SETTINGS)),
     config=config,
     entries=entries,

@@ -98,6 +98,7 @@ def export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dic
 
 LAYOUT = Layout(
     name="openai-clip",
+    family="clip",
     recognises=lambda source: "visual.conv1.weight" in source.tensors and set(SIGNS) <= set(source.tensors),
     config=config,
     entries=entries,

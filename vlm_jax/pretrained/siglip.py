@@ -148,6 +148,7 @@ def export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dic
 
 LAYOUT = Layout(
     name="siglip",
+    family="clip",
     recognises=lambda source: KEY in source.tensors,
     config=config,
     entries=entries,

@@ -34,6 +34,8 @@ def read_variables(layout: Layout, config: Any, source: Source) -> tuple[dict[st
 
 def begun(config: Any, paths: Collection[str]) -> dict[str, np.ndarray]:
     """What a model of a `Config` begins with at these paths, of the seed 0. XLA computes nothing else for it."""
+    if not paths:
+        return {}
     model = build(config)
     batch = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in abstract_batch(model.inputs, 1).items()}
 
@@ -41,4 +43,4 @@ def begun(config: Any, paths: Collection[str]) -> dict[str, np.ndarray]:
         variables = leaves_by_path(dict(model.init(key, batch)))
         return {path: variables[path] for path in paths}
 
-    return {path: np.asarray(leaf) for path, leaf in (jax.jit(those)(jax.random.key(0)) if paths else {}).items()}
+    return {path: np.asarray(leaf) for path, leaf in jax.jit(those)(jax.random.key(0)).items()}
