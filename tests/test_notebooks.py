@@ -21,7 +21,7 @@ def parameters(directory: Path) -> dict[str, object]:
     config = replace(converted.CONFIG, context_length=256)
     weights = converted.write_llama(directory, config, converted.random_weights(config))
     (weights / "tokenizer_config.json").write_text(json.dumps({"chat_template": TURNS}))
-    return {"LANGUAGE": str(weights), "TOWER_STEPS": 2, "PROJECTOR_STEPS": 2, "BATCH_SIZE": 2, "QUESTIONS": 8}
+    return {"LANGUAGE": str(weights), "TOWER_STEPS": 2, "PROJECTOR_STEPS": 2, "BATCH_SIZE": 2, "PICTURES": 8}
 
 
 @pytest.mark.slow
