@@ -162,7 +162,8 @@ def sample(workdir: Path, options: Options = Options()) -> Path | list[str]:
         raise UserError(
             f"{workdir} holds a model that neither samples, completes, reconstructs nor compares images with texts"
         )
-    write_sheet(rows, out, levels=model.inputs["image"].limit or 256)
+    image = model.inputs.get("image")  # one that reads latents draws 8 bits
+    write_sheet(rows, out, levels=(image.limit if image else None) or 256)
     return out
 
 
@@ -234,7 +235,7 @@ def told(loaded: Loaded, options: Options, source: Callable[[], Source]) -> tupl
     if options.prompt:
         titles = list(itertools.islice(itertools.cycle(options.prompt), options.count))
         assert loaded.tokenizer is not None
-        given["tokens"] = loaded.tokenizer.encode(titles, loaded.model.conditions["tokens"].shape[0])
+        given["tokens"] = loaded.tokenizer.encode_prompts(titles, loaded.model.conditions["tokens"].shape[0])
     return titles, given
 
 
@@ -299,7 +300,8 @@ def nearest_images(loaded: Loaded, source: Source, prompts: tuple[str, ...], num
     embed_image, embed_text = jax.jit(model.embed_image), jax.jit(model.embed_text)
     parts = np.array_split(images, min(8, len(images)))
     vectors = jnp.concatenate([embed_image(loaded.variables, part) for part in parts])
-    tokens = tokenizer.encode(texts, model.inputs["tokens"].shape[0])
+    encode = tokenizer.encode_prompts if prompts else tokenizer.encode
+    tokens = encode(texts, model.inputs["tokens"].shape[0])
     similarity = np.asarray(embed_text(loaded.variables, tokens) @ vectors.T)
     rows = []
     for text, line in zip(texts, similarity, strict=True):

@@ -51,6 +51,30 @@ def test_special_ids_and_vocabulary(trained):
     assert trained.encode(TEXTS + UNSEEN, 64).max() < 290
 
 
+def test_of_a_prompt_that_is_too_long_a_line_says_what_is_cut(trained, caplog):
+    """Once, however often it is asked for; what fits to the last token is whole, and nothing is nothing."""
+    fits, long = "woman " * 5, "woman\n" * 6
+    texts = [fits.strip(), long, "", long, "x" * 99]
+    encoded = trained.encode_prompts(texts, 7)
+    np.testing.assert_array_equal(encoded, trained.encode(texts, 7))
+    np.testing.assert_array_equal(encoded[2], [trained.bos_id, trained.eos_id, *[trained.pad_id] * 5])
+    count = len(trained.tokenizer.encode(long, add_special_tokens=False).ids)
+    letters = len(trained.tokenizer.encode("x" * 99, add_special_tokens=False).ids)
+    assert caplog.messages == [
+        f"the prompt {long!r} has {count} tokens and the model reads 5: the rest is cut off",
+        f"the prompt '{'x' * 60}...' has {letters} tokens and the model reads 5: the rest is cut off",
+    ]
+    assert all("\n" not in message for message in caplog.messages)
+
+
+def test_without_a_token_to_begin_with_a_prompt_has_room_for_one_more(tmp_path, caplog):
+    loaded = load_tokenizer(_other(tmp_path, ["[PAD]", "</s>"]))
+    loaded.encode_prompts(["a b a"], 4)
+    assert not caplog.messages
+    loaded.encode_prompts(["a b a b"], 4)
+    assert caplog.messages == ["the prompt 'a b a b' has 4 tokens and the model reads 3: the rest is cut off"]
+
+
 def test_the_vocabulary_ends_after_the_highest_id_whatever_is_left_out(tmp_path):
     tokenizer = tokenizers.Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2, "[UNK]": 100}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -323,7 +323,7 @@ def test_settings_of_sampling_are_asked_for_by_the_command_and_change_no_run(
 
 def test_classes_and_texts_are_told_in_turn_by_number_or_name() -> None:
     source: Any = SimpleNamespace(label_names=("no", "one"), name="these data")
-    tokenizer = SimpleNamespace(encode=lambda texts, length: np.array([[len(text)] * length for text in texts]))
+    tokenizer = SimpleNamespace(encode_prompts=lambda texts, length: np.array([[len(text)] * length for text in texts]))
     loaded: Any = SimpleNamespace(
         tokenizer=tokenizer, model=SimpleNamespace(conditions={"tokens": Input((2,), "int32", 9)})
     )

@@ -1,6 +1,7 @@
 """Text to token ids and back, over the `tokenizers` library."""
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from vlm_jax.errors import UserError
 from vlm_jax.files import parse_json, replace_file
 
+logger = logging.getLogger(__name__)
+
 PAD, BOS, EOS = (
     ("<pad>", "[PAD]"),
     ("<bos>", "<|startoftext|>", "<s>", "[CLS]"),
@@ -24,6 +27,9 @@ SETTINGS = "tokenizer_config.json"
 """Beside a `tokenizer.json`, and says what it does not: which tokens are special, and how a chat is written."""
 TEMPLATE = "chat_template.jinja"
 """Where newer versions of transformers keep the template instead."""
+
+SHOWN = 60
+"""Characters of a text that a warning quotes."""
 
 _KEYS = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -57,6 +63,21 @@ class Tokenizer:
             tokens = self.tokenizer.encode(text, add_special_tokens=False).ids[: length - len(start) - 1]
             row[: len(start) + len(tokens) + 1] = [*start, *tokens, self.eos_id]
         return encoded
+
+    def encode_prompts(self, texts: Sequence[str], length: int) -> np.ndarray:
+        """As `encode`, of what somebody asks for: of each text that is too long a line of warning says so.
+
+        An empty text is none of them: it tells a model nothing.
+        """
+        room = length - (1 if self.bos_id is None else 2)
+        for text in dict.fromkeys(texts):
+            count = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+            if count > room:
+                shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+                logger.warning(
+                    f"the prompt {shown!r} has {count} tokens and the model reads {room}: the rest is cut off"
+                )
+        return self.encode(texts, length)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids [T] up to the first `eos`, without special tokens.

@@ -34,9 +34,9 @@ IMAGES = 400
 NEAR_COPY = 35.0
 """PSNR in dB above which an image is a near-copy of one of training.
 
-Emoji lie on white and come in variants: drawings that differ in the tone of a skin alone are about 30 dB apart, and a
-fifth of the held-out ones of `openmoji` come so near to one of training; to 35 dB a fiftieth does. A copy that a first
-stage has blurred may stay below: so the median of the PSNR is told too. Both stand beside those of the real images."""
+Emoji lie on white and come in variants: two that differ by one shade of a skin are 20 to 33 dB apart. Of the held-out
+ones of `openmoji` a fifth is as near as 30 dB to one of training, a fiftieth as 35 dB. What a first stage has blurred
+may stay below: so the median of the PSNR is told too, and both beside those of the real images."""
 GRIDS = (4, 8)
 """Pixels of the sides of patches whose borders are looked for."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Float, UInt8
 
-TOGETHER = 512
+TOGETHER = 128
 """Images that others are compared with at once."""
 
 
