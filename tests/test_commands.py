@@ -20,6 +20,7 @@ from experiments.presets import from_command_line, presets
 from tools.evaluate import evaluate
 from tools.likelihood import likelihood
 from tools.sample import sample
+from vlm_jax.commandline import gathered
 from vlm_jax.data import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
@@ -230,3 +231,20 @@ def test_settings_of_sampling_of_another_family_are_refused_before_anything_is_w
     with pytest.raises(UserError, match=r"are vlm_jax\.models\.vdm\.Sampling and the model has none"):
         run.run("vae-tiny", experiment)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--prompt", "a", "--prompt", "b c"], ["--prompt", "a", "b c"]),
+        (["--prompt", "a", "b", "--seed", "1", "--prompt", "c"], ["--prompt", "a", "b", "c", "--seed", "1"]),
+        (
+            ["--image", "x", "--prompt", "a", "--image", "y", "--prompt", "b", "--num", "2"],
+            ["--image", "x", "y", "--prompt", "a", "b", "--num", "2"],
+        ),
+        (["--num", "2", "--num", "3"], ["--num", "2", "--num", "3"]),
+        ([], []),
+    ],
+)
+def test_a_flag_may_be_repeated_for_each_of_its_values(given: list[str], meant: list[str]) -> None:
+    assert gathered(given, "--prompt", "--image") == meant

@@ -18,13 +18,14 @@ from tqdm import tqdm
 from tools.asking import LINES, Asking, about, check_images, folder, held_out
 from tools.data import OtherData, choose_data
 from vlm_jax.chat import chats
-from vlm_jax.commandline import command, require_one_process
+from vlm_jax.commandline import command, gathered, require_one_process
 from vlm_jax.contract import Model
 from vlm_jax.data import Source, example, open_data, prompts
 from vlm_jax.errors import UserError, check_seed
 from vlm_jax.experiment import Experiment, from_record
 from vlm_jax.files import check_writable
 from vlm_jax.models import build
+from vlm_jax.objectives.likelihood import from_unit_range
 from vlm_jax.paths import local_path
 from vlm_jax.sheets import Cell, write_sheet
 from vlm_jax.workdir import Loaded, load, read_record
@@ -62,6 +63,8 @@ class Options:
     """Where prepared data sets are; None: where the run had them."""
     seed: int = 0
     """Of the samples."""
+    trajectory: bool = False
+    """Show states between noise and image of each draw, too."""
     temperature: float = 1.0
     """1: draw from the model; lower: with less noise, down to 0."""
     sampling: Any = None
@@ -103,7 +106,7 @@ def main() -> None:
         default=default,
         prog=f"{PROGRAM} {workdir}",
         description=description,
-        args=flags,
+        args=gathered(flags, "--prompt", "--image", "--label"),
         config=(tyro.conf.AvoidSubcommands,),
     )
     shown = sample(Path(workdir), options)
@@ -154,7 +157,7 @@ def sample(workdir: Path, options: Options = Options()) -> Path | list[str]:
         rows += samples(loaded, options, source)
     if model.complete is not None:
         rows += completions(loaded, source(), options)
-    if model.encode is not None and model.decode is not None:
+    if model.encode is not None and model.decode is not None and not options.prompt:
         rows += reconstructions(loaded, source(), min(options.count, COLUMNS))
     if compares and not (options.prompt and "tokens" in model.conditions):
         rows += nearest_images(loaded, source(), options.prompt, options.count)
@@ -188,13 +191,41 @@ def samples(loaded: Loaded, options: Options, source: Callable[[], Source]) -> l
     titles, given = told(loaded, options, source)
     draw = partial(model.sample, given=given, num=num, temperature=options.temperature, sampling=sampling)
     steps = getattr(sampling, "steps", None)
+    shown: set[int] = set()
+    if options.trajectory:
+        if steps is None:
+            raise UserError("--trajectory shows the steps of a solver, and this model draws in none: leave it out")
+        shown = {round(steps * (i + 1) / COLUMNS) for i in range(COLUMNS - 1)}
+    states: dict[int, np.ndarray] = {}
     with tqdm(total=steps, desc="sampling", unit="step", disable=steps is None, leave=False) as bar:
+
+        def stepped(done: np.ndarray, state: np.ndarray) -> None:
+            bar.update()
+            if int(done) in shown:
+                states[int(done)] = np.asarray(state)
+
         if steps is not None:
-            draw = partial(draw, on_step=lambda *_: bar.update())
+            draw = partial(draw, on_step=stepped)
         images = np.asarray(jax.jit(draw)(loaded.variables, jax.random.key(options.seed)))
         jax.effects_barrier()
+    if options.trajectory:
+        seen = {done: painted(loaded, state, images) for done, state in sorted(states.items())}
+        return [
+            (title, [*((each[i], f"step {done}") for done, each in seen.items()), (image, f"step {steps}")])
+            for i, (image, title) in enumerate(zip(images, titles, strict=True))
+        ]
     cells = list(zip(images, titles, strict=True))
     return [(f"samples, step {loaded.step}", cells[i : i + COLUMNS]) for i in range(0, num, COLUMNS)]
+
+
+def painted(loaded: Loaded, state: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """States of a solver as images: those of latents decoded, those of pixels cut off at their range, [-1, 1]."""
+    model = loaded.model
+    if state.shape == images.shape:
+        image = model.inputs["image"]
+        return np.asarray(from_unit_range(jnp.asarray(state), image.limit or 256))
+    assert model.decode is not None
+    return np.asarray(jax.jit(model.decode)(loaded.variables, state))
 
 
 def written(loaded: Loaded, options: Options, out: Path, source: Callable[[], Source]) -> Path | list[str]:

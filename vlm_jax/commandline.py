@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -41,6 +41,32 @@ def command() -> Iterator[None]:
         # Python flushes once more as it ends, and would tell of it there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def gathered(arguments: Sequence[str], *flags: str) -> list[str]:
+    """The same, with all values of a flag that stands there several times where it is first.
+
+    `--prompt a --prompt b` is `--prompt a b`.
+    """
+    found: list[str] = []
+    values: dict[str, int] = {}
+    """Where the values of each flag end among what was found."""
+    current: str | None = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            current = argument if argument in flags else None
+            if current in values:
+                continue
+            found.append(argument)
+            if current is not None:
+                values[current] = len(found)
+        elif current is None:
+            found.append(argument)
+        else:
+            place = values[current]
+            found.insert(place, argument)
+            values = {flag: end + (end >= place) for flag, end in values.items()}
+    return found
 
 
 def check_text(argument: str) -> None:

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 import vlm_jax
+from smallest import CONFIGS
 from tools.evaluate import evaluate
 from tools.sample import Options, sample
 from vlm_jax.contract import Input, Model
 from vlm_jax.errors import UserError
+from vlm_jax.models import build
 from vlm_jax.workdir import Loaded
 
 CONTEXT = 8
@@ -130,3 +132,39 @@ def test_a_judge_that_reads_nothing_is_refused_before_anything_is_computed(
         evaluate(tmp_path, **options)
     assert not (tmp_path / "eval.json").exists()
     assert evaluate(tmp_path, **options, only=("frechet",))["frechet/samples"] == 8
+
+
+def test_a_trajectory_goes_from_noise_to_the_picture_and_a_prompt_draws_the_same_whatever_is_beside_it(
+    painting: Loaded, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model of latents, whose states are decoded."""
+    model = build(CONFIGS["latent diffusion of texts"])
+    spec = model.conditions["tokens"]
+    variables = model.init(
+        jax.random.key(0), {"image": np.zeros((1, 2, 2, 3), np.uint8), "tokens": np.int32([[1, 2, 0]])}
+    )
+    variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)
+    latent = replace(painting, model=model, variables=variables)
+    words = {"a": [1, 2, 0], "b": [3, 4, 2]}
+    monkeypatch.setattr(
+        type(painting.tokenizer),
+        "encode_prompts",
+        lambda self, texts, length: np.int32([words[text] for text in texts]).reshape(-1, *spec.shape),
+    )
+    monkeypatch.setattr("tools.sample.load", lambda workdir, **_: latent)
+    options = Options(prompt=("a", "b"), num=2, trajectory=True, out=tmp_path / "sheet.png")
+    sample(tmp_path, options)
+    *rows, levels = asked
+    assert [title for title, _ in rows] == ["a", "b"] and levels == 3
+    assert [label for _, label in rows[0][1]] == ["step 0", "step 1", "step 2", "step 3", "step 4"][-len(rows[0][1]) :]
+    whole = [cells[-1][0] for _, cells in rows]
+    asked.clear()
+    sample(tmp_path, replace(options, num=5, trajectory=False))
+    ((_, cells), _) = asked
+    for mine, (again, _) in zip(whole, cells, strict=False):
+        assert np.abs(mine.astype(int) - again).max() <= 1
+
+
+def test_a_trajectory_of_what_draws_in_no_steps_is_refused(painting: Loaded, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--trajectory shows the steps of a solver, and this model draws in none"):
+        sample(tmp_path, Options(trajectory=True, num=1, out=tmp_path / "sheet.png"))
