@@ -49,6 +49,7 @@ def layout_of(name: str) -> Layout:
     theirs = KEYS[name]
     return Layout(
         name=name,
+        family="text_encoder",
         recognises=lambda source: recognises(theirs, source),
         config=lambda source: config_of(theirs, source),
         entries=lambda config: text_entries(config.network, "network/", theirs),

@@ -146,6 +146,7 @@ def export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dic
 
 LAYOUT = Layout(
     name="t5",
+    family="text_encoder",
     recognises=lambda source: BIAS in source.tensors,
     config=config,
     entries=lambda config: t5_entries(config.network, "network/"),
