@@ -95,7 +95,11 @@ def llava_tiny_projector() -> Experiment:
 def llava_tiny() -> Experiment:
     """Answers questions about coloured shapes and names emoji, on `clip-small` and `language-tiny`; on a CPU.
 
-    `python -m experiments.run llava-tiny-projector` comes before it, and `clip-small` and `language-tiny` before that.
+    `python -m experiments.run llava-tiny-projector` comes before it (5 minutes of two cores; this takes 17), and
+    `clip-small` and `language-tiny` before that. `python -m tools.evaluate runs/llava-tiny`: 99.5% of 9,673 held-out
+    answers are right, of the open ones 99.3%; without the image 64.0% and 21.4%. Of 2,000 about mosaics (`--data.name
+    mosaic`) 67.8 ± 1.1% where a guess has 34.0%: the colour of a place 98%, its shape 67%, how many 46%, yes or no
+    68%. Of 400 held-out emoji (`--data.name openmoji`) 12.5% are named in the very words.
     """
     return Experiment(
         model=tiny(),
