@@ -20,8 +20,10 @@ from vlm_jax.objectives.diffusion import (
     from_data,
     linear_betas,
     rectified_flow,
+    scaled_linear_betas,
     to_data,
     variance_exploding,
+    zero_terminal,
 )
 from vlm_jax.sampling.diffusion import Denoised, Schedule, Solver, ancestral, ddim, dpm_solver, euler, heun
 
@@ -100,6 +102,15 @@ def predict(kind: Parameterisation, schedule: Schedule, mix: float = 0.0) -> Cal
 @pytest.mark.parametrize(("ours", "theirs"), [(linear_betas, "linear"), (cosine_betas, "squaredcos_cap_v2")])
 def test_betas(ours: Callable[[int], list[float]], theirs: str):
     np.testing.assert_allclose(ours(1000), diffusers.DDPMScheduler(beta_schedule=theirs).betas, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["as trained", "ending in noise"])
+def test_betas_of_stable_diffusion(zero: bool):
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    theirs = diffusers.DDIMScheduler(**settings, rescale_betas_zero_snr=zero).betas
+    ours = scaled_linear_betas(1000)
+    # Theirs are ratios of differences in float32, the last of them of a few thousandths.
+    np.testing.assert_allclose(zero_terminal(ours) if zero else ours, theirs, atol=1e-5 if zero else TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
