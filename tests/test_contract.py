@@ -191,6 +191,18 @@ def test_capabilities_return_what_the_contract_says(preset: str):
                 parts = y if isinstance(y, dict) else {"latents": y}
                 expected = {name: ((BATCH, *spec.shape), spec.dtype) for name, spec in specs.items()}
                 assert {name: (part.shape, part.dtype) for name, part in parts.items()} == expected
+        elif capability == "posterior":
+            for part in jax.eval_shape(function, variables, batch["image"]):
+                assert (part.shape, part.dtype) == ((BATCH, *model.latents.shape), jnp.float32)
+        elif capability == "log_likelihood_given":
+            latents = jax.eval_shape(model.encode, variables, batch["image"])
+            y = jax.eval_shape(function, variables, batch["image"], latents)
+            assert (y.shape, y.dtype) == ((BATCH,), jnp.float32)
+        elif capability == "stage":
+            stage = jax.eval_shape(function, variables, batch["image"])
+            cached = {name: values for name, values in batch.items() if name != "image"} | {"stage": stage}
+            loss = partial(model.loss, key=KEY, step=0, train=True)
+            assert jax.eval_shape(loss, variables, cached)[0].shape == ()
         elif capability == "decode":
             y = jax.eval_shape(function, variables, jax.eval_shape(model.encode, variables, batch["image"]))
             assert (y.shape, y.dtype) == (batch["image"].shape, batch["image"].dtype)

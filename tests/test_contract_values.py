@@ -18,20 +18,31 @@ from smallest import CONFIGS, DROPOUT, NORM_EPS, PARTS
 from vlm_jax.contract import Model, abstract_batch
 from vlm_jax.evals import Subject, likelihood
 from vlm_jax.models import FAMILIES, build, family_of
-from vlm_jax.nn import denoiser
+from vlm_jax.nn import denoiser, spatial_transformer
 from vlm_jax.nn.denoiser import Network
+from vlm_jax.nn.unet import LatentUNet
 from vlm_jax.sampling.diffusion import SOLVERS, Denoised
 
 BATCH = 4
 KEY = jax.random.key(0)
 MODELS = {name: build(config) for name, config in CONFIGS.items()}
-DENOISERS = [name for name, config in CONFIGS.items() if isinstance(getattr(config, "network", None), Network)]
+DENOISERS = [
+    name
+    for name, config in CONFIGS.items()
+    if isinstance(getattr(config, "network", None), Network) and config.network.classes is not None
+]
 DROPOUTS: dict[str, set[tuple[float, bool]]] = {
     "gaussian process": set(),
     "kde": set(),
     "kde of densities": set(),
     "ladder vae": {(DROPOUT, True), (0.0, False)},  # the encoder has none
     "vae of a learned prior": {(DROPOUT, True), (DROPOUT, False)},  # the prior's pass through the encoder has none
+    # Nor have first stages, and readers of texts.
+    **{
+        name: {(DROPOUT, True), (DROPOUT, False)}
+        for name, config in CONFIGS.items()
+        if hasattr(config, "first") or (hasattr(config, "network") and getattr(config, "text", None) is not None)
+    },
 }
 """Rates in training and whether they are drawn, where not all are the config's."""
 
@@ -109,7 +120,12 @@ def test_images_and_texts_are_unit_vectors_of_one_space_and_cost_as_much_as_chan
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
-BOUNDS = [name for name, model in MODELS.items() if model.bound in ("exact", "lower") and "tokens" not in model.inputs]
+BOUNDS = [
+    name
+    for name, model in MODELS.items()
+    if model.bound in ("exact", "lower") and "tokens" not in model.inputs and model.stage is None
+]
+"""Of two stages the loss is that of the second alone, in its own units."""
 
 
 @pytest.mark.usefixtures("towers")
@@ -234,9 +250,11 @@ def test_use_draws_no_dropout_norms_have_their_epsilon_and_no_key_draws_twice(na
 
 
 def check_epsilons(config: Any, *seen: Seen) -> None:
-    """Where a config holds the epsilon of its norms, no norm has another."""
+    """Where a config holds the epsilon of its norms, no norm has another; a spatial transformer's is the release's."""
     epsilons = {epsilon for each in seen for epsilon in each.epsilons}
-    assert epsilons == {NORM_EPS} or "norm_eps" not in setting_names(config)
+    reads = isinstance(getattr(getattr(config, "network", None), "backbone", None), LatentUNet)
+    fixed = {spatial_transformer.NORM_EPS} if reads else set()
+    assert epsilons == {NORM_EPS} | fixed or "norm_eps" not in setting_names(config)
 
 
 def setting_names(config: Any) -> set[str]:
