@@ -95,7 +95,8 @@ def llava_tiny_projector() -> Experiment:
 def llava_tiny() -> Experiment:
     """Answers questions about coloured shapes and names emoji, on `clip-small` and `language-tiny`; on a CPU.
 
-    `python -m experiments.run llava-tiny-projector` comes before it (5 minutes of two cores; this takes 17), and
+    `python -m experiments.run llava-tiny-projector` comes before it (5 minutes of two cores; this takes 17, at
+    1.57 steps a second), and
     `clip-small` and `language-tiny` before that. `python -m tools.evaluate runs/llava-tiny`: 99.5% of 9,673 held-out
     answers are right, of the open ones 99.3%; without the image 64.0% and 21.4%. Of 2,000 about mosaics (`--data.name
     mosaic`) 67.8 ± 1.1% where a guess has 34.0%: the colour of a place 98%, its shape 67%, how many 46%, yes or no
@@ -145,7 +146,12 @@ def llava_smollm2_projector() -> Experiment:
 
 
 def llava_smollm2() -> Experiment:
-    """SmolLM2-135M sees: adapters of rank 16 and the projector learn to answer questions and to name emoji."""
+    """SmolLM2-135M sees: adapters of rank 16 and the projector learn to answer questions and to name emoji.
+
+    `python -m tools.evaluate runs/llava-smollm2 --split "test[:1000]"`: 86.9 ± 1.1% of 1,000 held-out answers are
+    right, of the open ones 95.5%; without the image 50.2% and 19.8%. Mosaics (`--data.name mosaic --split
+    "test[:500]"`) it has not learned: 34.6 ± 2.1%, where a guess has 34.0%.
+    """
     return Experiment(
         model=smollm2(),
         data=seen(TURNS, 49_152, *QUESTIONS),

@@ -58,6 +58,9 @@ def test_settings_of_sampling_come_back_and_make_no_other_run() -> None:
         "solver": "ancestral",
         "steps": 100,
         "guidance": 1.5,
+        "guidance_from": 0.0,
+        "guidance_to": 1.0,
+        "guidance_rescale": 0.0,
     }
     assert from_record(record).sampling == experiment.sampling
     for sampling in (None, replace(experiment.sampling, guidance=3.0, solver="ddim")):

@@ -19,7 +19,8 @@ from vlm_jax.stages import STAGES, staged
 from vlm_jax.start import Start
 
 FIRST = autoencoder.Config(image_size=8, channels=1, levels=17, network=replace(PYRAMID, dropout=0.0), latent=2)
-TRAINING = replace(TINY, steps=3, batch_size=16, log_every=1, checkpoint_every=3)
+OPTIMIZER = replace(TINY.optimizer, schedule="constant")
+TRAINING = replace(TINY, optimizer=OPTIMIZER, steps=3, batch_size=16, log_every=1, checkpoint_every=3)
 
 
 @pytest.fixture(scope="module")

@@ -195,7 +195,7 @@ def samples(loaded: Loaded, options: Options, source: Callable[[], Source]) -> l
     if options.trajectory:
         if steps is None:
             raise UserError("--trajectory shows the steps of a solver, and this model draws in none: leave it out")
-        shown = {round(steps * (i + 1) / COLUMNS) for i in range(COLUMNS - 1)}
+        shown = {round(steps * (i + 1) / COLUMNS) for i in range(COLUMNS - 1)} - {0, steps}
     states: dict[int, np.ndarray] = {}
     with tqdm(total=steps, desc="sampling", unit="step", disable=steps is None, leave=False) as bar:
 
