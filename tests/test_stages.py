@@ -45,6 +45,7 @@ def losses(workdir: Path) -> list[tuple[float, float | None]]:
     return [(line["loss"], line.get("validation_loss")) for line in lines]
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_run_are_those_of_one_whose_stages_are_cached(
     second: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
@@ -71,6 +72,7 @@ def test_the_steps_of_a_run_are_those_of_one_whose_stages_are_cached(
     assert sorted((data_dir / STAGES).iterdir()) == files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

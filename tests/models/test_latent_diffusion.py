@@ -88,6 +88,7 @@ def test_samples_are_the_priors_decoded(variables):
     )
 
 
+@pytest.mark.slow
 def test_a_prompt_changes_what_is_drawn_and_no_prompt_is_untold():
     model = build(CONFIGS["latent diffusion of texts"])
     tokens = np.int32([[1, 2, 0], [3, 4, 2]])

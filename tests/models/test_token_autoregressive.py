@@ -58,7 +58,10 @@ class Case:
         return np.asarray(self.module.apply(self.variables, codes, told), np.float64)
 
 
-@pytest.fixture(scope="module", params=TOLD)
+@pytest.fixture(
+    scope="module",
+    params=["a text", *(pytest.param(name, marks=pytest.mark.slow) for name in TOLD if name != "a text")],
+)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(TOLD[request.param])
 

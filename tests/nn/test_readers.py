@@ -137,6 +137,7 @@ def test_pixart_is_that_of_its_paper():
     np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_networks_start_as_ones_that_read_nothing():
     for config in NETWORKS.values():
         module = Denoiser(config, 2)

@@ -103,6 +103,7 @@ def test_a_sheet_of_a_model_that_reads_latents_is_of_what_it_draws(
     assert len(asked[0][1]) == 1 and asked[-1] == 256
 
 
+@pytest.mark.slow
 def test_pictures_of_captions_are_measured_by_a_judge(painting: Loaded, clip_run: Path, tmp_path: Path) -> None:
     """The real images find what the judge itself retrieves, and what is drawn of one colour is no emoji."""
     out = tmp_path / "eval.json"
@@ -134,6 +135,7 @@ def test_a_judge_that_reads_nothing_is_refused_before_anything_is_computed(
     assert evaluate(tmp_path, **options, only=("frechet",))["frechet/samples"] == 8
 
 
+@pytest.mark.slow
 def test_a_trajectory_goes_from_noise_to_the_picture_and_a_prompt_draws_the_same_whatever_is_beside_it(
     painting: Loaded, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
