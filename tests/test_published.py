@@ -368,7 +368,9 @@ def uncached() -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-SIZES = r"^(dit-(s2|b2|l2)|llamagen-(l|xl)|vqgan-f16-16384|llamagen-tokenizer-f8|autoencoder-kl-(f4|f16)|.*-13b.*)$"
+SIZES = (
+    r"^(sd15|dit-(s2|b2|l2)|llamagen-(l|xl)|vqgan-f16-16384|llamagen-tokenizer-f8|autoencoder-kl-(f4|f16)|.*-13b.*)$"
+)
 """Presets that another one is like in all but sizes, and of a network that takes a minute and more to compile."""
 
 
