@@ -143,7 +143,7 @@ def text_to_image_tiny() -> Experiment:
 
     Needs that run; an hour on two CPU cores. A U-Net, thin where it is fine, paints no borders of patches.
     """
-    backbone = LatentUNet(widths=(16, 32, 96, 192), blocks=1, attention=(8,), heads=4, groups=16, dropout=0.1)
+    backbone = LatentUNet(widths=(16, 32, 96, 192), blocks=1, attention=(8,), heads=4, groups=8, dropout=0.1)
     return Experiment(
         model=probability_flow.Config(
             image_size=64,
