@@ -126,8 +126,13 @@ def test_one_trajectory(preset: str, tmp_path: Path, data_dir: Path) -> None:
 @pytest.mark.parametrize("preset", DIGITS)
 def test_one_trajectory_of_every_family(preset: str, tmp_path: Path, data_dir: Path) -> None:
     """Five steps on one device, and on eight that split the batch, the parameters and the hidden units."""
-    finish(start(preset, tmp_path / "one", data_dir, "--steps", "5"))
-    finish(start(preset, tmp_path / "eight", data_dir, "--steps", "5", *LAYOUTS["data, fsdp and tensor"], devices=8))
+    options = ["--steps", "5"]
+    for i, first in enumerate(presets()[preset][1].start):  # a first stage, of five steps too
+        name = Path(first.workdir).name
+        finish(start(name, tmp_path / name, data_dir, "--steps", "5"))
+        options += [f"--start.{i}.workdir", str(tmp_path / name)]
+    finish(start(preset, tmp_path / "one", data_dir, *options))
+    finish(start(preset, tmp_path / "eight", data_dir, *options, *LAYOUTS["data, fsdp and tensor"], devices=8))
     assert_close(parameters(tmp_path / "eight"), parameters(tmp_path / "one"))
 
 

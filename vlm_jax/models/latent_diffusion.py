@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 from vlm_jax import models
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
-from vlm_jax.models import diffusion, probability_flow, vdm
 from vlm_jax.objectives.likelihood import gaussian_log_density, subpixels
 from vlm_jax.sampling.diffusion import OnStep
 from vlm_jax.sharding import under
@@ -28,8 +27,8 @@ class Config:
 
     first: Any
     """The `Config` of a family that has `encode`, `decode` and real `latents`, such as `autoencoder`."""
-    prior: diffusion.Config | vdm.Config | probability_flow.Config
-    """Of real vectors (`levels` None), of the shape of the latents."""
+    prior: Any
+    """That of `diffusion`, `vdm` or `probability_flow`, of real vectors (`levels` None) of the shape of the latents."""
 
 
 def check_stages(first: Model, prior: Model) -> None:
