@@ -19,7 +19,7 @@ def autoencoder_tiny() -> Experiment:
     return Experiment(
         model=autoencoder.Config(image_size=64, network=Pyramid(widths=(16, 32, 64), blocks=1, groups=8)),
         data=OPENMOJI,
-        training=replace(TINY, optimizer=replace(TINY_OPTIMIZER, warmup_steps=100), steps=1000, batch_size=32),
+        training=replace(TINY, optimizer=replace(TINY_OPTIMIZER, warmup_steps=100), steps=600, batch_size=32),
     )
 
 

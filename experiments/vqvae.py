@@ -24,7 +24,7 @@ def vqvae_tiny() -> Experiment:
             quantizer=EMA(size=512, width=16),
         ),
         data=OPENMOJI,
-        training=replace(TINY, optimizer=replace(TINY_OPTIMIZER, warmup_steps=100), steps=1000, batch_size=32),
+        training=replace(TINY, optimizer=replace(TINY_OPTIMIZER, warmup_steps=100), steps=600, batch_size=32),
     )
 
 
