@@ -13,6 +13,7 @@ from vlm_jax.models import (
     diffusion,
     flow,
     gaussian_process,
+    inception,
     kde,
     ladder_vae,
     language,
@@ -92,7 +93,7 @@ AUTOENCODER = autoencoder.Config(**IMAGE, network=PYRAMID, latent=2)
 LATENTS: dict[str, Any] = {"image_size": 1, "channels": 2, "levels": None}
 """What that makes of an image, as a prior has them."""
 
-PARTS = ("text_encoder",)
+PARTS = ("inception", "text_encoder")
 """Families that are parts of other models: they have neither a loss nor presets. What else a family owes is held for
 their smallest configurations."""
 
@@ -115,6 +116,7 @@ CONFIGS: dict[str, Any] = {
     "flow": FLOW,
     "flow of learned noise": replace(FLOW, dequantisation="variational", dequantisation_steps=1, masked_width=8),
     "gaussian process": gaussian_process.Config(**IMAGE, kernel="rbf"),
+    "inception": inception.Config(image_size=2, size=75, width=16, classes=8),
     "kde": kde.Config(**IMAGE, kernel="discretised"),
     "kde of densities": kde.Config(**IMAGE, kernel="gaussian", queries=2),
     "ladder vae": ladder_vae.Config(

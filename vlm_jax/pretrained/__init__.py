@@ -6,6 +6,7 @@ from vlm_jax.pretrained import (
     clip_text,
     compvis,
     first_stages,
+    inception,
     llama,
     llama_gguf,
     llava,
@@ -29,5 +30,6 @@ LAYOUTS: tuple[Layout, ...] = (
     *compvis.LAYOUTS,
     *clip_text.LAYOUTS,
     t5.LAYOUT,
+    inception.LAYOUT,
 )
 """All that `tools.convert` knows."""

@@ -11,10 +11,15 @@ from vlm_jax.pretrained.layout import Entry, linear, norm
 from vlm_jax.pretrained.tensors import BFLOAT16, Tensors
 
 
-def convolution(path: str, key: str) -> list[Entry]:
-    """A convolution, whose kernel PyTorch keeps as [out, in, height, width] and flax as [height, width, in, out]."""
+def kernel_entry(path: str, key: str) -> Entry:
+    """A convolution's kernel, which PyTorch keeps as [out, in, height, width] and flax as [height, width, in, out]."""
     read, write = (lambda kernel: kernel.transpose(2, 3, 1, 0)), (lambda kernel: kernel.transpose(3, 2, 0, 1))
-    return [Entry(f"{path}/kernel", f"{key}.weight", read, write), Entry(f"{path}/bias", f"{key}.bias")]
+    return Entry(f"{path}/kernel", f"{key}.weight", read, write)
+
+
+def convolution(path: str, key: str) -> list[Entry]:
+    """A convolution and its bias."""
+    return [kernel_entry(path, key), Entry(f"{path}/bias", f"{key}.bias")]
 
 
 def pointwise(path: str, key: str) -> list[Entry]:
