@@ -1,4 +1,4 @@
-"""A judge and a painter, without parameters: what one sees and reads, and the other paints, is told beforehand."""
+"""Judges and painters, without parameters: what the ones see and read, and the others paint, is told beforehand."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm_jax.contract import Input, Model
 from vlm_jax.data import train_tokenizer
-from vlm_jax.evals import Judge
+from vlm_jax.evals import Judge, Pictures, Subject
 
 TOKENIZER = train_tokenizer(["red green blue cat dog bird tree house moon"], 320)
 CONTEXT = 12
@@ -65,4 +65,55 @@ def painter(captions: Sequence[str], pictures: np.ndarray) -> Model:
         conditions={"tokens": spec},
         sampling=Sampling(),
         sample=sample,
+    )
+
+
+def corner(_: Any, image: jax.Array) -> jax.Array:
+    """The levels of the first pixel."""
+    return image[:, 0, 0].astype(jnp.float32)
+
+
+def seeing(
+    size: int,
+    channels: int,
+    limit: int,
+    look: Any = corner,
+    name: str = "judge",
+    *,
+    features: bool = False,
+    fid: bool = False,
+) -> Judge:
+    """One that looks at images, and reads nothing; of `features` it has two of each image, whose mean that is."""
+
+    def parts(variables: Any, image: jax.Array) -> jax.Array:
+        seen = look(variables, image)
+        return jnp.stack([seen - 1, seen + 1], axis=1)
+
+    sees: dict[str, Any] = {"image_features": parts} if features else {"embed_image": look}
+    inputs = {"image": Input((size, size, channels), "uint8", limit)}
+    model = Model(inputs=inputs, init=lambda *_: {}, loss=lambda *_, **__: None, rules=(), **sees)
+    return Judge(model, {}, name=name, fid=fid)
+
+
+def sampler(images: np.ndarray, value: int, valid: int = 0) -> Subject:
+    """A model all of whose samples have one value, beside images of 2x2 pixels, and the first of them again."""
+
+    def sample(_: Any, key: jax.Array, given: Any, *, num: int, temperature: float, sampling: Any) -> jax.Array:
+        return jnp.full((num, 2, 2, 1), value + sampling.brighter, jnp.uint8)
+
+    inputs = {"image": Input((2, 2, 1), "uint8", 256)}
+    return Subject(
+        model=Model(
+            inputs=inputs,
+            init=lambda *_: {},
+            loss=lambda *_, **__: None,
+            rules=(),
+            sampling=Sampling(),
+            sample=sample,
+        ),
+        variables={},
+        batches=lambda: iter(()),
+        examples=len(images) + valid,
+        pictures=Pictures(levels=256, held_out=lambda: iter([images, images[:valid]][: 1 + (valid > 0)])),
+        judges=(seeing(2, 1, 256),),
     )

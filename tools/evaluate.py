@@ -13,7 +13,7 @@ import tyro
 from tqdm import tqdm
 
 from tools.data import OtherData, choose_data
-from tools.judging import load_judges, pictures_of
+from tools.judging import image_of, load_judges, pictures_of
 from vlm_jax.commandline import command, require_one_process
 from vlm_jax.contract import Batch, Input, check_batch
 from vlm_jax.data import (
@@ -69,8 +69,9 @@ def evaluate(
       split: Part of the data set to evaluate on; None: the run's test split.
       checkpoint_step: Step of a checkpoint; None: the best by validation loss, else the newest.
       data_dir: Where prepared data sets are; None: where the run had them.
-      judge: The directories of runs that can embed images, by which those that the model makes are measured. Each of
-        several has metrics of its own, METRIC_by_NAME, where NAME is the end of its directory.
+      judge: The directories of runs that can embed images, or of the network of FID, by which those that the model
+        makes are measured. Each of several has metrics of its own, METRIC_by_NAME, where NAME is the end of its
+        directory.
       zero_shot: A labelled data set to classify; None: the one that the run names, if any.
       zero_shot_split: The part of it to classify; None: test, or the run's.
       zero_shot_label: Its field to classify by, where it has several labels.
@@ -147,7 +148,7 @@ def evaluate(
             labelled=labelled,
             sampling=loaded.experiment.sampling,
             pictures=pictures_of(loaded, source, read, directory, batch_size),
-            judges=load_judges(judge, mesh),
+            judges=load_judges(judge, mesh, image_of(loaded) if judge else None),
         )
         chosen = choose(subject, only)
         facts: Results = {"step": loaded.step, "split": split, "examples": len(rows), "seed": seed}
@@ -272,19 +273,18 @@ def choose(subject: Subject, names: tuple[str, ...]) -> list[Evaluation]:
     """The evaluations of these names; of none: all that apply.
 
     Raises:
-      UserError: there is none of a name, it does not apply, none does, or a judge cannot do what it is needed for.
+      UserError: there is none of a name, it does not apply, none does, or no judge can do what one is needed for.
     """
     known = {evaluation.name: evaluation for evaluation in EVALUATIONS}
     for name in names:
         if name not in known:
             raise UserError(f"there is no evaluation {name}: choose from {', '.join(known)} for --only")
+        known[name].check(subject)
         if not known[name].applies_to(subject):
             raise UserError(f"the model has nothing for the evaluation {name} to measure: leave it out of --only")
     chosen = [known[name] for name in names] or [each for each in EVALUATIONS if each.applies_to(subject)]
     if not chosen:
         raise UserError("the model does nothing that an evaluation measures: give a run of what it is a part of")
-    for evaluation in chosen:
-        evaluation.check(subject)
     return chosen
 
 

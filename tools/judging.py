@@ -15,12 +15,16 @@ from vlm_jax.contract import Input
 from vlm_jax.data import Data, Image, Source, evaluation_batches, open_training_data
 from vlm_jax.errors import UserError
 from vlm_jax.evals import Judge, Pictures
+from vlm_jax.models import build, inception
 from vlm_jax.paths import local_path
 from vlm_jax.workdir import Loaded, load
 
 
-def load_judges(workdirs: Sequence[Path], mesh: Mesh) -> tuple[Judge, ...] | None:
-    """Runs that can embed images; None: of none.
+def load_judges(workdirs: Sequence[Path], mesh: Mesh, shown: Input | None = None) -> tuple[Judge, ...] | None:
+    """Runs that can embed images, or have features of them; None: of none.
+
+    Args:
+      shown: an image that they will look at.
 
     Raises:
       UserError: one is no run, or cannot, or is there twice.
@@ -28,11 +32,15 @@ def load_judges(workdirs: Sequence[Path], mesh: Mesh) -> tuple[Judge, ...] | Non
     judges = []
     for workdir, name in zip(workdirs, names_of(workdirs), strict=True):
         loaded = load(workdir, mesh=mesh)
-        if loaded.model.embed_image is None:
+        model, config = loaded.model, loaded.experiment.model
+        if model.embed_image is None and model.image_features is None:
             raise UserError(
                 f"{workdir} holds a model that does not embed images: give another --judge, such as a clip's"
             )
-        judges.append(Judge(loaded.model, loaded.variables, loaded.tokenizer, name))
+        if isinstance(config, inception.Config) and shown is not None:
+            # It scales images itself, and that is a part of what FID is: nobody else may have done it before.
+            model = build(replace(config, image_size=shown.shape[0]))
+        judges.append(Judge(model, loaded.variables, loaded.tokenizer, name, fid=inception.measures_fid(config)))
     return tuple(judges) or None
 
 

@@ -1,17 +1,15 @@
 """The distance of two sets of images in the eyes of a judge: Gaussians in closed form, and what the judge is shown."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from judging import Sampling, corner, sampler, seeing
 from scipy.linalg import sqrtm
 
-from vlm_jax.contract import Input, Model
 from vlm_jax.errors import UserError
-from vlm_jax.evals import Judge, Pictures, Subject, frechet
+from vlm_jax.evals import frechet
 from vlm_jax.evals.frechet import frechet_distance
 
 
@@ -40,67 +38,37 @@ def test_it_is_symmetric_and_that_of_a_set_from_itself_is_0_though_fewer_than_it
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x)) and frechet_distance(x, y) > 1
 
 
-def seeing(size: int, channels: int, limit: int, look: Any, name: str = "judge") -> Judge:
-    inputs = {"image": Input((size, size, channels), "uint8", limit)}
-    model = Model(inputs=inputs, init=lambda *_: {}, loss=lambda *_, **__: None, rules=(), embed_image=look)
-    return Judge(model, {}, name=name)
-
-
-def corner(_: Any, image: jax.Array) -> jax.Array:
-    return image[:, 0, 0].astype(jnp.float32)
-
-
 @pytest.mark.parametrize(("channels", "seen"), [(3, 3), (3, 1), (1, 3), (1, 1)])
 def test_a_judge_is_shown_images_of_its_size_colours_and_range(channels: int, seen: int) -> None:
     """White is white, whatever its number; 8 of 0 to 16 is the middle of 0 to 255."""
-    judge = seeing(4, seen, 256, corner)
+    judge = seeing(4, seen, 256)
     shown = [np.full((2, 8, 8, channels), 16, np.uint8), np.full((1, 8, 8, channels), 8, np.uint8)]
     np.testing.assert_array_equal(judge.embeddings(shown, 17), np.repeat([[255.0], [255.0], [128.0]], seen, axis=1))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Of sampling."""
-
-    brighter: int = 0
+def test_what_is_seen_of_an_image_hangs_on_no_other_of_its_batch() -> None:
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] + np.zeros((5, 4, 4, 1), np.uint8)
+    np.testing.assert_array_equal(seeing(4, 1, 256).embeddings([images[:3], images[3:]], 256)[:, 0], np.arange(5))
 
 
-def sampling(images: np.ndarray, valid: int, value: int) -> Subject:
-    """A model all of whose samples have one value."""
-
-    def sample(_: Any, key: jax.Array, given: Any, *, num: int, temperature: float, sampling: Any) -> jax.Array:
-        return jnp.full((num, 2, 2, 1), value + sampling.brighter, jnp.uint8)
-
-    inputs = {"image": Input((2, 2, 1), "uint8", 256)}
-    return Subject(
-        model=Model(
-            inputs=inputs,
-            init=lambda *_: {},
-            loss=lambda *_, **__: None,
-            rules=(),
-            sampling=Settings(),
-            sample=sample,
-        ),
-        variables={},
-        batches=lambda: iter(()),
-        examples=len(images) + valid,
-        pictures=Pictures(levels=256, held_out=lambda: iter([images, images[:valid]][: 1 + (valid > 0)])),
-        judges=(seeing(2, 1, 256, corner),),
-    )
+def test_of_features_a_judge_sees_the_mean_as_long_as_it_is() -> None:
+    judge = seeing(4, 3, 256, features=True)
+    assert judge.sees == "features" and not judge.reads and seeing(4, 3, 256).sees == "embeddings"
+    np.testing.assert_array_equal(judge.embeddings([np.full((2, 4, 4, 3), 7, np.uint8)], 256), np.full((2, 3), 7))
 
 
 def test_as_many_samples_are_drawn_as_there_are_held_out_images() -> None:
     images = np.zeros((4, 2, 2, 1), np.uint8)
     images[1::2] = 20
-    subject = sampling(images, 2, 40)
+    subject = sampler(images, 40, 2)
     # Of 0, 20, 0, 20 and 0, 20 the mean is 10 and the variance 120; samples of one value have none.
     assert frechet.run(subject) == {"distance_of_embeddings": pytest.approx(30**2 + 120), "samples": 6}
-    told = replace(subject, sampling=Settings(brighter=10))  # as the run's settings say
+    told = replace(subject, sampling=Sampling(brighter=10))  # as the run's settings say
     assert frechet.run(told)["distance_of_embeddings"] == pytest.approx(40**2 + 120)
 
 
 def test_each_of_several_judges_says_how_far_it_finds_the_same_samples() -> None:
-    subject = sampling(np.zeros((3, 2, 2, 1), np.uint8), 0, 40)
+    subject = sampler(np.zeros((3, 2, 2, 1), np.uint8), 40)
     twice = seeing(2, 1, 256, lambda _, image: 2 * corner(_, image), "other")
     found = frechet.run(replace(subject, judges=(*subject.judges, twice)))
     assert found == {
@@ -110,7 +78,20 @@ def test_each_of_several_judges_says_how_far_it_finds_the_same_samples() -> None
     }
 
 
+def test_it_is_called_fid_in_the_eyes_of_one_network_alone() -> None:
+    subject = sampler(np.zeros((3, 2, 2, 1), np.uint8), 40)
+    judges = (
+        seeing(2, 1, 256, name="clip"),
+        seeing(2, 1, 256, name="other", features=True),
+        seeing(2, 1, 256, name="inception", features=True, fid=True),
+    )
+    names = ("distance_of_embeddings_by_clip", "distance_of_features_by_other", "fid_by_inception", "samples")
+    assert tuple(frechet.run(replace(subject, judges=judges))) == names
+    alone = frechet.run(replace(subject, judges=judges[2:]))
+    assert alone == {"fid": pytest.approx(40**2), "samples": 3}
+
+
 def test_what_a_judge_cannot_look_at_is_told() -> None:
-    subject = sampling(np.zeros((1, 2, 2, 1), np.uint8), 0, 0)
+    subject = sampler(np.zeros((1, 2, 2, 1), np.uint8), 0)
     with pytest.raises(UserError, match="one image has no covariance"):
         frechet.run(subject)

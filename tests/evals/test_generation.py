@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from judging import TOKENIZER, Sampling, judge, painter
@@ -150,20 +149,6 @@ def test_settings_of_sampling_are_the_runs() -> None:
     assert found["near_copies"] == 0
 
 
-def test_each_part_is_drawn_with_noise_of_its_own_and_the_same_again() -> None:
-    def noise(_: Any, key: Any, given: Any, *, num: int, temperature: float, sampling: Any) -> jax.Array:
-        return jax.random.bits(key, (num, 16, 16, 1), "uint8")
-
-    model = replace(painter(CAPTIONS, REAL), sample=noise)
-    one, again = (generation.drawn(subject(model), CAPTIONS, 2) for _ in range(2))
-    np.testing.assert_array_equal(one, again)
-    assert len(np.unique(one.reshape(6, -1), axis=0)) == 6
-    other = generation.drawn(subject(model, key=jax.random.key(1)), CAPTIONS, 2)
-    assert not (one == other).all(axis=(1, 2, 3)).any()
-    key = jax.random.fold_in(jax.random.key(0), 2)
-    np.testing.assert_array_equal(one[4:], jax.random.bits(key, (2, 16, 16, 1), "uint8"))
-
-
 def test_so_many_images_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     assert generation.IMAGES == 400
     for count in (3, 5):
@@ -204,12 +189,22 @@ def test_it_is_of_models_that_are_told_texts_alone() -> None:
         assert not evaluation.applies_to(replace(whole, **{name: None}))
 
 
-def test_a_judge_that_reads_nothing_is_refused_before_anything_is_drawn() -> None:
+def test_judges_that_all_read_nothing_are_refused_before_anything_is_drawn() -> None:
     model = replace(painter(CAPTIONS, REAL), sample=lambda *_, **__: pytest.fail("drawn"))
     blind = replace(witness().model, embed_text=None)
     for mute in (Judge(blind, {}, TOKENIZER, "mute"), Judge(witness().model, {}, None, "mute")):
-        with pytest.raises(UserError, match=r"^mute holds a model that embeds no texts.* generation could not tell"):
-            generation.run(subject(model, witness(), mute))
+        alone = subject(model, mute)
+        assert not generation.EVALUATION.applies_to(alone)
+        with pytest.raises(UserError, match=r"^mute: no judge embeds texts, by which generation could tell"):
+            generation.run(alone)
+
+
+def test_a_judge_that_reads_nothing_beside_one_that_reads_says_nothing() -> None:
+    mute = Judge(replace(witness().model, embed_text=None), {}, TOKENIZER, "mute")
+    both = subject(painter(CAPTIONS, REAL), witness(name="a"), mute)
+    assert generation.EVALUATION.applies_to(both)
+    found = generation.run(both)
+    assert found["recall@1_by_a"] == pytest.approx(5 / 6) and not any("mute" in metric for metric in found)
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_drawn() -> None:

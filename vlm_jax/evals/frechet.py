@@ -1,14 +1,12 @@
 """How far the samples of a model are from held-out images, in the eyes of judges."""
 
-from functools import partial
-
-import jax
 import numpy as np
 from jaxtyping import Float
 
-from vlm_jax.errors import UserError
+from vlm_jax.evals.drawn import parts, seen
 from vlm_jax.evals.judge import Judge, by_each
 from vlm_jax.evals.subject import Evaluation, Subject
+from vlm_jax.evals.writing import Metrics
 
 
 def frechet_distance(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> float:
@@ -26,29 +24,21 @@ def frechet_distance(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -
     return max(0.0, float(difference @ difference + np.trace(root @ root) + np.trace(np.atleast_2d(b)) - 2 * shared))
 
 
-def run(subject: Subject) -> dict[str, float | None]:
-    """Of as many samples as there are held-out images; FID is this distance of one network's features (1706.08500).
+def run(subject: Subject) -> Metrics:
+    """Of as many samples as there are held-out images; in the eyes of one network it is FID (1706.08500).
 
-    Of few images for the dimensions of the embedding it is too large, by what hangs on their number: compare like
-    with like.
+    Of few images for the dimensions of the vectors it is too large, by what hangs on their number: compare like with
+    like.
     """
-    model, pictures = subject.model, subject.pictures
-    assert model.sample is not None and pictures is not None and subject.judges is not None
-    key = jax.random.key(0) if subject.key is None else subject.key
-    real = list(pictures.held_out())
-    if sum(map(len, real)) < 2:
-        raise UserError("one image has no covariance: choose a larger split")
-    draw = jax.jit(partial(model.sample, num=len(real[0]), sampling=subject.sampling))
-    draws = [
-        np.asarray(draw(subject.variables, jax.random.fold_in(key, index), {}))[: len(images)]
-        for index, images in enumerate(real)
-    ]
+    assert subject.judges is not None
 
-    def distance(judge: Judge) -> dict[str, float]:
-        seen, drawn = (judge.embeddings(images, pictures.levels) for images in (real, draws))
-        return {"distance_of_embeddings": frechet_distance(seen, drawn)}
+    def distance(judge: Judge) -> Metrics:
+        vectors = seen(subject, judge)
+        name = "fid" if judge.fid else f"distance_of_{judge.sees}"
+        return {name: frechet_distance(vectors.real, vectors.drawn)}
 
-    return {**by_each(subject.judges, distance), "samples": float(sum(map(len, draws)))}
+    found = by_each(subject.judges, distance)
+    return {**found, "samples": float(sum(len(part.drawn) for part in parts(subject)))}
 
 
-EVALUATION = Evaluation("frechet", ("sample",), run, given=("judges", "pictures"))
+EVALUATION = Evaluation("frechet", ("sample",), run, given=("judges", "pictures"), if_given=("tokenizer", "records"))

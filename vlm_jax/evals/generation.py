@@ -10,22 +10,18 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Bool, UInt8
-from tqdm import tqdm
 
-from vlm_jax.contract import check_batch
-from vlm_jax.errors import UserError
 from vlm_jax.evals.captions import novelty
 from vlm_jax.evals.cider import words
+from vlm_jax.evals.drawn import captions_due, parts, seen
 from vlm_jax.evals.frechet import frechet_distance
 from vlm_jax.evals.judge import Judge, by_each
 from vlm_jax.evals.pixels import border_contrast, psnr_of_nearest
-from vlm_jax.evals.retrieval import RANKS, alike, captions_of, gallery, recall_at
+from vlm_jax.evals.retrieval import RANKS, alike, gallery, recall_at
 from vlm_jax.evals.subject import Evaluation, Subject
 from vlm_jax.evals.writing import Metrics, members
 
@@ -49,31 +45,32 @@ def run(subject: Subject) -> Metrics:
     pictures = subject.pictures
     assert pictures is not None and pictures.training is not None
     assert subject.judges is not None and subject.training_texts is not None
-    held_out = held_out_of(subject)
-    asked = [captions[0] for captions in held_out.captions]
+    captions = captions_due(subject)[:IMAGES]
+    asked = [each[0] for each in captions]
+    beside = parts(subject, IMAGES)
+    together = len(beside[0].real)
+    real, drawn = (np.concatenate(images)[:IMAGES] for images in zip(*beside, strict=True))
     new = novelty(subject.training_texts())
     groups = [new(caption) for caption in asked]
-    sets = {
-        "": drawn(subject, asked, held_out.together),
-        "real_": held_out.images,
-        "nearest_caption_": images_of_nearest(asked, pictures.training()),
-    }
+    sets = {"": drawn, "real_": real, "nearest_caption_": images_of_nearest(asked, pictures.training())}
 
     def judged(judge: Judge) -> Metrics:
-        texts, belongs = gallery(judge, held_out.captions, alike(image.tobytes() for image in held_out.images))
+        if not judge.reads:
+            return {}
+        texts, belongs = gallery(judge, captions, alike(image.tobytes() for image in real))
+        both = seen(subject, judge, IMAGES)
+        nearest = np.split(sets["nearest_caption_"], range(together, len(asked), together))
+        vectors = {"": both.drawn, "real_": both.real, "nearest_caption_": judge.embeddings(nearest, pictures.levels)}
         found: Metrics = {}
-        vectors = {}
-        for name, images in sets.items():
-            parts = np.split(images, range(held_out.together, len(images), held_out.together))
-            vectors[name] = judge.embeddings(parts, pictures.levels)
-            similarity = vectors[name] @ texts.vectors.T
+        for name, each in vectors.items():
+            similarity = each @ texts.vectors.T
             for k, (group, those) in itertools.product(RANKS, members(groups, len(groups)).items()):
                 found[f"{name}recall@{k}{group}"] = recall_at(similarity[those], belongs[those], k)
         found |= {f"chance_recall@{k}": chance(belongs, k) for k in RANKS}
         return found | {"distance_of_embeddings": frechet_distance(vectors["real_"], vectors[""])}
 
     found = by_each(subject.judges, judged)
-    both = np.concatenate([sets[""], sets["real_"]])
+    both = np.concatenate([drawn, real])
     decibels = psnr_of_nearest(both, (image for _, image in pictures.training()), pictures.levels)
     for name, nearest in zip(("", "real_"), np.split(decibels, 2), strict=True):
         found[f"{name}near_copies"] = float(np.mean(nearest > NEAR_COPY))
@@ -81,58 +78,6 @@ def run(subject: Subject) -> Metrics:
         found |= {f"{name}borders_of_{side}": border_contrast(sets[name], side) for side in GRIDS}
     counts = {f"captions_{group}": float(groups.count(group)) for group in sorted(set(groups))}
     return {**found, "captions": float(len(groups)), **counts}
-
-
-class HeldOut(NamedTuple):
-    """The first images of the split."""
-
-    images: UInt8[np.ndarray, "N H W C"]
-    captions: Sequence[Sequence[str]]
-    """All that each image has."""
-    together: int
-    """How many of them are read at a time."""
-
-
-def held_out_of(subject: Subject) -> HeldOut:
-    """At most `IMAGES` of them.
-
-    Raises:
-      UserError: there is one alone, or one without a caption.
-    """
-    assert subject.pictures is not None
-    captions = captions_of(subject)
-    if captions is None:
-        raise UserError("an image of the split has no caption to draw: choose a split whose images have some")
-    if len(captions) < 2:
-        raise UserError("one image has no covariance: choose a larger split")
-    batches, count = [], 0
-    for batch in subject.pictures.held_out():
-        batches.append(batch)
-        count += len(batch)
-        if count >= IMAGES:
-            break
-    return HeldOut(np.concatenate(batches)[:IMAGES], captions[:IMAGES], len(batches[0]))
-
-
-def drawn(subject: Subject, captions: Sequence[str], together: int) -> UInt8[np.ndarray, "N H W C"]:
-    """An image of each caption, so many at a time, each time with other noise.
-
-    Raises:
-      UserError: the tokenizer makes ids that the model cannot be told.
-    """
-    model, tokenizer = subject.model, subject.tokenizer
-    assert model.sample is not None and tokenizer is not None
-    spec = model.conditions["tokens"]
-    # Under `jax.jit` the model would not see what it cannot read.
-    tokens = check_batch({"tokens": spec}, {"tokens": tokenizer.encode(captions, spec.shape[0])})["tokens"]
-    filled = np.pad(tokens, ((0, -len(tokens) % together), (0, 0)), mode="edge")  # so that all parts have one shape
-    key = jax.random.key(0) if subject.key is None else subject.key
-    sample = jax.jit(partial(model.sample, num=together, sampling=subject.sampling))
-    images = []
-    for index, part in enumerate(tqdm(np.split(filled, len(filled) // together), "drawing", leave=False, disable=None)):
-        noise = jax.random.fold_in(key, index)
-        images.append(np.asarray(sample(subject.variables, noise, {"tokens": part})))
-    return np.concatenate(images)[: len(captions)]
 
 
 def images_of_nearest(

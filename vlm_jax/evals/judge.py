@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from vlm_jax.contract import Input, Model, Variables
@@ -15,34 +18,50 @@ from vlm_jax.data.transforms import resample, whole_box
 
 @dataclass(frozen=True)
 class Judge:
-    """A model that has `embed_image`, and what belongs to it."""
+    """A model that has `embed_image`, or `image_features` alone, and what belongs to it."""
 
     model: Model
     variables: Variables
     tokenizer: Tokenizer | None = None
     name: str = "judge"
     """By which its results are told from those of others."""
+    fid: bool = False
+    """Whether it is the network of FID: distances in no other's eyes are called so."""
+
+    @property
+    def sees(self) -> Literal["embeddings", "features"]:
+        """What its vectors of images are: of unit length, or where it has no such, means of the features of all parts
+        of an image, which are as long as they are."""
+        return "features" if self.model.embed_image is None else "embeddings"
 
     @property
     def reads(self) -> bool:
         """Whether it embeds texts too, so that it can say which of them an image shows."""
-        return self.model.embed_text is not None and self.tokenizer is not None
+        return self.sees == "embeddings" and self.model.embed_text is not None and self.tokenizer is not None
 
     def embeddings(self, batches: Iterable[UInt8[np.ndarray, "B H W C"]], levels: int) -> Float[np.ndarray, "N D"]:
         """What it sees in images of any size, in grey or RGB, of values in `[0, levels)`.
 
-        They are scaled as training's are, to the judge's size and range.
+        They are scaled as training's are, to the judge's size and range. The first batch is the largest.
         """
-        assert self.model.embed_image is not None
-        embed = jax.jit(self.model.embed_image)
+        see = self.model.embed_image if self.sees == "embeddings" else self.model.image_features
         spec = self.model.inputs["image"]
         # Each level by that of its share of the whole range.
         scaled = np.round(np.arange(levels) * (((spec.limit or 256) - 1) / (levels - 1))).astype(np.uint8)
-        vectors = []
+        vectors, together = [], 0
         for batch in batches:
             shown = np.stack([_shown(scaled[image], spec) for image in batch])
-            vectors.append(np.asarray(embed(self.variables, shown)))
+            together = max(together, len(shown))
+            filled = np.pad(shown, ((0, together - len(shown)), *[(0, 0)] * 3), mode="edge")  # all have one shape
+            vectors.append(np.asarray(_seen(see, self.variables, filled))[: len(shown)])
         return np.concatenate(vectors)
+
+
+@partial(jax.jit, static_argnums=0)
+def _seen(see: Callable[..., jax.Array], variables: Variables, image: UInt8[Array, "B H W C"]) -> Float[Array, "B D"]:
+    """A vector of each image; of features [B, T, D] their mean."""
+    vectors = see(variables, image)
+    return vectors if vectors.ndim == 2 else jnp.mean(vectors, axis=1)
 
 
 def by_each(judges: Sequence[Judge], measure: Callable[[Judge], Mapping[str, float | None]]) -> dict[str, float | None]:

@@ -31,7 +31,7 @@ class Pictures:
     levels: int
     """Their values are in `[0, levels)`."""
     held_out: Callable[[], Iterator[UInt8[np.ndarray, "B H W C"]]]
-    """The split in order, some at a time."""
+    """The split in order, as many at a time, and the last fewer."""
     training: Callable[[], Iterator[tuple[Mapping[str, Any], UInt8[np.ndarray, "H W C"]]]] | None = None
     """Of each record that the model was trained on its strings, as `Subject.records`, and its image."""
 
@@ -103,22 +103,22 @@ class Evaluation(NamedTuple):
     conditions: tuple[str, ...] = ()
     """Names of what `sample` can be told."""
     judges_read: bool = False
-    """Whether the judges must embed texts."""
+    """Whether one of the judges must embed texts; the others say nothing."""
 
     def applies_to(self, subject: Subject) -> bool:
         able = all(getattr(subject.model, name) is not None for name in self.capabilities)
         told = all(name in subject.model.conditions for name in self.conditions)
-        return able and told and all(getattr(subject, name) is not None for name in self.given)
+        read = not self.judges_read or any(judge.reads for judge in subject.judges or ())
+        return able and told and read and all(getattr(subject, name) is not None for name in self.given)
 
     def check(self, subject: Subject) -> None:
         """Before anything is computed.
 
         Raises:
-          UserError: a judge cannot do what it is needed for.
+          UserError: no judge can do what one is needed for.
         """
-        for judge in subject.judges or ():
-            if self.judges_read and not judge.reads:
-                raise UserError(
-                    f"{judge.name} holds a model that embeds no texts, by which {self.name} could not tell what an "
-                    f"image shows: leave it out of --judge, or name other evaluations by --only"
-                )
+        if self.judges_read and subject.judges and not any(judge.reads for judge in subject.judges):
+            raise UserError(
+                f"{', '.join(judge.name for judge in subject.judges)}: no judge embeds texts, by which {self.name} "
+                f"could tell what an image shows: give another --judge, such as a clip's"
+            )
