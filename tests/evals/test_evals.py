@@ -265,4 +265,4 @@ def test_evaluations_run_where_their_capabilities_are_and_nowhere_else() -> None
     assert applicable(subject(both, **text, labelled=labelled)) == {"retrieval", "zero_shot"}
     looked: dict[str, Any] = {"judges": (Judge(both, {}),), "pictures": Pictures(levels=2, held_out=lambda: iter(()))}
     assert applicable(subject(model(sample=known))) == applicable(subject(model(), **looked)) == set()
-    assert applicable(subject(model(sample=known), **looked)) == {"frechet"}
+    assert applicable(subject(model(sample=known), **looked)) == {"frechet", "kid"}

@@ -6,19 +6,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image as PillowImage
+from safetensors.numpy import save_file
 
 import vlm_jax
+from inceptions import arrays_of, random_params
+from tools import judging
+from tools.convert import convert
 from tools.data import OtherData, choose_data
 from tools.evaluate import evaluate, results_name
-from tools.judging import image_of, names_of, pictures_of
+from tools.judging import image_of, load_judges, names_of, pictures_of
 from tools.sample import Options, sample
 from vlm_jax.contract import Input
 from vlm_jax.data import Data, Image, open_data, open_source, open_training_data
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import from_record, to_record
+from vlm_jax.models import build, inception
+from vlm_jax.sharding import MeshShape, make_mesh
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -119,3 +126,32 @@ def test_pictures_are_as_the_model_reads_or_draws_them(vae_run: Path, data_dir: 
     latent = replace(loaded, model=replace(loaded.model, inputs=inputs, encode=None, decode=None))
     assert image_of(latent) == spec._replace(limit=256)
     assert image_of(replace(latent, model=replace(latent.model, sample=None))) is None
+
+
+def test_the_network_of_fid_judges_images_of_the_size_that_they_have(
+    vae_run: Path, clip_run: Path, tmp_path: Path
+) -> None:
+    """It scales them itself. One of other sizes than published measures no FID, whatever its weights."""
+    config = inception.Config(width=2, classes=None)
+    save_file(arrays_of(config, random_params(config)), tmp_path / "weights.safetensors")
+    convert(str(tmp_path / "weights.safetensors"), tmp_path / "inception")
+    mesh = make_mesh(MeshShape())
+    shown = image_of(vlm_jax.load(vae_run))
+    with jax.set_mesh(mesh):
+        alone, _ = judges = load_judges((tmp_path / "inception", clip_run), mesh, shown)
+    assert alone.model.inputs["image"].shape == (8, 8, 3) and not any(judge.fid for judge in judges)
+    options: dict[str, Any] = {"split": "test[:8]", "batch_size": 8, "out": tmp_path / "eval.json"}
+    results = evaluate(vae_run, **options, judge=(tmp_path / "inception", clip_run), only=("frechet", "kid"))
+    names = {name.partition("/")[2] for name in results if "/" in name and "distance" in name}
+    assert names == {"distance_of_features_by_inception", "distance_of_embeddings_by_run"}
+    assert results["kid/subset_size"] == 4 and "kid/kid_of_features_deviation_by_inception" in results
+    assert results["kid_judge"] == f"{tmp_path / 'inception'}, {clip_run}"
+
+
+def test_the_published_network_measures_fid(vae_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = vlm_jax.load(vae_run)
+    for config, measures in ((inception.Config(), True), (inception.Config(width=2), False)):
+        other = replace(loaded, model=build(config), experiment=replace(loaded.experiment, model=config), variables={})
+        monkeypatch.setattr(judging, "load", lambda *_, other=other, **__: other)
+        (found,) = load_judges((vae_run,), make_mesh(MeshShape()), Input((32, 32, 1), "uint8", 17))
+        assert found.fid == measures and found.model.inputs["image"] == Input((32, 32, 3), "uint8", 256)

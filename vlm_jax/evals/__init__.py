@@ -2,8 +2,10 @@
 
 from vlm_jax.evals import (
     captions,
+    clip_score,
     frechet,
     generation,
+    kid,
     likelihood,
     perplexity,
     reconstruction,
@@ -25,6 +27,8 @@ EVALUATIONS: tuple[Evaluation, ...] = (
     vqa.EVALUATION,
     captions.EVALUATION,
     frechet.EVALUATION,
+    kid.EVALUATION,
+    clip_score.EVALUATION,
     generation.EVALUATION,
 )
 
