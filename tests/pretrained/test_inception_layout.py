@@ -47,7 +47,7 @@ def test_arrays_go_there_and_back(classes: int | None, tmp_path: Path):
 
 
 def test_keys_are_those_of_the_release():
-    """94 convolutions, of each five arrays, and the last layer; rows before columns."""
+    """94 convolutions, of each five arrays, and the last layer."""
     config = inception.Config()
     params = abstract_params(config)
     keys = written_keys(LAYOUT, config, params)
@@ -55,10 +55,24 @@ def test_keys_are_those_of_the_release():
     names = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
     assert {f"Mixed_7c.branch3x3dbl_3b.{name}" for name in names} <= keys.keys()
     assert keys["fc.weight"] == 4 * 1008 * 2048 and keys["Conv2d_4a_3x3.conv.weight"] == 4 * 192 * 80 * 9
+
+
+def test_windows_that_are_no_squares_are_rows_and_columns_as_in_the_release():
+    """Of each name, by its end."""
     small = arrays_of(SMALL, random_params(SMALL))
     assert small["Mixed_6c.branch7x7_2.conv.weight"].shape == (10, 10, 1, 7)
-    assert small["Mixed_6c.branch7x7_3.conv.weight"].shape == (12, 10, 7, 1)
     assert small["Mixed_5d.branch5x5_2.conv.weight"].shape == (4, 3, 5, 5)
+    windows = {key.removesuffix(".conv.weight"): array.shape[2:] for key, array in small.items() if "conv" in key}
+    found: dict[tuple[int, ...], set[str]] = {}
+    for key, window in windows.items():
+        if window[0] != window[1]:
+            found.setdefault(window, set()).add(key.partition(".")[2])
+    assert found == {
+        (1, 7): {"branch7x7_2", "branch7x7dbl_3", "branch7x7dbl_5", "branch7x7x3_2"},
+        (7, 1): {"branch7x7_3", "branch7x7dbl_2", "branch7x7dbl_4", "branch7x7x3_3"},
+        (1, 3): {"branch3x3_2a", "branch3x3dbl_3a"},
+        (3, 1): {"branch3x3_2b", "branch3x3dbl_3b"},
+    }
 
 
 def test_the_weights_of_torchvision_are_refused(tmp_path: Path):
