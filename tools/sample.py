@@ -157,7 +157,9 @@ def sample(workdir: Path, options: Options = Options()) -> Path | list[str]:
         rows += samples(loaded, options, source)
     if model.complete is not None:
         rows += completions(loaded, source(), options)
-    if model.encode is not None and model.decode is not None and not options.prompt:
+    # What was trained elsewhere knows of no data, and its draws need none.
+    knows = loaded.experiment.data.name is not None or not rows
+    if model.encode is not None and model.decode is not None and knows and not options.prompt:
         rows += reconstructions(loaded, source(), min(options.count, COLUMNS))
     if compares and not (options.prompt and "tokens" in model.conditions):
         rows += nearest_images(loaded, source(), options.prompt, options.count)

@@ -22,7 +22,8 @@ from vlm_jax.models import build
 from vlm_jax.models.autoencoder import Autoencoder
 from vlm_jax.models.vqvae import VQVAE
 from vlm_jax.pretrained import LAYOUTS, first_stages
-from vlm_jax.pretrained.layout import named, open_source, recognised, written, written_keys
+from vlm_jax.pretrained.layout import named, recognised, written, written_keys
+from vlm_jax.pretrained.source import open_source
 from vlm_jax.pretrained.variables import read_variables
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
@@ -177,7 +178,7 @@ def write(name: str, path: Path, config: Any, variables: Any) -> dict[str, np.nd
     for file, content in layout.export(experiment_of(config), None).items():
         (path / file).write_text(json.dumps({**content, **told.get(file, {})}))
     arrays = dict(written(layout, config, params, written_keys(layout, config, params)))
-    save_file(arrays, path / layout.weights, metadata={"format": "pt"})
+    save_file(arrays, path / layout.weights[""], metadata={"format": "pt"})
     return arrays
 
 

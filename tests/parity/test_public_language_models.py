@@ -29,7 +29,8 @@ from vlm_jax.models.language import Language, Sampling
 from vlm_jax.nn.sequence import attention_mask, positions
 from vlm_jax.nn.vocabulary import token_logits
 from vlm_jax.pretrained import LAYOUTS
-from vlm_jax.pretrained.layout import open_source, read_params, recognised
+from vlm_jax.pretrained.layout import read_params, recognised
+from vlm_jax.pretrained.source import open_source
 from vlm_jax.pretrained.wheels import WHEELS, fetched
 from vlm_jax.workdir import load
 

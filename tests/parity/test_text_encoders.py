@@ -26,7 +26,8 @@ from vlm_jax.experiment import Experiment
 from vlm_jax.models import build, text_encoder
 from vlm_jax.nn.t5 import bucket_of
 from vlm_jax.pretrained import LAYOUTS
-from vlm_jax.pretrained.layout import named, open_source, read_params, recognised, written, written_keys
+from vlm_jax.pretrained.layout import named, read_params, recognised, written, written_keys
+from vlm_jax.pretrained.source import open_source
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
 from vlm_jax.trees import count_parameters, leaves_by_path

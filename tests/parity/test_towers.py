@@ -24,7 +24,8 @@ from vlm_jax.models import build
 from vlm_jax.nn.vision import normalised
 from vlm_jax.pretrained import clip_hf, siglip
 from vlm_jax.pretrained.images import OPENAI_MEAN, OPENAI_STD
-from vlm_jax.pretrained.layout import Layout, open_source, read_params, written, written_keys
+from vlm_jax.pretrained.layout import Layout, read_params, written, written_keys
+from vlm_jax.pretrained.source import open_source
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
 from vlm_jax.trees import leaves_by_path

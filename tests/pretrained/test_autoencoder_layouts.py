@@ -21,16 +21,8 @@ from vlm_jax.nn.adversary import Adversarial
 from vlm_jax.nn.autoencoder import Pyramid
 from vlm_jax.nn.quantize import EMA, Learned
 from vlm_jax.pretrained import LAYOUTS
-from vlm_jax.pretrained.layout import (
-    abstract_params,
-    held,
-    named,
-    open_source,
-    read_params,
-    recognised,
-    written,
-    written_keys,
-)
+from vlm_jax.pretrained.layout import abstract_params, held, named, read_params, recognised, written, written_keys
+from vlm_jax.pretrained.source import open_source
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
 
@@ -70,7 +62,7 @@ def published(name: str, directory: Path, config: Any = None) -> tuple[Any, dict
     directory.mkdir(exist_ok=True)
     for file, content in exported(name, config).items():
         (directory / file).write_text(json.dumps(content))
-    save_file(arrays, directory / named(LAYOUTS, name).weights)
+    save_file(arrays, directory / named(LAYOUTS, name).weights[""])
     return params, arrays
 
 
@@ -253,7 +245,7 @@ def test_settings_of_other_weights_are_refused(name: str, told: dict[str, Any], 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_key_too_few_or_too_many_is_refused(name: str, tmp_path: Path):
     _, arrays = published(name, tmp_path)
-    layout, file = named(LAYOUTS, name), tmp_path / named(LAYOUTS, name).weights
+    layout, file = named(LAYOUTS, name), tmp_path / named(LAYOUTS, name).weights[""]
     config = layout.config(open_source(tmp_path))
     key = "decoder.conv_out.bias"
     for changed, words in (

@@ -19,16 +19,9 @@ from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.vision import VisionTransformer
 from vlm_jax.pretrained import LAYOUTS
 from vlm_jax.pretrained.images import OPENAI_MEAN, OPENAI_STD
-from vlm_jax.pretrained.layout import (
-    abstract_params,
-    named,
-    open_source,
-    read_params,
-    recognised,
-    written,
-    written_keys,
-)
+from vlm_jax.pretrained.layout import abstract_params, named, read_params, recognised, written, written_keys
 from vlm_jax.pretrained.siglip import canonical
+from vlm_jax.pretrained.source import open_source
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
 from vlm_jax.trees import leaves_by_path
@@ -100,7 +93,7 @@ def published(name: str, directory: Path, config: clip.Config | None = None) -> 
     directory.mkdir(exist_ok=True)
     for file, content in exported(name, config).items():
         (directory / file).write_text(json.dumps(content))
-    write(directory / named(LAYOUTS, name).weights, arrays)
+    write(directory / named(LAYOUTS, name).weights[""], arrays)
     return params, arrays
 
 

@@ -15,15 +15,21 @@ import pytest
 from safetensors.numpy import load_file
 
 from converted import CONFIG, TOKENIZER, assert_trees_equal, random_weights, write_gguf, write_llama
+from smallest import CLIP, LANGUAGE
 from tools.convert import convert
 from tools.sample import Options, sample
 from vlm_jax.contract import abstract_batch
-from vlm_jax.data import train_tokenizer
+from vlm_jax.data import Data, train_tokenizer
 from vlm_jax.errors import UserError
+from vlm_jax.experiment import Experiment, to_record
+from vlm_jax.models import FAMILIES
+from vlm_jax.pretrained import LAYOUTS, llama_gguf, wheels
 from vlm_jax.pretrained import convert as conversion
-from vlm_jax.pretrained import llama_gguf, wheels
+from vlm_jax.pretrained.layout import named
 from vlm_jax.pretrained.tensors import open_tensors
 from vlm_jax.start import Start, check_configs, taken
+from vlm_jax.train.optim import Optimizer
+from vlm_jax.train.plan import Training
 from vlm_jax.trees import leaves_by_path
 from vlm_jax.workdir import load
 
@@ -157,13 +163,36 @@ def test_a_layout_that_cannot_be_written_or_is_none_is_refused(source: Path, run
         None: r"is a run: say by --layout",
         "llama-gguf": r"is read and not written",
         "lama": r"there is no layout lama: choose one of llama, llama-gguf",
-        "clip": r"the layout clip is one of clip, and .* holds a language: choose another",
     }.items():
         with pytest.raises(UserError, match=words):
             convert(str(run), tmp_path / "out", layout=layout)
     with pytest.raises(UserError, match=r"is not there: give the file of the weights"):
         convert(str(tmp_path / "nothing.safetensors"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("layout", [layout.name for layout in LAYOUTS if layout.export is not None])
+def test_a_run_of_another_family_is_refused_by_every_layout_before_it_is_loaded(layout: str, tmp_path: Path):
+    family = named(LAYOUTS, layout).family
+    assert family in FAMILIES
+    model, other, mend = (CLIP, "clip", "clip, siglip") if family == "language" else (LANGUAGE, "language", "llama$")
+    training = Training(optimizer=Optimizer(learning_rate=1e-3), steps=1, batch_size=1)
+    record = to_record("try", Experiment(model=model, data=Data(name=None), training=training), {})
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(record))
+    words = rf"is a run of {other} and the layout {layout} is of {family}: choose one of {mend}"
+    with pytest.raises(UserError, match=words) as refusal:
+        convert(str(run), tmp_path / "out", layout=layout)
+    assert "\n" not in str(refusal.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_of_a_family_without_layouts_stays_one(vae_run: Path, tmp_path: Path):
+    with pytest.raises(
+        UserError, match=r"is a run of vae and the layout clip is of clip: no layout is written of that"
+    ):
+        convert(str(vae_run), tmp_path / "out", layout="clip")
 
 
 def test_a_failure_while_writing_leaves_nothing_behind(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -49,7 +49,7 @@ def write(name: str, directory: Path, config: Any, settings: dict[str, Any]) -> 
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(settings))
     arrays = dict(written(layout, config, params, written_keys(layout, config, params)))
-    save_file(arrays, directory / layout.weights)
+    save_file(arrays, directory / layout.weights[""])
     return directory
 
 

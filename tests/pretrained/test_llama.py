@@ -14,7 +14,8 @@ import pytest
 from converted import CONFIG, KINDS, TOKENIZER, assert_trees_equal, random_weights, write_gguf, write_llama
 from vlm_jax.errors import UserError
 from vlm_jax.pretrained import LAYOUTS, llama, llama_gguf
-from vlm_jax.pretrained.layout import Layout, open_source, read_params, recognised, written, written_keys
+from vlm_jax.pretrained.layout import Layout, read_params, recognised, written, written_keys
+from vlm_jax.pretrained.source import open_source
 from vlm_jax.trees import leaves_by_path
 
 GGUF = replace(CONFIG, decoder=replace(CONFIG.decoder, width=32, head_width=8, mlp=64))

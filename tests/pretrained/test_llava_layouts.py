@@ -19,8 +19,9 @@ from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.vision import VisionTransformer
 from vlm_jax.pretrained import LAYOUTS
 from vlm_jax.pretrained.images import OPENAI_MEAN, OPENAI_STD
-from vlm_jax.pretrained.layout import abstract_params, open_source, read_params, recognised, written, written_keys
+from vlm_jax.pretrained.layout import abstract_params, read_params, recognised, written, written_keys
 from vlm_jax.pretrained.llava import KEYS, export
+from vlm_jax.pretrained.source import open_source
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
 

@@ -91,9 +91,13 @@ class Tokenizer:
         return self.tokenizer.decode([token for token in tokens if token not in (self.pad_id, self.bos_id)])
 
     def same(self, other: "Tokenizer") -> bool:
-        """Whether another makes the same tokens of every text, however it writes a chat."""
+        """Whether another makes the same tokens of every text, however it writes a chat.
+
+        What its file has others set around a text is no part of that.
+        """
         ids = [(each.pad_id, each.bos_id, each.eos_id) for each in (self, other)]
-        return ids[0] == ids[1] and self.tokenizer.to_str() == other.tokenizer.to_str()
+        files = [json.loads(each.tokenizer.to_str()) | {"post_processor": None} for each in (self, other)]
+        return ids[0] == ids[1] and files[0] == files[1]
 
     def save(self, path: Path) -> None:
         """Writes a `tokenizer.json`; `load_tokenizer` reads it, as does the `tokenizers` library.

@@ -21,9 +21,10 @@ from vlm_jax.models import clip
 from vlm_jax.nn.text import TextTransformer
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.vision import VisionTransformer
-from vlm_jax.pretrained.layout import Entry, Layout, Move, Source, same
+from vlm_jax.pretrained.layout import Entry, Layout, Move, same
 from vlm_jax.pretrained.settings import require
 from vlm_jax.pretrained.siglip import END, check_expressible, scalar_entry, tokenizer
+from vlm_jax.pretrained.source import Source
 from vlm_jax.pretrained.tensors import BFLOAT16
 
 IMAGE, TEXT = "params/img/Transformer", "params/txt/Encoder_0"
@@ -198,7 +199,7 @@ def layout(name: str, first: str, *, stacked: bool) -> Layout:
         fields=fields,
         tokenizer=tokenizer,
         export=export,
-        weights="model.npz",
+        weights={"": "model.npz"},
     )
 
 

@@ -22,8 +22,9 @@ from vlm_jax.pretrained.hf_towers import (
     vision_entries,
 )
 from vlm_jax.pretrained.images import Pixels, cropping, pixels, processor
-from vlm_jax.pretrained.layout import Entry, Layout, Source, linear
+from vlm_jax.pretrained.layout import Entry, Layout, linear
 from vlm_jax.pretrained.settings import require
+from vlm_jax.pretrained.source import Source
 
 KEY = "vision_model.pre_layrnorm.weight"  # sic
 PREPROCESSOR = "preprocessor_config.json"

@@ -12,8 +12,9 @@ from vlm_jax.models import text_encoder
 from vlm_jax.nn.text import TextTransformer
 from vlm_jax.pretrained.clip_hf import end_id, end_told
 from vlm_jax.pretrained.hf_towers import IDLE, text_config, text_entries, told_of
-from vlm_jax.pretrained.layout import Layout, Source
+from vlm_jax.pretrained.layout import Layout
 from vlm_jax.pretrained.settings import require
+from vlm_jax.pretrained.source import Source
 
 KIND = "clip_text_model"
 KEYS = {"clip-text": "text_model.", "clip-text-v5": ""}

@@ -22,10 +22,11 @@ from vlm_jax.models import autoencoder, vqvae
 from vlm_jax.nn.adversary import Adversarial
 from vlm_jax.nn.quantize import Learned
 from vlm_jax.pretrained.first_stages import FILE, FRESH, check_codes, codes_entry, projections, where_of
-from vlm_jax.pretrained.layout import Entry, Layout, Source
+from vlm_jax.pretrained.layout import Entry, Layout
 from vlm_jax.pretrained.moments import factors, moments
 from vlm_jax.pretrained.pyramids import COMPVIS, LLAMAGEN, Names, pyramid_entries, pyramid_of
 from vlm_jax.pretrained.settings import require
+from vlm_jax.pretrained.source import Source
 
 PREFIX = "first_stage_model."
 GROUPS = 32

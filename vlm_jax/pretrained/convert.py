@@ -8,13 +8,17 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import tokenizers
 from safetensors.numpy import save_file
+from tokenizers import processors
 
+from vlm_jax.contract import Input, Model
 from vlm_jax.data import Data, Text, Tokenizer, check_tokenizer
 from vlm_jax.data.fields import TextReader
 from vlm_jax.data.tokenizer import SETTINGS
@@ -22,9 +26,10 @@ from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment, from_record, to_record
 from vlm_jax.models import build, family_of
 from vlm_jax.pretrained import LAYOUTS
-from vlm_jax.pretrained.layout import named, open_source, recognised, written, written_keys
+from vlm_jax.pretrained.layout import Layout, named, recognised, written, written_keys
+from vlm_jax.pretrained.source import open_source
 from vlm_jax.pretrained.tensors import INDEX
-from vlm_jax.pretrained.variables import read_variables
+from vlm_jax.pretrained.variables import read_variables, without_derived
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.frozen import save_frozen
 from vlm_jax.train.optim import Optimizer
@@ -78,7 +83,7 @@ def weights_to_run(path: Path, workdir: Path, layout: str | None = None) -> str:
     tokenizer = None if tokens is None else found.tokenizer(source)
     if tokenizer is not None and tokens is not None:
         check_tokenizer(tokenizer, vocab_size=tokens.limit, eos_id=tokens.contains)
-    variables, drawn = read_variables(found, config, source)
+    variables, drawn = read_variables(found, config, source, tokenizer)
     dtype = next(iter(jax.tree.leaves(variables["params"]))).dtype
     fields = found.fields(source)
     experiment = Experiment(
@@ -93,6 +98,7 @@ def weights_to_run(path: Path, workdir: Path, layout: str | None = None) -> str:
         training=Training(optimizer=Optimizer(learning_rate=1e-5), steps=1, batch_size=8),
         frozen=() if dtype == np.float32 else (ALL,),
         frozen_dtype=None if dtype == np.float32 else "bfloat16",
+        sampling=found.sampling(config),
     )
     save(workdir, to_record(f"convert/{found.name}", experiment, {}), variables, experiment, tokenizer)
     count = count_parameters(variables["params"])
@@ -134,38 +140,76 @@ def run_to_weights(workdir: Path, directory: Path, layout: str) -> str:
     found = named(LAYOUTS, layout)
     if found.export is None:
         raise UserError(f"the layout {layout} is read and not written: choose another")
+    check_family(found, family_of(from_record(read_record(workdir)).model), workdir)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is there already: choose a directory that is empty or not there")
-    if (family := family_of(from_record(read_record(workdir)).model)) != found.family:
-        raise UserError(f"the layout {layout} is one of {found.family}, and {workdir} holds a {family}: choose another")
     loaded = load(workdir)
-    files = {**found.export(loaded.experiment, loaded.tokenizer)}
+    config, tokenizer = loaded.experiment.model, loaded.tokenizer
+    told = {**found.export(loaded.experiment, tokenizer)}
     collections = {name: tree for name, tree in loaded.variables.items() if name != "params"}
     for name, settings in found.told(collections).items():
-        files[name] = {**files[name], **settings}
-    params = loaded.variables["params"]
-    shards = shards_of(written_keys(found, loaded.experiment.model, params))
+        told[name] = {**told[name], **settings}
+    params = without_derived(found, config, loaded.variables["params"], tokenizer)
+    files, indexes = files_of(found.weights, written_keys(found, config, params))
     with failure_told(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".", dir=directory.parent))
         try:
-            weight_map: dict[str, str] = {}
-            for number, keys in enumerate(shards, 1):
-                name = shard_name(found.weights, number, len(shards))
-                write_arrays(temporary / name, dict(written(found, loaded.experiment.model, params, keys)))
-                weight_map |= dict.fromkeys(keys, name)
-            if len(shards) > 1:
-                files[Path(found.weights).stem + INDEX] = {"metadata": {}, "weight_map": weight_map}
-            for name, content in files.items():
+            for place in {*found.weights, found.tokenizer_directory, *(str(Path(name).parent) for name in told)}:
+                (temporary / place).mkdir(parents=True, exist_ok=True)
+            for file in files:
+                arrays = dict(written(found, config, params, file.keys))
+                arrays = {key.removeprefix(file.directory): array for key, array in arrays.items()}
+                write_arrays(temporary / file.directory / file.name, arrays)
+            for name, content in (told | indexes).items():
                 (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
-            if loaded.tokenizer is not None:
-                loaded.tokenizer.save(temporary / "tokenizer.json")
-                (temporary / SETTINGS).write_text(json.dumps(tokenizer_settings(loaded.tokenizer), indent=2) + "\n")
+            if tokenizer is not None:
+                beside = temporary / found.tokenizer_directory
+                published_tokenizer(tokenizer, loaded.model).save(beside / "tokenizer.json")
+                settings = tokenizer_settings(tokenizer, loaded.model.inputs["tokens"])
+                (beside / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
             temporary.chmod(0o755)
             temporary.replace(directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return f"{directory} holds step {loaded.step} of {workdir}, of layout {layout}"
+
+
+def check_family(layout: Layout, family: str, workdir: Path) -> None:
+    """Refuses a run whose family is not the one that a layout is of."""
+    if family != layout.family:
+        others = [each.name for each in LAYOUTS if each.family == family and each.export is not None]
+        mend = f"choose one of {', '.join(others)}" if others else "no layout is written of that family, it stays a run"
+        raise UserError(f"{workdir} is a run of {family} and the layout {layout.name} is of {layout.family}: {mend}")
+
+
+class File(NamedTuple):
+    """Of weights, as they are written."""
+
+    directory: str
+    """With which the keys of the layout begin, and those in the file do not."""
+    name: str
+    keys: list[str]
+    """The layout's."""
+
+
+def files_of(weights: Mapping[str, str], sizes: Mapping[str, int]) -> tuple[list[File], dict[str, dict[str, Any]]]:
+    """The files of weights, and by their paths the indexes of directories where there are several.
+
+    Args:
+      weights: of a layout.
+      sizes: bytes of the arrays by the layout's keys.
+    """
+    files: list[File] = []
+    indexes = {}
+    for directory, name in weights.items():
+        shards = shards_of({key: size for key, size in sizes.items() if key.startswith(directory)})
+        here = [File(directory, shard_name(name, i, len(shards)), keys) for i, keys in enumerate(shards, 1)]
+        if len(here) > 1:
+            weight_map = {key.removeprefix(directory): file.name for file in here for key in file.keys}
+            indexes[directory + Path(name).stem + INDEX] = {"metadata": {}, "weight_map": weight_map}
+        files += here
+    return files, indexes
 
 
 def shards_of(sizes: Mapping[str, int]) -> list[list[str]]:
@@ -181,13 +225,35 @@ def shards_of(sizes: Mapping[str, int]) -> list[list[str]]:
     return shards
 
 
-def tokenizer_settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Beside a `tokenizer.json`, what transformers would else guess by the name of the model."""
+def published_tokenizer(tokenizer: Tokenizer, model: Model) -> Tokenizer:
+    """Of a model that finds the end of a text the tokenizer whose file says what stands around one: ours need not."""
+    if model.inputs["tokens"].contains is None:
+        return tokenizer
+    inner = tokenizers.Tokenizer.from_str(tokenizer.tokenizer.to_str())
+    around = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None]
+    if inner.encode("", add_special_tokens=True).ids == around:
+        return tokenizer
+    names = [str(inner.id_to_token(token)) for token in around]
+    inner.post_processor = processors.TemplateProcessing(
+        single=[*names[:-1], "$A", names[-1]], special_tokens=[*zip(names, around, strict=True)]
+    )
+    inner.encode_special_tokens = True
+    return replace(tokenizer, tokenizer=inner)
+
+
+def tokenizer_settings(tokenizer: Tokenizer, tokens: Input) -> dict[str, Any]:
+    """Beside a `tokenizer.json`, what transformers would else guess by the name of the model.
+
+    Args:
+      tokens: as the model reads them.
+    """
     ids = {"pad_token": tokenizer.pad_id, "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     return {
         **{name: None if token is None else tokenizer.tokenizer.id_to_token(token) for name, token in ids.items()},
         "add_bos_token": tokenizer.bos_id is not None,
+        "add_eos_token": tokens.contains is not None,
         "chat_template": tokenizer.chat_template,
+        "model_max_length": tokens.shape[-1],
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
 

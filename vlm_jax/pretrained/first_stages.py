@@ -6,7 +6,7 @@ the latents are the moments of the run, so that `encode` gives what the pipeline
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vlm_jax.data import Image, Tokenizer
@@ -16,10 +16,20 @@ from vlm_jax.models import autoencoder, vqvae
 from vlm_jax.nn.adversary import Adversarial
 from vlm_jax.nn.autoencoder import Pyramid
 from vlm_jax.nn.quantize import Learned
-from vlm_jax.pretrained.layout import Entry, Layout, Source
+from vlm_jax.pretrained.layout import Entry, Layout
 from vlm_jax.pretrained.moments import factors, moments
-from vlm_jax.pretrained.pyramids import DIFFUSERS, attentive, computed_in, heights, pointwise, pyramid_entries
+from vlm_jax.pretrained.pyramids import (
+    DIFFUSERS,
+    attentive,
+    block_types,
+    computed_in,
+    heights,
+    levels_of,
+    pointwise,
+    pyramid_entries,
+)
 from vlm_jax.pretrained.settings import expects, require
+from vlm_jax.pretrained.source import Source
 from vlm_jax.records import to_json
 
 KL, VQ = "AutoencoderKL", "VQModel"
@@ -47,6 +57,8 @@ ONLY = {
     "norm_type": "group",
 }
 DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
+MARK = "Attn"
+"""With what the type of a block with attention begins."""
 ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """What older files call them -> what newer ones do."""
 FRESH = (r"^objective/", r"^log_scale$")
@@ -76,20 +88,6 @@ def told_by(source: Source, kind: str) -> dict[str, Any]:
     return told
 
 
-def attention_of(told: Mapping[str, Any], where: str) -> set[int]:
-    """The levels with attention, which must be the decoder's, too."""
-    found = []
-    for name, plain in (("down_block_types", DOWN), ("up_block_types", UP)):
-        blocks = told[name] if isinstance(told[name], list) else [told[name]]
-        if other := [block for block in blocks if block not in (plain, f"Attn{plain}")]:
-            raise UserError(f"{name} in {where} has {other[0]!r}: {plain} and Attn{plain} can be expressed")
-        found.append([block != plain for block in blocks])
-    down, up = found
-    if down != up[::-1]:
-        raise UserError(f"up_block_types in {where} is {told['up_block_types']}, which must mirror down_block_types")
-    return {level for level, attends in enumerate(down) if attends}
-
-
 def config_of(source: Source, kind: str, build: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
     """The `Config` that settings tell.
 
@@ -100,7 +98,7 @@ def config_of(source: Source, kind: str, build: Callable[[dict[str, Any], dict[s
       UserError: there are none, or one cannot be expressed, which is named.
     """
     told, where = told_by(source, kind), where_of(source)
-    levels, size = attention_of(told, where), told["sample_size"]
+    levels, size = levels_of(told, where, (DOWN, UP), MARK), told["sample_size"]
     if not isinstance(size, int):
         raise UserError(f"sample_size in {where} is {size!r}: it must be a number of pixels, of height and width")
     try:
@@ -159,17 +157,13 @@ def told_of(config: autoencoder.Config | vqvae.Config, kind: str) -> dict[str, A
     """The inverse of `config_of`, but for what is one family's."""
     require({"levels": (config.levels, 256)}, kind)
     network, size = config.network, config.image_size
-    levels = attentive(network, size)
-
-    def blocks(plain: str) -> list[str]:
-        return [f"Attn{plain}" if level in levels else plain for level in range(len(network.widths))]
-
+    levels, count = attentive(network, size), len(network.widths)
     return {
         "_class_name": kind,
         "in_channels": config.channels,
         "out_channels": config.channels,
-        "down_block_types": blocks(DOWN),
-        "up_block_types": blocks(UP)[::-1],
+        "down_block_types": block_types(DOWN, MARK, levels, count),
+        "up_block_types": block_types(UP, MARK, levels, count)[::-1],
         "block_out_channels": list(network.widths),
         "layers_per_block": network.blocks,
         "act_fn": "silu",
@@ -185,8 +179,12 @@ def check_codes(config: vqvae.Config, *, unit: bool, whose: str) -> None:
 
 
 def kl_export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dict[str, Any]]:
-    config: autoencoder.Config = experiment.model
-    return {FILE: {**told_of(config, KL), "latent_channels": config.latent}}
+    return {FILE: kl_told(experiment.model)}
+
+
+def kl_told(config: autoencoder.Config) -> dict[str, Any]:
+    """The inverse of `kl_config`."""
+    return {**told_of(config, KL), "latent_channels": config.latent}
 
 
 def vq_export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dict[str, Any]]:
@@ -217,7 +215,7 @@ LAYOUTS = (
         collections=lambda source, config: moments({**USUAL[KL], **source.config}, config.latent, where_of(source)),
         told=lambda collections: {FILE: factors(collections)},
         export=kl_export,
-        weights=WEIGHTS,
+        weights={"": WEIGHTS},
     ),
     Layout(
         name="vq_model",
@@ -229,6 +227,6 @@ LAYOUTS = (
         known_as=newer,
         fresh=FRESH,
         export=vq_export,
-        weights=WEIGHTS,
+        weights={"": WEIGHTS},
     ),
 )

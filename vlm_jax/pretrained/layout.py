@@ -7,7 +7,7 @@ table, which has a place for every array of the model and of the file, and for n
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,23 @@ import jax
 import numpy as np
 
 from vlm_jax.contract import Variables, abstract_batch
-from vlm_jax.data import Tokenizer, load_tokenizer
+from vlm_jax.data import Tokenizer
 from vlm_jax.data.config import Field
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
-from vlm_jax.files import parse_json
 from vlm_jax.identity import listed
 from vlm_jax.models import build
-from vlm_jax.pretrained.tensors import BFLOAT16, Tensors, open_tensors
+from vlm_jax.pretrained.source import Source, tokenizer_beside
+from vlm_jax.pretrained.tensors import BFLOAT16, Tensors
 from vlm_jax.trees import leaves_by_path, partition
 
+HALF = 1e-3
+"""Numbers of up to 1 in half precision are right to within it."""
 ALIGNMENT = 64
 """Bytes, of arrays in the memory of a host (XLA's minimum)."""
 Move = Callable[[np.ndarray], np.ndarray]
+Derive = Callable[[Any, Mapping[str, Any], Tokenizer | None], np.ndarray]
+"""`(config, params, tokenizer) -> array`, of parameters that are all there but for those that are derived."""
 
 
 def same(array: np.ndarray) -> np.ndarray:
@@ -52,6 +56,8 @@ class Entry:
     repeats: bool = False
     """The file may hold it, or not, and what it holds must be what another entry of this path has; it is not written.
     So may one table that reads and predicts be there twice."""
+    copies: bool = False
+    """As `repeats`, of what every file holds as often: it is due, and written."""
 
 
 def linear(path: str, key: str, *, bias: bool = True, part: tuple[int, int] = (0, 1)) -> list[Entry]:
@@ -63,64 +69,6 @@ def linear(path: str, key: str, *, bias: bool = True, part: tuple[int, int] = (0
 def norm(path: str, key: str, *, bias: bool = True) -> list[Entry]:
     """A layer's or a root mean square's normalisation: scale, and bias where it has one."""
     return [Entry(f"{path}/scale", f"{key}.weight"), *([Entry(f"{path}/bias", f"{key}.bias")] if bias else [])]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Published weights and what lies beside them."""
-
-    path: Path
-    """The file of weights, or its directory."""
-    tensors: Tensors
-    config: Mapping[str, Any]
-    """`config.json`; of a GGUF its metadata; empty where there is none."""
-
-    @property
-    def directory(self) -> Path:
-        return self.path if self.path.is_dir() else self.path.parent
-
-    def beside(self, name: str) -> Mapping[str, Any]:
-        """A JSON object in the directory, such as `preprocessor_config.json`; empty if it is not there.
-
-        Raises:
-          UserError: it is damaged.
-        """
-        return read_json(self.directory / name)
-
-
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object; empty if there is no such file.
-
-    Raises:
-      UserError: it cannot be read, or is none.
-    """
-    try:
-        content = parse_json(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object: fetch it again")
-    return content
-
-
-def open_source(path: Path) -> Source:
-    """Published weights: a file, or a directory.
-
-    Raises:
-      UserError: they cannot be read, and why.
-    """
-    tensors = open_tensors(path)
-    directory = path if path.is_dir() else path.parent
-    facts = tensors.facts if tensors.path.suffix == ".gguf" else read_json(directory / "config.json")
-    return Source(path, tensors, facts)
-
-
-def tokenizer_beside(source: Source) -> Tokenizer | None:
-    """The `tokenizer.json` in the directory; None: there is none."""
-    path = source.directory / "tokenizer.json"
-    return load_tokenizer(path) if path.is_file() else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +87,8 @@ class Layout:
     """Of a `Config`, the table."""
     fields: Callable[[Source], tuple[Field, ...]]
     """How the model is to be shown images and texts."""
+    sampling: Callable[[Any], Any] = lambda config: None
+    """Of a `Config`, how images are drawn where nothing else is said; None: as the family does."""
     tokenizer: Callable[[Source], Tokenizer | None] = tokenizer_beside
     """Its own; None: it reads no text, or none was published with it."""
     idle: tuple[str, ...] = ()
@@ -148,6 +98,12 @@ class Layout:
     fresh: tuple[str, ...] = ()
     """Regular expressions of the paths of parameters that no file holds: they begin as the model draws them, and are
     left out of what is written."""
+    fixed: Callable[[Any], Mapping[str, np.ndarray]] = lambda config: {}
+    """Of a `Config`, the arrays by key that every file holds and that the model computes for itself: a file's must be
+    the same, within the rounding of half precision."""
+    derived: Mapping[str, Derive] = field(default_factory=dict)
+    """Parameters by path that are computed of the others where a file does not hold them, as no file does if they have
+    no entry. They are written where they have come to be others than that, and refused where they have no entry."""
     collections: Callable[[Source, Any], Mapping[str, np.ndarray]] = lambda source, config: {}
     """What files say of what the model keeps beside its parameters, by its paths, as "moments/mean"; the rest is as
     the model begins it."""
@@ -156,8 +112,11 @@ class Layout:
     export: Callable[[Experiment, Tokenizer | None], Mapping[str, Mapping[str, Any]]] | None = None
     """The JSON files beside the weights, by their names; raises a `UserError` that names what the layout cannot
     express. None: the layout is read, and not written."""
-    weights: str = "model.safetensors"
-    """The file of the weights as it is written."""
+    weights: Mapping[str, str] = field(default_factory=lambda: {"": "model.safetensors"})
+    """The files of the weights as they are written, by what the keys in them begin with, which is the directory of the
+    file: that of "unet/conv_in.weight" lies in unet/ and holds conv_in.weight."""
+    tokenizer_directory: str = ""
+    """Where the tokenizer is written, with a slash at its end."""
 
 
 def recognised(source: Source, layouts: Sequence[Layout], name: str | None = None) -> Layout:
@@ -171,11 +130,10 @@ def recognised(source: Source, layouts: Sequence[Layout], name: str | None = Non
     found = [layout for layout in layouts if layout.recognises(source)]
     if len(found) == 1:
         return found[0]
-    keys = listed(sorted(source.tensors), most=3)
     if found:
         raise UserError(f"{source.path} could be {' or '.join(each.name for each in found)}: say which by --layout")
     raise UserError(
-        f"{source.path} is of no layout that is known here (it holds {keys}): there are "
+        f"{source.path} is of no layout that is known here ({source.described}): there are "
         f"{', '.join(layout.name for layout in layouts)}"
     )
 
@@ -227,13 +185,14 @@ def held(layout: Layout, params: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _table(layout: Layout, config: Any, places: Mapping[str, Any]) -> dict[str, list[Entry]]:
-    """The entries by key; every place is filled once."""
+    """The entries by key; every place is filled once, those of what is derived at most."""
     by_key: dict[str, list[Entry]] = defaultdict(list)
     entries = list(layout.entries(config))
     for entry in entries:
         by_key[entry.key].append(entry)
-    paths = sorted(entry.path for entry in entries if not entry.repeats)
-    assert paths == sorted(places), f"{layout.name}: {set(paths) ^ set(places)}"
+    paths = [entry.path for entry in entries if not (entry.repeats or entry.copies)]
+    optional = layout.derived.keys() - set(paths)
+    assert sorted([*paths, *optional]) == sorted(places), f"{layout.name}: {set(paths) ^ set(places)}"
     assert all([e.part for e in group] == [(i, len(group)) for i in range(len(group))] for group in by_key.values())
     return by_key
 
@@ -247,7 +206,8 @@ def read_params(layout: Layout, config: Any, tensors: Tensors) -> dict[str, Any]
     """Our parameters, filled from one array of theirs after the other: in memory there is never more than they and one.
 
     Returns:
-      A tree of NumPy arrays without those that are `fresh`, all bfloat16 or all float32, as `stored_dtype` says.
+      A tree of NumPy arrays, all bfloat16 or all float32, as `stored_dtype` says; without those that are `fresh`, and
+      those that are `derived` and not in the file.
 
     Raises:
       UserError: the file lacks an array, or has one that the layout does not know, or one is of another shape or
@@ -255,28 +215,39 @@ def read_params(layout: Layout, config: Any, tensors: Tensors) -> dict[str, Any]
     """
     places = _places(abstract := held(layout, abstract_params(config)))
     table, tensors = _table(layout, config, places), tensors.renamed(layout.known_as)
-    due = {key for key, group in table.items() if not all(entry.repeats for entry in group)}
-    known = [key for key in tensors if key in table or any(re.fullmatch(idle, key) for idle in layout.idle)]
-    if missing := sorted(due - set(tensors)):
+    fixed = layout.fixed(config)
+    optional = {key for key, group in table.items() if all(e.repeats or e.path in layout.derived for e in group)}
+    due = table.keys() - optional
+    idle = {key for key in tensors if any(re.fullmatch(pattern, key) for pattern in layout.idle)}
+    if missing := sorted((due | fixed.keys()) - set(tensors)):
         raise UserError(f"{tensors.path} lacks {listed(missing)}, which {layout.name} has: fetch all of it")
-    if unknown := sorted(set(tensors) - set(known)):
+    if unknown := sorted(set(tensors) - idle - table.keys() - fixed.keys()):
         raise UserError(
             f"{tensors.path} holds {listed(unknown)}, which {layout.name} of these settings has not: it is of another "
             f"layout, or its config.json belongs to other weights"
         )
-    dtype = stored_dtype(tensors, due)
-    params = {path: aligned(leaf.shape, dtype) for path, leaf in leaves_by_path(abstract).items()}
-    # What repeats another array is compared with it, and so comes last.
-    for key in sorted(set(table) & set(tensors), key=lambda key: (table[key][0].repeats, key)):
+    for key, value in fixed.items():
+        if tensors.shape(key) != value.shape or not np.allclose(tensors[key].astype(np.float32), value, atol=HALF):
+            raise UserError(f"{key} in {tensors.path} is not what the model computes in its place: it is another's")
+    dtype, there = stored_dtype(tensors, due), set(table) & set(tensors)
+    filled = {places[entry.path].leaf for key in there for entry in table[key]}
+    params = {path: aligned(leaf.shape, dtype) for path, leaf in leaves_by_path(abstract).items() if path in filled}
+    # What is there again is compared with what it repeats, and so comes last.
+    for key in sorted(there, key=lambda key: (again(table[key][0]), key)):
         theirs = tensors[key]
         for entry in table[key]:
             place = places[entry.path]
             array = _moved(entry, theirs, place.shape, tensors.path)
             ours = params[place.leaf][... if place.layer is None else (place.layer, ...)]
-            if entry.repeats and not np.array_equal(np.asarray(array, dtype), ours):
+            if again(entry) and not np.array_equal(np.asarray(array, dtype), ours):
                 raise UserError(f"{key} in {tensors.path} is another table than it repeats: the settings are others'")
             ours[...] = array
     return nested(params)
+
+
+def again(entry: Entry) -> bool:
+    """Whether another entry has the same path, and is the one that fills it."""
+    return entry.repeats or entry.copies
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -305,11 +276,15 @@ def _moved(entry: Entry, theirs: np.ndarray, shape: tuple[int, ...], path: Path)
 
 
 def written_keys(layout: Layout, config: Any, params: Mapping[str, Any]) -> dict[str, int]:
-    """The keys that `written` gives, in order, and the bytes of each."""
+    """The keys that `written` gives, in order, and the bytes of each.
+
+    Args:
+      params: without what is derived, where that is not to be written.
+    """
     places, leaves = _places(held(layout, params)), leaves_by_path(params)
-    sizes: dict[str, int] = {}
-    for key, group in _table(layout, config, places).items():
-        if not group[0].repeats:
+    sizes = {key: value.nbytes for key, value in layout.fixed(config).items()}
+    for key, group in _table(layout, config, places | dict.fromkeys(layout.derived)).items():
+        if not group[0].repeats and group[0].path in places:
             shapes = [(places[entry.path].shape, leaves[places[entry.path].leaf].dtype) for entry in group]
             sizes[key] = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes)
     return sizes
@@ -320,8 +295,11 @@ def written(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Arrays of theirs by key, made one after the other of our parameters."""
     places, leaves = _places(held(layout, params)), leaves_by_path(params)
-    table = _table(layout, config, places)
+    table, fixed = _table(layout, config, places | dict.fromkeys(layout.derived)), layout.fixed(config)
     for key in keys:
+        if key in fixed:
+            yield key, fixed[key]
+            continue
         parts = []
         for entry in table[key]:
             place = places[entry.path]

@@ -17,7 +17,8 @@ from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import language
 from vlm_jax.nn.decoder import DecoderConfig, RotaryScaling
-from vlm_jax.pretrained.layout import Entry, Layout, Source, linear, norm, tokenizer_beside
+from vlm_jax.pretrained.layout import Entry, Layout, linear, norm
+from vlm_jax.pretrained.source import Source, tokenizer_beside
 from vlm_jax.pretrained.tensors import BFLOAT16
 from vlm_jax.records import to_json
 

@@ -16,8 +16,9 @@ from vlm_jax.errors import UserError
 from vlm_jax.models import language
 from vlm_jax.nn.decoder import DecoderConfig, RotaryScaling, rotary_frequencies
 from vlm_jax.pretrained.gguf_tokenizer import tokenizer_of
-from vlm_jax.pretrained.layout import Entry, Layout, Source
+from vlm_jax.pretrained.layout import Entry, Layout
 from vlm_jax.pretrained.llama import text_fields
+from vlm_jax.pretrained.source import Source
 
 KINDS = ("llama", "qwen2", "qwen3")
 """Values of general.architecture."""

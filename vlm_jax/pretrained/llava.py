@@ -18,9 +18,10 @@ from vlm_jax.models import llava
 from vlm_jax.pretrained.hf_towers import IDLE, vision_config, vision_entries
 from vlm_jax.pretrained.hf_towers import told_of as told_of_tower
 from vlm_jax.pretrained.images import Pixels, cropping, pixels, processor
-from vlm_jax.pretrained.layout import Entry, Layout, Source, linear, tokenizer_beside
+from vlm_jax.pretrained.layout import Entry, Layout, linear
 from vlm_jax.pretrained.llama import end_of_text, language_config, language_entries, told_of
 from vlm_jax.pretrained.settings import expects, require
+from vlm_jax.pretrained.source import Source, tokenizer_beside
 
 TOWER = {
     "hidden_size": 1024,

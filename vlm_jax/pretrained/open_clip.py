@@ -20,8 +20,9 @@ from vlm_jax.nn.vision import VisionTransformer
 from vlm_jax.pretrained.clip_hf import check_expressible
 from vlm_jax.pretrained.hf_towers import fused_entries, patch_entry, row_entry
 from vlm_jax.pretrained.images import METHODS, Pixels, cropping, pixels, processor, square
-from vlm_jax.pretrained.layout import Entry, Layout, Source, linear, norm
+from vlm_jax.pretrained.layout import Entry, Layout, linear, norm
 from vlm_jax.pretrained.settings import require
+from vlm_jax.pretrained.source import Source
 from vlm_jax.pretrained.tensors import BFLOAT16
 from vlm_jax.records import to_json
 
@@ -216,5 +217,5 @@ LAYOUT = Layout(
     entries=entries,
     fields=fields,
     export=export,
-    weights="open_clip_model.safetensors",
+    weights={"": "open_clip_model.safetensors"},
 )

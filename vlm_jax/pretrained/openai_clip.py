@@ -17,9 +17,10 @@ from vlm_jax.nn.text import TextTransformer
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.vision import VisionTransformer
 from vlm_jax.pretrained.images import OPENAI_MEAN, OPENAI_STD, cropping, pixels, processor
-from vlm_jax.pretrained.layout import Layout, Source
+from vlm_jax.pretrained.layout import Layout
 from vlm_jax.pretrained.open_clip import EPS, check_openai, entries
 from vlm_jax.pretrained.settings import require
+from vlm_jax.pretrained.source import Source
 from vlm_jax.pretrained.tensors import BFLOAT16
 
 SIGNS = ("input_resolution", "context_length", "vocab_size")

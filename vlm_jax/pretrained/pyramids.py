@@ -1,12 +1,14 @@
 """The encoder and decoder of VQGAN and latent diffusion by the key names of each release: tables, and their sizes."""
 
 import itertools
-from collections.abc import Callable, Iterator, Set
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Set
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from vlm_jax.errors import UserError
 from vlm_jax.nn.autoencoder import Pyramid
+from vlm_jax.nn.unet import LatentUNet
 from vlm_jax.pretrained.layout import Entry, linear, norm
 from vlm_jax.pretrained.tensors import BFLOAT16, Tensors
 
@@ -102,7 +104,7 @@ LLAMAGEN = COMPVIS._replace(
 )
 
 
-def attentive(network: Pyramid, image_size: int) -> set[int]:
+def attentive(network: Pyramid | LatentUNet, image_size: int) -> set[int]:
     """The levels that have attention after each block."""
     return {level for level in range(len(network.widths)) if image_size // 2**level in network.attention}
 
@@ -110,6 +112,35 @@ def attentive(network: Pyramid, image_size: int) -> set[int]:
 def heights(levels: Set[int], image_size: int) -> tuple[int, ...]:
     """The inverse: their heights, the least first."""
     return tuple(sorted(image_size // 2**level for level in levels))
+
+
+def levels_of(told: Mapping[str, Any], where: str, plain: tuple[str, str], mark: str) -> set[int]:
+    """The levels with attention by the types of their blocks on the way down, which those of the way up must mirror.
+
+    Args:
+      plain: types of either way without attention.
+      mark: with what those with attention begin.
+
+    Raises:
+      UserError: they do not, or there are others, or not as many as widths.
+    """
+    found = []
+    for name, kind in zip(("down_block_types", "up_block_types"), plain, strict=True):
+        blocks = told[name] if isinstance(told[name], list) else [told[name]]
+        if other := [block for block in blocks if block not in (kind, mark + kind)]:
+            raise UserError(f"{name} in {where} has {other[0]!r}: {kind} and {mark}{kind} can be expressed")
+        found.append([block != kind for block in blocks])
+    down, up = found
+    if down != up[::-1]:
+        raise UserError(f"up_block_types in {where} is {told['up_block_types']}, which must mirror down_block_types")
+    if isinstance(widths := told["block_out_channels"], list) and len(widths) != len(down):
+        raise UserError(f"block_out_channels in {where} is {widths}, and there are {len(down)} down_block_types")
+    return {level for level, attends in enumerate(down) if attends}
+
+
+def block_types(plain: str, mark: str, levels: Set[int], count: int) -> list[str]:
+    """The inverse: the types of the blocks of one way, the finest first."""
+    return [mark + plain if level in levels else plain for level in range(count)]
 
 
 def block_entries(names: Names, path: str, key: str, *, skip: bool) -> Iterator[Entry]:

@@ -28,8 +28,9 @@ from vlm_jax.pretrained.hf_towers import (
     vision_entries,
 )
 from vlm_jax.pretrained.images import Pixels, pixels, processor, squashing
-from vlm_jax.pretrained.layout import Entry, Layout, Source, linear, tokenizer_beside
+from vlm_jax.pretrained.layout import Entry, Layout, linear
 from vlm_jax.pretrained.settings import require
+from vlm_jax.pretrained.source import Source, tokenizer_beside
 
 KEY = "text_model.head.weight"
 PREPROCESSOR = "preprocessor_config.json"

@@ -14,8 +14,9 @@ from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import text_encoder
 from vlm_jax.nn.t5 import T5
-from vlm_jax.pretrained.layout import Entry, Layout, Source, linear, norm
+from vlm_jax.pretrained.layout import Entry, Layout, linear, norm
 from vlm_jax.pretrained.settings import expects, require
+from vlm_jax.pretrained.source import Source
 from vlm_jax.pretrained.tensors import BFLOAT16
 from vlm_jax.records import to_json
 

@@ -22,6 +22,8 @@ from vlm_jax.files import parse_json
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 INDEX = ".safetensors.index.json"
+PLAIN = ("model", "diffusion_pytorch_model")
+"""What files of weights are called; beside them may lie others, as `model.fp16.safetensors`."""
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 FLOATS = {"F16": np.dtype(np.float16), "BF16": BFLOAT16, "F32": np.dtype(np.float32), "F64": np.dtype(np.float64)}
 """Of safetensors' names; the only kinds of weights that there are here."""
@@ -99,6 +101,17 @@ class Tensors(Mapping[str, np.ndarray]):
             stored[name(key)] = array
         return Tensors(self.path, stored, self.facts)
 
+    def under(self, prefix: str) -> "Tensors":
+        """Those whose names begin so, by what follows."""
+        stored = {key.removeprefix(prefix): array for key, array in self._stored.items() if key.startswith(prefix)}
+        return Tensors(self.path / prefix, stored, self.facts)
+
+
+def joined(path: Path, parts: Mapping[str, Tensors]) -> Tensors:
+    """The inverse, of several: each array by what its part's names are to begin with, and its own."""
+    stored = {prefix + key: array for prefix, part in parts.items() for key, array in part._stored.items()}
+    return Tensors(path, stored)
+
 
 def open_tensors(path: Path) -> Tensors:
     """The arrays of a file, or of the files of a directory as they are published.
@@ -117,7 +130,7 @@ def open_tensors(path: Path) -> Tensors:
 
 
 def weights_of(directory: Path) -> Path:
-    """The file of weights in a directory, or the index of several.
+    """The file of weights in a directory, or the index of several; of variants the one that bears no name of its own.
 
     Raises:
       UserError: there is none, or one cannot tell which.
@@ -125,8 +138,9 @@ def weights_of(directory: Path) -> Path:
     there = sorted(path for path in directory.iterdir() if path.is_file())
     for suffix in (INDEX, ".safetensors", ".gguf", ".npz"):
         found = [path for path in there if path.name.endswith(suffix)]
-        if len(found) == 1:
-            return found[0]
+        plain = [path for path in found if path.name.removesuffix(suffix) in PLAIN]
+        if len(found) == 1 or len(plain) == 1:
+            return (plain or found)[0]
         if found:
             names = ", ".join(path.name for path in found[:3])
             raise UserError(f"{directory} holds {len(found)} files of weights ({names}): name the one to be read")
