@@ -5,6 +5,7 @@ from vlm_jax.pretrained import (
     clip_hf,
     clip_text,
     compvis,
+    dit,
     first_stages,
     inception,
     llama,
@@ -12,7 +13,9 @@ from vlm_jax.pretrained import (
     llava,
     open_clip,
     openai_clip,
+    pixart,
     siglip,
+    stable_diffusion,
     t5,
 )
 from vlm_jax.pretrained.layout import Layout
@@ -31,5 +34,8 @@ LAYOUTS: tuple[Layout, ...] = (
     *clip_text.LAYOUTS,
     t5.LAYOUT,
     inception.LAYOUT,
+    stable_diffusion.LAYOUT,
+    *dit.LAYOUTS,
+    pixart.LAYOUT,
 )
 """All that `tools.convert` knows."""
