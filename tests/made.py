@@ -5,7 +5,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 
-def build(data_dir: Path, features: dict, *records: dict) -> Path:
+def build(data_dir: Path, features: dict, *records: dict, split: str = "train") -> Path:
     """Prepares the data set `made` of these records."""
 
     class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -18,7 +18,7 @@ def build(data_dir: Path, features: dict, *records: dict) -> Path:
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, dl_manager):
-            return {"train": enumerate(records)}
+            return {split: enumerate(records)}
 
         def _generate_examples(self):
             raise NotImplementedError

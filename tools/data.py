@@ -17,4 +17,8 @@ class OtherData:
 def choose_data(loaded: Loaded, other: OtherData) -> Data:
     """The run's data, or another data set read as the run's is."""
     own, plain = loaded.experiment.data, Data(name=other.name)
-    return own if other.name is None else replace(own, name=plain.name, mixture=plain.mixture, test=plain.test)
+    return (
+        own
+        if other.name is None
+        else replace(own, name=plain.name, mixture=plain.mixture, train=plain.train, test=plain.test)
+    )

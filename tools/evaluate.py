@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,7 @@ from vlm_jax.data import (
 )
 from vlm_jax.data.fields import Inputs
 from vlm_jax.errors import UserError, check_seed
-from vlm_jax.evals import EVALUATIONS, Evaluation, Labelled, Subject, written
+from vlm_jax.evals import EVALUATIONS, Evaluation, Labelled, Lessons, Subject, written
 from vlm_jax.experiment import ZeroShot
 from vlm_jax.files import check_writable, parse_json, write_output
 from vlm_jax.paths import local_path
@@ -121,6 +122,12 @@ def evaluate(
                 yield from source.texts()
 
         one_by_one = batches(source, replace(read, pack=False), inputs)
+        lessons = None
+        if loaded.model.encode is not None:
+            with suppress(UserError):  # of data that opened as they should: they have no such split
+                taught = open_data(read, read.train, inputs, directory)
+                images = replace(read, pack=False)
+                lessons = Lessons(batches(taught, images, {"image": inputs["image"]}), taught.strings)
         labelled = None
         if task is not None and (not only or "zero_shot" in only):
             try:
@@ -146,6 +153,7 @@ def evaluate(
             training_texts=None if loaded.experiment.data.name is None else training_texts,
             training=None if loaded.experiment.data.name is None else training,
             labelled=labelled,
+            lessons=lessons,
             sampling=loaded.experiment.sampling,
             pictures=pictures_of(loaded, source, read, directory, batch_size),
             judges=load_judges(judge, mesh, image_of(loaded) if judge else None),

@@ -44,6 +44,7 @@ def test_a_vae_is_measured_by_what_it_can_do(vae_run: Path, capsys: pytest.Captu
     assert (results["split"], results["examples"], results["bound"]) == ("test", 360, "lower")
     assert {name.split("/")[0] for name in results} == {
         "step", "split", "examples", "seed", "bound", "likelihood", "importance_weighted", "reconstruction",
+        "information",
     }  # fmt: skip
     bits = bits_per_dim(vae_run, draws=8)
     np.testing.assert_allclose(results["likelihood/bits_per_dim"], bits.mean(), rtol=2e-3)
@@ -52,6 +53,16 @@ def test_a_vae_is_measured_by_what_it_can_do(vae_run: Path, capsys: pytest.Captu
     assert results["importance_weighted/bits_per_dim"] < results["likelihood/bits_per_dim"]
     print_table(results)
     assert "likelihood/bits_per_dim " in capsys.readouterr().out
+
+
+def test_what_latents_tell_is_learned_from_the_training_split_without_what_is_measured(vae_run: Path) -> None:
+    results = evaluate(vae_run, only=("information",))
+    assert (results["information/images"], results["information/training_images"]) == (360, 1257)
+    assert results["information/label_accuracy_chance"] < 0.2 < 0.9 < results["information/label_accuracy_of_pixels"]
+    assert results["information/label_nats_lost_by_latents"] > 0  # of four numbers, hardly trained
+    assert not any("word" in name or "caption" in name for name in results)
+    own = evaluate(vae_run, only=("information",), split="train[:40]")
+    assert (own["information/images"], own["information/training_images"]) == (40, 1217)
 
 
 def test_evaluation_is_the_same_whatever_the_batch_size_and_reads_without_writing(vae_run: Path) -> None:

@@ -1,5 +1,6 @@
 """The tools on what is not the run's own: another data set, and judges."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -9,11 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image as PillowImage
 from safetensors.numpy import save_file
 
 import vlm_jax
 from inceptions import arrays_of, random_params
+from made import build as prepare
 from tools import judging
 from tools.convert import convert
 from tools.data import OtherData, choose_data
@@ -60,6 +63,25 @@ def test_a_run_without_data_asks_for_them(vae_run: Path, data_dir: Path) -> None
             opened(choose_data(foreign, OtherData()), "test", loaded.model.inputs, data_dir)
     assert choose_data(foreign, OtherData(name="digits")) == replace(squashed, name="digits")
     assert choose_data(loaded, OtherData(name="openmoji")) == replace(loaded.experiment.data, name="openmoji")
+
+
+def test_probes_learn_from_the_other_data_set_where_it_has_something_to_learn_from(
+    vae_run: Path, tmp_path: Path, data_dir: Path
+) -> None:
+    """From its own training split, whatever part of another the run was trained on."""
+    loaded = vlm_jax.load(vae_run)
+    part = replace(loaded, experiment=replace(loaded.experiment, data=Data(name="digits", train="train[:5]")))
+    assert choose_data(part, OtherData(name="openmoji")).train == "train"
+    assert choose_data(part, OtherData()).train == "train[:5]"
+    features = {"image": tfds.features.Image(shape=(8, 8, 1)), "label": tfds.features.ClassLabel(names=["a", "b"])}
+    png = io.BytesIO()
+    PillowImage.new("L", (8, 8), 7).save(png, "png")
+    made = prepare(tmp_path, features, *[{"image": png.getvalue(), "label": 0}] * 6, split="test")
+    options: dict[str, Any] = {"data_dir": str(made), "out": tmp_path / "eval.json"}
+    results = evaluate(vae_run, OtherData(name="made"), **options)
+    assert "reconstruction/psnr" in results and not any("information" in name for name in results)
+    with pytest.raises(UserError, match="nothing for the evaluation information to measure"):
+        evaluate(vae_run, OtherData(name="made"), **options, only=("information",))
 
 
 def test_what_is_shown_may_be_of_another_data_set(vae_run: Path, clip_run: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from vlm_jax.evals import (
     clip_score,
     frechet,
     generation,
+    information,
     kid,
     likelihood,
     perplexity,
@@ -14,7 +15,7 @@ from vlm_jax.evals import (
     zero_shot,
 )
 from vlm_jax.evals.judge import Judge
-from vlm_jax.evals.subject import Evaluation, Labelled, Pictures, Subject, written
+from vlm_jax.evals.subject import Evaluation, Labelled, Lessons, Pictures, Subject, written
 
 EVALUATIONS: tuple[Evaluation, ...] = (
     retrieval.EVALUATION,
@@ -22,6 +23,7 @@ EVALUATIONS: tuple[Evaluation, ...] = (
     likelihood.EVALUATION,
     likelihood.IMPORTANCE_WEIGHTED,
     reconstruction.EVALUATION,
+    information.EVALUATION,
     perplexity.EVALUATION,
     perplexity.KNESER_NEY,
     vqa.EVALUATION,
@@ -32,4 +34,4 @@ EVALUATIONS: tuple[Evaluation, ...] = (
     generation.EVALUATION,
 )
 
-__all__ = ["EVALUATIONS", "Evaluation", "Judge", "Labelled", "Pictures", "Subject", "written"]
+__all__ = ["EVALUATIONS", "Evaluation", "Judge", "Labelled", "Lessons", "Pictures", "Subject", "written"]

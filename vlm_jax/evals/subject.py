@@ -24,6 +24,16 @@ class Labelled:
     """Templates in which {} stands for a label's name."""
 
 
+@dataclass(frozen=True)
+class Lessons:
+    """The training split of the data set that is evaluated, whatever the model was trained on."""
+
+    batches: Callable[[], Iterator[tuple[Batch, int]]]
+    """As `Subject.batches`, of the images alone."""
+    records: Callable[[], Iterator[Mapping[str, Any]]]
+    """As `Subject.records`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
     """Images of the size, colours and levels that a model reads or draws, uint8."""
@@ -62,6 +72,8 @@ class Subject:
     """What the model was trained on, all of it once, as `batches`."""
     labelled: Labelled | None = None
     """For zero-shot classification."""
+    lessons: Lessons | None = None
+    """For probes of what a model makes of images; None: there is nothing to learn from."""
     sampling: Any = None
     """The settings by which the model samples; None: its family's."""
     pictures: Pictures | None = None
