@@ -1,6 +1,8 @@
 """CLIP and SigLIP."""
 
-from vlm_jax.data import Caption, Data, Image, Text
+from dataclasses import replace
+
+from vlm_jax.data import Caption, Data, Image, Redraw, Text
 from vlm_jax.data.class_names import imagenet_prompts
 from vlm_jax.experiment import Experiment, ZeroShot
 from vlm_jax.models import clip
@@ -93,18 +95,28 @@ def clip_small_styles() -> Experiment:
     return small(captioned("openmoji", ("easy_vqa/captions", 0.5), *styles), steps=1200)
 
 
+def judge(width: int, depth: int, seed: int) -> Experiment:
+    """What looks at drawings that other models make: it never saw one of OpenMoji's.
+
+    The two styles that it sees are redrawn, for otherwise it tells OpenMoji's outlines from all that it knows.
+    """
+    data = captioned("emoji_styles/twemoji", ("emoji_styles/fluent_flat", 0.85))
+    fields = (Image(redraw=Redraw(smallest=0.6, outlined=0.6, tint=0.2)), Caption())
+    experiment = small(replace(data, fields=fields), width=width, depth=depth, seed=seed)
+    return replace(experiment, training=replace(experiment.training, steps=1800, ema_decay=0.99))
+
+
 def clip_judge_a() -> Experiment:
     """Looks at drawings that other models make: never saw one of OpenMoji's, whose test split shows what it is worth.
 
     Needs what `clip-small-styles` does. `python -m tools.evaluate runs/clip-judge-a --data.name openmoji`.
     """
-    return small(captioned("emoji_styles/twemoji", ("emoji_styles/fluent_flat", 0.85)), steps=1200)
+    return judge(width=128, depth=4, seed=0)
 
 
 def clip_judge_b() -> Experiment:
     """`clip-judge-a` of another width and seed: what both say is of the drawings, not of one judge."""
-    data = captioned("emoji_styles/twemoji", ("emoji_styles/fluent_flat", 0.85))
-    return small(data, width=96, depth=6, steps=1200, seed=1)
+    return judge(width=96, depth=6, seed=1)
 
 
 def published(

@@ -157,9 +157,9 @@ def llava_smollm2() -> Experiment:
         data=seen(TURNS, 49_152, *QUESTIONS),
         training=Training(
             optimizer=Optimizer(learning_rate=1e-3, warmup_steps=5, multiples=(("^projector/", 0.5),)),
-            steps=140,
+            steps=240,
             batch_size=8,
-            checkpoint_every=35,
+            checkpoint_every=40,
         ),
         start=(Start(workdir="runs/llava-smollm2-projector"),),
         frozen=(r"^vision/", r"^language/"),

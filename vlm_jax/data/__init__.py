@@ -8,6 +8,7 @@ from vlm_jax.data.loader import Records, evaluation_batches, example, train_batc
 from vlm_jax.data.mixture import examples, make_tokenizer, open_data, open_training_data, rows_of, versions
 from vlm_jax.data.packing import Packed
 from vlm_jax.data.prepare import CACHE
+from vlm_jax.data.redraw import Redraw
 from vlm_jax.data.source import Source, Staged, open_source
 from vlm_jax.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer, train_tokenizer
 
@@ -22,6 +23,7 @@ __all__ = [
     "Message",
     "Packed",
     "Records",
+    "Redraw",
     "Source",
     "Stage",
     "Staged",

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from vlm_jax.contract import Input
+from vlm_jax.data.redraw import PAPER, Redraw
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.data.transforms import Box, Method, centre_box, random_box, random_flip, resample, square_box, whole_box
 from vlm_jax.errors import UserError
@@ -58,6 +59,8 @@ class Image(Reader):
     """Random crops of training images keep at least this share of the area; 1.0: none."""
     flip: bool = False
     """Mirror half of the training images."""
+    redraw: Redraw = Redraw()
+    """Draw training images in another style each time."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.crop_min_area <= 1.0:
@@ -65,6 +68,11 @@ class Image(Reader):
         if self.crop_min_area < 1.0 and self.resize != "crop":
             raise UserError(
                 f"crop_min_area is {self.crop_min_area} and resize {self.resize}, which crops nothing: choose one"
+            )
+        if self.redraw.smallest < 1.0 and self.crop_min_area < 1.0:
+            raise UserError(
+                f"crop_min_area is {self.crop_min_area} and redraw.smallest {self.redraw.smallest}, which shows all of "
+                f"a drawing: choose one"
             )
         if not 0 <= min(self.pad_colour) <= max(self.pad_colour) <= 255:
             raise UserError(f"pad_colour is {list(self.pad_colour)}: each must lie in [0, 255]")
@@ -76,6 +84,8 @@ class Image(Reader):
                 f"the model reads images of {spec.dtype}{list(spec.shape)}, and data give squares of uint8 with 1 "
                 f"channel (grey) or 3 (RGB): choose such a model"
             )
+        if self.redraw != Redraw() and (spec.limit or 256) != 256:
+            raise UserError(f"redraw is for images of 256 levels and the model reads {spec.limit}: leave it out")
 
     def read(self, record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
         size, _, channels = inputs["image"].shape
@@ -84,12 +94,16 @@ class Image(Reader):
             "squash": whole_box,
             "pad": square_box,
         }
-        choose = boxes[self.resize]
+        choose, around = boxes[self.resize], self.pad_colour
         if rng is not None and self.crop_min_area < 1.0:
             choose = partial(random_box, min_area=self.crop_min_area, rng=rng)
+        if rng is not None and self.redraw.smallest < 1.0:
+            choose, around = partial(self.redraw.box, rng=rng), PAPER
         levels = inputs["image"].limit or 256
-        scale = partial(resample, levels=levels, method=self.method, around=self.pad_colour)
+        scale = partial(resample, levels=levels, method=self.method, around=around)
         image = record["image"].view(size, channels, choose, scale)
+        if rng is not None and self.redraw != Redraw():
+            image = self.redraw.restyled(image, rng)
         return {"image": image if rng is None or not self.flip else random_flip(image, rng)}
 
 
