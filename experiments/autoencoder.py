@@ -17,9 +17,13 @@ from vlm_jax.train.plan import Training
 def autoencoder_tiny() -> Experiment:
     """Emoji, 64x64: a latent of 4 channels for each square of 4x4 pixels; minutes on a CPU."""
     return Experiment(
-        model=autoencoder.Config(image_size=64, network=Pyramid(widths=(16, 32, 64), blocks=1, groups=8)),
+        model=autoencoder.Config(
+            image_size=64,
+            network=Pyramid(widths=(16, 32, 64), blocks=1, groups=8),
+            objective=autoencoder.Bound(kl_weight=0.1),
+        ),
         data=OPENMOJI,
-        training=replace(TINY, optimizer=replace(TINY_OPTIMIZER, warmup_steps=100), steps=600, batch_size=32),
+        training=replace(TINY, optimizer=replace(TINY_OPTIMIZER, warmup_steps=100), steps=750, batch_size=32),
     )
 
 

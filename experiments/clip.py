@@ -101,9 +101,9 @@ def judge(width: int, depth: int, seed: int) -> Experiment:
     The two styles that it sees are redrawn, for otherwise it tells OpenMoji's outlines from all that it knows.
     """
     data = captioned("emoji_styles/twemoji", ("emoji_styles/fluent_flat", 0.85))
-    fields = (Image(redraw=Redraw(smallest=0.6, outlined=0.6, tint=0.2)), Caption())
+    fields = (Image(redraw=Redraw(smallest=0.6, outlined=0.6, tint=0.35, fade=1.0)), Caption())
     experiment = small(replace(data, fields=fields), width=width, depth=depth, seed=seed)
-    return replace(experiment, training=replace(experiment.training, steps=1800, ema_decay=0.99))
+    return replace(experiment, training=replace(experiment.training, steps=2000, ema_decay=0.99))
 
 
 def clip_judge_a() -> Experiment:

@@ -1,4 +1,4 @@
-"""Drawings in other styles: whole, of their own colours but for a tint, with lines where colours change."""
+"""Drawings in other styles: whole, of colours near their own, with lines where colours change."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def read(image: np.ndarray, rng: np.random.Generator | None, **settings: Any) ->
 def test_nothing_changes_where_nothing_is_to_and_never_in_evaluation() -> None:
     rng = np.random.default_rng(0)
     np.testing.assert_array_equal(read(square(), rng), square())
-    np.testing.assert_array_equal(read(square(), None, smallest=0.5, outlined=1.0, tint=1.0), square())
+    np.testing.assert_array_equal(read(square(), None, smallest=0.5, outlined=1.0, tint=1.0, fade=1.0), square())
 
 
 def test_a_drawing_is_whole_and_of_its_shape_whatever_its_place_and_size() -> None:
@@ -82,11 +82,25 @@ def test_a_tint_leaves_white_and_black_and_turns_each_colour_by_its_power() -> N
     assert np.abs(np.corrcoef(np.array(powers).T) - np.eye(3)).max() < 0.2
 
 
+def test_faded_colours_lie_between_themselves_and_their_grey() -> None:
+    rng = np.random.default_rng(0)
+    grey = np.dot(RED, [0.299, 0.587, 0.114])
+    shares = []
+    for _ in range(300):
+        drawn = read(square(), rng, fade=0.8)
+        assert (drawn[0] == 255).all()
+        distance = (np.array(RED) - drawn[32, 32].astype(float)) / (np.array(RED) - grey)
+        np.testing.assert_allclose(distance, distance.mean(), atol=0.01)
+        shares.append(distance.mean())
+    assert -0.01 < min(shares) < 0.03 and 0.77 < max(shares) < 0.81 and np.mean(shares) == pytest.approx(0.4, abs=0.04)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"smallest": 0.0}, r"redraw.smallest is 0.0: it must lie in \(0, 1\]"),
         ({"outlined": 1.5}, r"redraw.outlined is 1.5: a share lies in \[0, 1\]"),
+        ({"fade": -0.1}, r"redraw.fade is -0.1: a share lies in \[0, 1\]"),
         ({"tint": float("nan")}, "redraw.tint is nan: it must be at least 0"),
     ],
 )

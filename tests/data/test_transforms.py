@@ -36,6 +36,15 @@ def test_an_image_of_the_size_is_unchanged(shape):
         np.testing.assert_array_equal(_whole(image, 8), image.reshape(8, 8, -1))
 
 
+def test_a_rounding_beyond_an_edge_is_of_no_account():
+    image = Image.fromarray(_noise(8, 8))
+    for box in ((-1e-7, 0, 8, 8), (0, -1e-9, 8, 8), (0, 0, 8 + 1e-7, 8), (0, 0, 8, 8 + 1e-9)):
+        np.testing.assert_array_equal(resample(image, box, 8)[..., 0], image)
+    grown = resample(image, (-1e-7, -8, 16 + 1e-7, 8), 16, around=(255, 255, 255))
+    np.testing.assert_array_equal(grown[8:, :8, 0], image)
+    assert (grown[:8] == 255).all() and (grown[8:, 8:] == 255).all()
+
+
 def test_the_centre_is_the_largest_square_in_the_middle():
     assert centre_box(30, 90, size=15) == (30, 0, 60, 30)
     assert centre_box(90, 30, size=30) == (0, 30, 30, 60)

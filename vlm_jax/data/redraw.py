@@ -16,6 +16,8 @@ EDGE, BLACK = 40, 100
 """Levels by which neighbouring pixels differ where a line begins to show, and where it is black."""
 WIDTHS = (1, 2)
 """Of lines, in pixels of the image that is read."""
+LUMINANCE = np.array([0.299, 0.587, 0.114])
+"""Of red, green and blue (ITU-R BT.601)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +32,15 @@ class Redraw:
     tint: float = 0.0
     """Red, green and blue are raised to powers whose logarithms are up to this, which leaves white and black; 0.0: they
     stay as they are."""
+    fade: float = 0.0
+    """Colours lose up to this share of their distance to the grey of their luminance; 0.0: none."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.smallest <= 1.0:
             raise UserError(f"redraw.smallest is {self.smallest}: it must lie in (0, 1], and 1 means no smaller")
-        if not 0.0 <= self.outlined <= 1.0:
-            raise UserError(f"redraw.outlined is {self.outlined}: a share lies in [0, 1]")
+        for name in ("outlined", "fade"):
+            if not 0.0 <= (share := getattr(self, name)) <= 1.0:
+                raise UserError(f"redraw.{name} is {share}: a share lies in [0, 1]")
         if not 0.0 <= self.tint < math.inf:
             raise UserError(f"redraw.tint is {self.tint}: it must be at least 0, and 0 means no other colours")
 
@@ -47,8 +52,11 @@ class Redraw:
 
     def restyled(self, image: UInt8[np.ndarray, "H W C"], rng: np.random.Generator) -> UInt8[np.ndarray, "H W C"]:
         """With other colours, and maybe lines."""
-        powers = np.exp(rng.uniform(-self.tint, self.tint, image.shape[-1]))
-        image = np.rint(255 * (image / 255) ** powers).astype(np.uint8)
+        channels = image.shape[-1]
+        colours = (image / 255) ** np.exp(rng.uniform(-self.tint, self.tint, channels))
+        grey = colours @ (LUMINANCE if channels == 3 else np.ones(1))
+        colours += rng.uniform(0.0, self.fade) * (grey[..., None] - colours)
+        image = np.rint(255 * colours).astype(np.uint8)
         return outline(image, rng.choice(WIDTHS)) if rng.random() < self.outlined else image
 
 

@@ -79,15 +79,16 @@ def resample(
 
 def extended(image: Image.Image, box: Box, colour: tuple[int, int, int]) -> tuple[Image.Image, Box]:
     """The image with as much of a colour around it as holds the box, and where the box is then."""
-    # A box that was drawn up to an edge may lie beyond it by a rounding.
+    # A box that was drawn up to an edge may lie beyond it by a rounding: of that nothing is shown.
     left, upper = (max(0, math.ceil(-edge - 1e-6)) for edge in box[:2])
     right, lower = (max(0, math.ceil(edge - side - 1e-6)) for edge, side in zip(box[2:], image.size, strict=True))
+    width, height = image.width + left + right, image.height + upper + lower
+    box = (max(0, box[0] + left), max(0, box[1] + upper), min(width, box[2] + left), min(height, box[3] + upper))
     if left == upper == right == lower == 0:
         return image, box
-    width, height = image.width + left + right, image.height + upper + lower
     canvas = Image.new("RGB", (width, height), colour).convert(image.mode)
     canvas.paste(image, (left, upper))
-    return canvas, (box[0] + left, box[1] + upper, box[2] + left, box[3] + upper)
+    return canvas, box
 
 
 def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
