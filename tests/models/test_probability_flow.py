@@ -117,17 +117,32 @@ class Data(nn.Module):
         return (1 - t) * DEVIATION**2 / ((1 - t) ** 2 * DEVIATION**2 + t**2) * x_t
 
 
-def test_a_prediction_of_the_data_has_the_velocitys_loss_with_time_clamped(monkeypatch: pytest.MonkeyPatch):
-    """E |x - xh|^2 / max(t, 0.05)^2 (2511.13720, section 4.3), by quadrature."""
-    monkeypatch.setattr(probability_flow, "Denoiser", Data)
-    model = probability_flow.build(replace(CONFIG, levels=None, predict="x"))
+class Noise(Data):
+    """E[eps | x_t]."""
+
+    def __call__(self, x_t: jax.Array, time: jax.Array, told: Any = None, **options: Any) -> jax.Array:
+        t = (time / 1000)[:, None, None, None]
+        return t / ((1 - t) ** 2 * DEVIATION**2 + t**2) * x_t
+
+
+@pytest.mark.parametrize(("predict", "exact"), [("x", Data), ("eps", Noise)])
+def test_a_prediction_of_data_or_noise_has_the_velocitys_loss_with_time_clamped(
+    predict: Any, exact: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """E |x - xh|^2 / max(t, 0.05)^2 (2511.13720, section 4.3), of the noise with 1 - t, by quadrature."""
+    monkeypatch.setattr(probability_flow, "Denoiser", exact)
+    model = probability_flow.build(replace(CONFIG, levels=None, predict=predict))
     x = DEVIATION * np.random.default_rng(0).normal(size=(40_000, 2, 2, 1)).astype(np.float32)
     loss, _ = jax.jit(lambda key: model.loss({}, {"image": x}, key, 0, train=True))(KEY)
     t, variance = (np.arange(10_000) + 0.5) / 10_000, DEVIATION**2
-    error = variance * t**2 / ((1 - t) ** 2 * variance + t**2)
-    np.testing.assert_allclose(loss, np.mean(error / np.maximum(t, 0.05) ** 2), rtol=0.01)
+    spread = (1 - t) ** 2 * variance + t**2
+    share = t if predict == "x" else 1 - t
+    loss_of = variance * share**2 / spread / np.maximum(share, 0.05) ** 2
+    np.testing.assert_allclose(loss, np.mean(loss_of), rtol=0.01)
+    # The velocity is so many times x_t, and what begins with deviation 1 has come to this.
+    rate = (1 - (1 - t) * variance / spread if predict == "x" else t / spread - 1) / np.maximum(share, 0.05)
     samples = model.sample({}, KEY, {}, num=20_000, sampling=Sampling(steps=100))
-    np.testing.assert_allclose(samples.std(axis=0), DEVIATION, rtol=0.03)
+    np.testing.assert_allclose(samples.std(axis=0), np.exp(-np.mean(rate)), rtol=0.02)
 
 
 @pytest.mark.parametrize(("logit_normal", "shift"), [((-0.8, 0.8), 1.0), (None, 3.0), ((0.5, 1.0), 0.25)])

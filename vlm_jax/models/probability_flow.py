@@ -2,7 +2,8 @@
 
 An ordinary differential equation carries noise to data. The network learns its velocity by regression, samples solve
 the equation one way, and the likelihood of an image is estimated by solving it the other way. A network that predicts
-the data instead, of the same loss, is JiT's (2511.13720): what it has to know of noise does not grow with the patches.
+the data instead, of the same loss, is JiT's (2511.13720): what it has to know of noise does not grow with the patches,
+as it does where the velocity or the noise is predicted.
 """
 
 import math
@@ -45,8 +46,9 @@ class Config(ImagesOrLatents):
     process: Literal["rectified_flow", "edm"] = "rectified_flow"
     """Straight lines from data to noise, learned as a velocity; or noise of growing deviation, with a preconditioned
     prediction of the data."""
-    predict: Literal["velocity", "x"] = "velocity"
-    """What the network of a rectified flow gives: the velocity, or the data, from which the velocity follows (JiT)."""
+    predict: Literal["velocity", "x", "eps"] = "velocity"
+    """What the network of a rectified flow gives: the velocity, or the data or the noise, from which the velocity
+    follows (2511.13720, table 1)."""
     logit_normal: tuple[float, float] | None = None
     """Mean and deviation of logit(t), t the share of noise, in training (2403.03206, section 3.1); None: t is uniform.
     Of a rectified flow: EDM has its own."""
@@ -86,7 +88,8 @@ def karras_times(steps: int) -> Float[Array, " N"]:
 
 
 CLAMP = 0.05
-"""The least t by which a velocity is computed from a prediction of the data (2511.13720, its release)."""
+"""The least share of noise, or of data, by which a velocity is computed from a prediction of the data, or the noise
+(2511.13720, its release)."""
 
 
 def build(config: Config) -> Model:
@@ -119,17 +122,20 @@ def build(config: Config) -> Model:
         t = jnp.broadcast_to(t, (len(x_t),))
         if straight:
             output = module.apply(variables, x_t, 1000 * t, told, **options)
-            velocity = output if config.predict == "velocity" else velocity_to(output, x_t, t)
+            velocity = velocity_of(output, x_t, t)
             return to_data(velocity, x_t, rectified_flow(spread(t, x_t)), "velocity"), velocity
         p = edm_preconditioning(spread(t, x_t), config.data_deviation)
         output = module.apply(variables, p.into * x_t, 1000 * p.time.reshape(-1), told, **options)
         return p.skip * x_t + p.out * output, output
 
-    def velocity_to(
-        data: Float[Array, "B H W C"], x_t: Float[Array, "B H W C"], t: Float[Array, " B"]
+    def velocity_of(
+        predicted: Float[Array, "B H W C"], x_t: Float[Array, "B H W C"], t: Float[Array, " B"]
     ) -> Float[Array, "B H W C"]:
-        """Away from the data, not without bound where next to no time is left."""
-        return (x_t - data) / jnp.maximum(spread(t, x_t), CLAMP)
+        """From the data to the noise, not without bound where next to none is left of what is not predicted."""
+        t = spread(t, x_t)
+        if config.predict == "x":
+            return (x_t - predicted) / jnp.maximum(t, CLAMP)
+        return predicted if config.predict == "velocity" else (predicted - x_t) / jnp.maximum(1 - t, CLAMP)
 
     def loss(
         variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
@@ -152,7 +158,7 @@ def build(config: Config) -> Model:
         x_t = alpha * x + sigma * eps
         data, velocity = denoise(variables, x_t, t, told, train=train, rngs={"dropout": dropout_key})
         if straight:
-            wanted = eps - x if config.predict == "velocity" else velocity_to(x, x_t, t)
+            wanted = velocity_of({"velocity": eps - x, "x": x, "eps": eps}[config.predict], x_t, t)
             value = jnp.mean(jnp.square(velocity - wanted))
         else:
             value = jnp.mean(edm_preconditioning(sigma, config.data_deviation).weight * jnp.square(data - x))
