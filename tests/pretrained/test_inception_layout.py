@@ -17,7 +17,8 @@ from vlm_jax.experiment import Experiment
 from vlm_jax.models import inception
 from vlm_jax.pretrained import LAYOUTS
 from vlm_jax.pretrained.inception import LAYOUT
-from vlm_jax.pretrained.layout import abstract_params, open_source, read_params, recognised, written_keys
+from vlm_jax.pretrained.layout import abstract_params, read_params, recognised, written_keys
+from vlm_jax.pretrained.source import open_source
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
 from vlm_jax.workdir import load
