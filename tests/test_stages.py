@@ -11,7 +11,7 @@ import pytest
 from experiments import run
 from experiments.data import DIGITS, TINY
 from smallest import DIT, PYRAMID
-from vlm_jax.data import Image, Redraw
+from vlm_jax.data import Image
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import autoencoder, build, latent_diffusion, probability_flow, vae
@@ -79,7 +79,6 @@ def test_the_steps_of_a_run_are_those_of_one_whose_stages_are_cached(
     [
         ({"frozen": ("^prior/backbone/patch/",)}, "cached stages are made by parts that do not train: freeze all that"),
         ({"fields": (Image(flip=True),)}, "cached stages are of each image as it is: set flip to False"),
-        ({"fields": (Image(redraw=Redraw(tint=0.1)),)}, "no redraw"),
     ],
 )
 def test_images_that_would_be_encoded_otherwise_next_time_are_refused(

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vlm_jax.contract import Input, Model, Variables, abstract_batch
-from vlm_jax.data import Data, Image, Redraw, Source, Stage, Staged, evaluation_batches
+from vlm_jax.data import Data, Image, Source, Stage, Staged, evaluation_batches
 from vlm_jax.data.fields import chosen
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
@@ -87,7 +87,7 @@ def with_stages(
     for source in sources:
         (field,) = (each for each in chosen(data.fields, source.keys, {"image": model.inputs["image"]}))
         assert isinstance(field, Image)
-        if field.flip or field.crop_min_area < 1 or field.redraw != Redraw():
+        if field.augments:
             raise UserError(
                 "cached stages are of each image as it is: set flip to False, crop_min_area to 1.0 and no redraw"
             )

@@ -33,6 +33,13 @@ def test_nothing_changes_where_nothing_is_to_and_never_in_evaluation() -> None:
     np.testing.assert_array_equal(read(square(), None, smallest=0.5, outlined=1.0, tint=1.0, fade=1.0), square())
 
 
+def test_what_makes_a_training_image_another_each_time_says_so() -> None:
+    assert not Image(resize="pad").augments
+    for settings in ({"smallest": 0.9}, {"outlined": 0.1}, {"tint": 0.1}, {"fade": 0.1}):
+        assert Image(redraw=Redraw(**settings)).augments
+    assert Image(flip=True).augments and Image(crop_min_area=0.9).augments
+
+
 def test_a_drawing_is_whole_and_of_its_shape_whatever_its_place_and_size() -> None:
     """Of a uniform share of the side and anywhere; what is not square has paper beside it."""
     rng = np.random.default_rng(0)

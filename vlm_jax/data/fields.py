@@ -77,6 +77,11 @@ class Image(Reader):
         if not 0 <= min(self.pad_colour) <= max(self.pad_colour) <= 255:
             raise UserError(f"pad_colour is {list(self.pad_colour)}: each must lie in [0, 255]")
 
+    @property
+    def augments(self) -> bool:
+        """Whether a training image is another one each time."""
+        return self.flip or self.crop_min_area < 1.0 or self.redraw != Redraw()
+
     def check(self, inputs: Inputs) -> None:
         spec = inputs["image"]
         if spec.dtype != "uint8" or spec.shape[:1] != spec.shape[1:2] or spec.shape[2:] not in ((1,), (3,)):
