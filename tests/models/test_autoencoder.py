@@ -91,7 +91,8 @@ def test_latents_are_standard_by_the_moments_and_decoding_knows_it(variables: An
     latents = MODEL.encode(variables, IMAGES)
     assert latents.shape == (81, 1, 1, 2)
     np.testing.assert_allclose(latents, (mean - shift) / scale, rtol=1e-4, atol=1e-5)
-    draws = np.stack([np.float64(MODEL.encode(variables, IMAGES[:1], key)) for key in jax.random.split(KEY, 400)])
+    draw = jax.jit(jax.vmap(lambda key: MODEL.encode(variables, IMAGES[:1], key)))
+    draws = np.float64(draw(jax.random.split(KEY, 400)))
     deviation = np.exp(0.5 * log_variance[0]) / scale
     np.testing.assert_allclose(draws.mean(axis=0)[0], latents[0], atol=float(5 * deviation.max() / 20))
     np.testing.assert_allclose(draws.std(axis=0)[0], deviation, rtol=0.15)

@@ -122,6 +122,7 @@ def test_weights_in_bfloat16_stay_so_and_moments_in_float32(source: Path, tmp_pa
     assert jax.eval_shape(loaded.model.encode, loaded.variables, image).dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_a_converted_run_is_evaluated_and_drawn_from(run: Path, data_dir: Path, tmp_path: Path):
     out = tmp_path / "eval.json"
     data = OtherData(name="digits")

@@ -23,6 +23,7 @@ from vlm_jax.pretrained.pipelines import UNTOLD, empty_caption
 from vlm_jax.trees import leaves_by_path, part
 from vlm_jax.workdir import load
 
+pytestmark = pytest.mark.slow  # whole pipelines there and back; their tables are in test_pipeline_layouts.py
 DIRECTORIES = {"stable-diffusion": "unet", "dit": "transformer", "pixart": "transformer"}
 """Of each pipeline the one of its network."""
 NULL = "caption_projection.y_embedding"

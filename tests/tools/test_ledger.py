@@ -117,6 +117,7 @@ def test_every_preset_on_the_data_that_has_a_likelihood_is_chosen() -> None:
     assert choose((), "openmoji").keys() == {
         "autoencoder-tiny",
         "autoregressive-tiny-openmoji",
+        "diffusion-tiny-patches",
         "vae-tiny-openmoji",
         "vqvae-tiny",
     }  # neither clip nor texts

@@ -150,6 +150,7 @@ def test_pictures_are_as_the_model_reads_or_draws_them(vae_run: Path, data_dir: 
     assert image_of(replace(latent, model=replace(latent.model, sample=None))) is None
 
 
+@pytest.mark.slow
 def test_the_network_of_fid_judges_images_of_the_size_that_they_have(
     vae_run: Path, clip_run: Path, tmp_path: Path
 ) -> None:
