@@ -169,6 +169,6 @@ CONFIGS: dict[str, Any] = {
         objective=Adversarial(widths=(4,), groups=2),
     ),
     "vqvae of two books": replace(VQVAE, quantizer=Residual(book=Learned(size=3, width=2, unit=True), books=2)),
-    "vdm of texts": vdm.Config(**IMAGE, network=READERS["unet"], text=CLIP, gamma_min=-5.0, fourier=()),
     "vdm": vdm.Config(**IMAGE, network=UNET, gamma_min=-5.0, schedule="monotone", fourier=(0,), predict="v"),
+    "vdm of texts": vdm.Config(**IMAGE, network=READERS["unet"], text=CLIP, gamma_min=-5.0, fourier=()),
 }
