@@ -35,10 +35,12 @@ COMPILED = SMALLEST | {name: PRESETS[name] for name in TINY}
 QUICK = [*{family_of(config): name for name, config in reversed(SMALLEST.items())}.values()]
 """The first of each family: its variants, and what has a reader's programs to compile beside its own, are held with the
 presets."""
-SLOW = [
-    pytest.param(name, marks=pytest.mark.slow) for name in (*TINY, *(name for name in SMALLEST if name not in QUICK))
-]
-TRAINED = [*(name for name in QUICK if name not in UNTRAINED), *SLOW]
+VARIANTS = [*TINY, *(name for name in SMALLEST if name not in QUICK)]
+SLOW, SLOW_TRAINED = (
+    [pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name not in without]
+    for without in ((), UNTRAINED)
+)
+TRAINED = [*(name for name in QUICK if name not in UNTRAINED), *SLOW_TRAINED]
 BATCH = 4
 KEY = jax.random.key(0)
 
