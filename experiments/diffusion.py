@@ -171,8 +171,8 @@ def text_to_image_tiny() -> Experiment:
 def diffusion_tiny_patches() -> Experiment:
     """Emoji, 32x32, in patches of 4: a transformer predicts the image itself, as JiT (2511.13720); minutes on a CPU.
 
-    `--model.predict velocity` or `eps` does as well; in patches of 16 (`--model.network.backbone.patch-size 16`), which
-    have six times as many numbers as the network is wide, only `x` does.
+    To be compared with `--model.predict velocity` and `eps`, and all three with those of patches of 16
+    (`--model.network.backbone.patch-size 16`), which have six times as many numbers as the network is wide.
     """
     transformer = Transformer(width=128, depth=4, heads=4, mlp=512)
     return Experiment(

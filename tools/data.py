@@ -17,8 +17,6 @@ class OtherData:
 def choose_data(loaded: Loaded, other: OtherData) -> Data:
     """The run's data, or another data set read as the run's is."""
     own, plain = loaded.experiment.data, Data(name=other.name)
-    return (
-        own
-        if other.name is None
-        else replace(own, name=plain.name, mixture=plain.mixture, train=plain.train, test=plain.test)
-    )
+    if other.name is None:
+        return own
+    return replace(own, name=plain.name, mixture=plain.mixture, train=plain.train, test=plain.test)

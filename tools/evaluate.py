@@ -123,7 +123,7 @@ def evaluate(
 
         one_by_one = batches(source, replace(read, pack=False), inputs)
         lessons = None
-        if loaded.model.encode is not None:
+        if loaded.model.encode is not None and (not only or "information" in only):
             with suppress(UserError):  # of data that opened as they should: they have no such split
                 taught = open_data(read, read.train, inputs, directory)
                 images = replace(read, pack=False)

@@ -28,6 +28,7 @@ __all__ = [
     "abstract_batch",
     "check_batch",
     "check_sampling",
+    "without_loss",
 ]
 
 Variables = Mapping[str, Any]
@@ -154,6 +155,15 @@ FIELDS_ALONE = (
 
 MODALITIES = ("text", "image")
 """What `generate` makes segments of."""
+
+
+def without_loss(why: str) -> Callable[..., tuple[jax.Array, Aux]]:
+    """The `loss` of what is trained as a part of other models alone: a `UserError` that says so."""
+
+    def loss(variables: Variables, batch: Batch, key: jax.Array, step: Any, *, train: bool) -> tuple[jax.Array, Aux]:
+        raise UserError(why)
+
+    return loss
 
 
 def _attentive(model: Model, capability: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -113,7 +113,7 @@ def evaluating(watch: Watch, model: Model, held_out: HeldOut) -> Watcher:
             variables={} if moment is None else moment.variables,
             batches=partial(first, held_out.batches),
             examples=count,
-            key=None if moment is None else moment.key,
+            key=jax.random.key(0) if moment is None else moment.key,
             tokenizer=held_out.tokenizer,
             records=records,
             training_texts=held_out.training_texts,

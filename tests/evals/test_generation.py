@@ -14,7 +14,8 @@ from vlm_jax.contract import Input, Model
 from vlm_jax.errors import UserError
 from vlm_jax.evals import EVALUATIONS, Judge, Pictures, Subject, generation
 from vlm_jax.evals.frechet import frechet_distance
-from vlm_jax.evals.generation import chance, images_of_nearest
+from vlm_jax.evals.generation import images_of_nearest
+from vlm_jax.evals.retrieval import chance
 
 TRAINING = ["red dog", "green cat", "blue bird tree house", "moon"]
 CAPTIONS = ["red cat", "green dog", "blue bird moon house", "red fish", "moon", "star"]

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from vlm_jax.contract import Input
-from vlm_jax.data.redraw import PAPER, Redraw
+from vlm_jax.data.redraw import AS_IT_IS, PAPER, Redraw
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.data.transforms import Box, Method, centre_box, random_box, random_flip, resample, square_box, whole_box
 from vlm_jax.errors import UserError
@@ -59,7 +59,7 @@ class Image(Reader):
     """Random crops of training images keep at least this share of the area; 1.0: none."""
     flip: bool = False
     """Mirror half of the training images."""
-    redraw: Redraw = Redraw()
+    redraw: Redraw = AS_IT_IS
     """Draw training images in another style each time."""
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class Image(Reader):
     @property
     def augments(self) -> bool:
         """Whether a training image is another one each time."""
-        return self.flip or self.crop_min_area < 1.0 or self.redraw != Redraw()
+        return self.flip or self.crop_min_area < 1.0 or self.redraw != AS_IT_IS
 
     def check(self, inputs: Inputs) -> None:
         spec = inputs["image"]
@@ -89,7 +89,7 @@ class Image(Reader):
                 f"the model reads images of {spec.dtype}{list(spec.shape)}, and data give squares of uint8 with 1 "
                 f"channel (grey) or 3 (RGB): choose such a model"
             )
-        if self.redraw != Redraw() and (spec.limit or 256) != 256:
+        if self.redraw != AS_IT_IS and (spec.limit or 256) != 256:
             raise UserError(f"redraw is for images of 256 levels and the model reads {spec.limit}: leave it out")
 
     def read(self, record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
@@ -107,7 +107,7 @@ class Image(Reader):
         levels = inputs["image"].limit or 256
         scale = partial(resample, levels=levels, method=self.method, around=around)
         image = record["image"].view(size, channels, choose, scale)
-        if rng is not None and self.redraw != Redraw():
+        if rng is not None and self.redraw != AS_IT_IS:
             image = self.redraw.restyled(image, rng)
         return {"image": image if rng is None or not self.flip else random_flip(image, rng)}
 

@@ -60,6 +60,10 @@ class Redraw:
         return outline(image, rng.choice(WIDTHS)) if rng.random() < self.outlined else image
 
 
+AS_IT_IS = Redraw()
+"""Changes nothing."""
+
+
 def outline(image: UInt8[np.ndarray, "H W C"], width: int) -> UInt8[np.ndarray, "H W C"]:
     """Black lines of a width in pixels wherever a colour changes: by the morphological gradient."""
     near = (width + 1, width + 1, 1)

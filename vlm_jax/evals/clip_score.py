@@ -15,8 +15,6 @@ from vlm_jax.evals.writing import Metrics
 
 WEIGHT = 2.5
 """For scores to fill [0, 1] (section 3)."""
-TOGETHER = 128
-"""Captions that are read at a time."""
 
 
 def clip_score(images: Float[np.ndarray, "N D"], texts: Float[np.ndarray, "N D"]) -> float:
@@ -34,7 +32,7 @@ def run(subject: Subject) -> Metrics:
     def score(judge: Judge) -> Metrics:
         if not judge.reads:
             return {}
-        vectors, texts = seen(subject, judge), texts_of(judge, asked, TOGETHER).vectors
+        vectors, texts = seen(subject, judge), texts_of(judge, asked).vectors
         return {"score": clip_score(vectors.drawn, texts), "real_score": clip_score(vectors.real, texts)}
 
     return {**by_each(subject.judges, score), "captions": float(len(asked))}

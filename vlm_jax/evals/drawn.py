@@ -75,13 +75,12 @@ def painter(subject: Subject, together: int) -> Callable[[int], UInt8[np.ndarray
       UserError: the tokenizer makes ids that the model cannot be told.
     """
     assert subject.model.sample is not None
-    key = jax.random.key(0) if subject.key is None else subject.key
     sample = jax.jit(partial(subject.model.sample, num=together, sampling=subject.sampling))
     told = told_of(subject, together)
 
     def draw(index: int) -> UInt8[np.ndarray, "B H W C"]:
         given = {} if told is None else told[index]
-        return np.asarray(sample(subject.variables, jax.random.fold_in(key, index), given))
+        return np.asarray(sample(subject.variables, jax.random.fold_in(subject.key, index), given))
 
     return draw
 

@@ -7,13 +7,12 @@ had without drawing; all of them in all, and by how new the first caption is to 
 """
 
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import UInt8
 
 from vlm_jax.evals.captions import novelty
 from vlm_jax.evals.cider import words
@@ -21,7 +20,7 @@ from vlm_jax.evals.drawn import captions_due, parts, seen
 from vlm_jax.evals.frechet import frechet_distance
 from vlm_jax.evals.judge import Judge, by_each
 from vlm_jax.evals.pixels import border_contrast, psnr_of_nearest
-from vlm_jax.evals.retrieval import RANKS, alike, gallery, recall_at
+from vlm_jax.evals.retrieval import RANKS, alike, chance, gallery, recall_at
 from vlm_jax.evals.subject import Evaluation, Subject
 from vlm_jax.evals.writing import Metrics, members
 
@@ -104,14 +103,6 @@ def images_of_nearest(
                     shares[index], found[index] = share, image
     assert first is not None
     return np.stack([found.get(index, first) for index in range(len(sought))])
-
-
-def chance(belongs: Bool[np.ndarray, "N M"], k: int) -> float:
-    """The recall of texts in random order: k / M where each of the images has one of the M for its own."""
-    count = belongs.shape[1]
-    if k >= count:
-        return 1.0
-    return 1 - float(np.mean([math.comb(count - own, k) / math.comb(count, k) for own in belongs.sum(axis=1).tolist()]))
 
 
 EVALUATION = Evaluation(

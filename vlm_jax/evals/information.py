@@ -19,11 +19,10 @@ from vlm_jax.contract import Batch, Input, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.evals.cider import words
 from vlm_jax.evals.features import Features, reader, turned
-from vlm_jax.evals.generation import chance
 from vlm_jax.evals.judge import Judge, by_each
 from vlm_jax.evals.likelihood import ratio_and_error
 from vlm_jax.evals.probe import multinomial, ridge
-from vlm_jax.evals.retrieval import RANKS, alike, gallery, recall_at, texts_of
+from vlm_jax.evals.retrieval import RANKS, alike, chance, gallery, recall_at, texts_of
 from vlm_jax.evals.subject import Evaluation, Subject
 from vlm_jax.evals.writing import Metrics
 
@@ -33,8 +32,6 @@ WORDS = 127
 """Of captions, those that are most frequent in training; all others are one more."""
 VIEWS = ("latents", "pixels", "reconstructions")
 """What probes are shown of an image; the last of a model that decodes."""
-TOGETHER = 128
-"""Captions that a judge reads at once."""
 
 
 class Shown(NamedTuple):
@@ -88,8 +85,7 @@ def onlooker(subject: Subject) -> Callable[[jax.Array], dict[str, Float[np.ndarr
     model = subject.model
     encode, decode, image, latents = model.encode, model.decode, model.inputs["image"], model.latents
     assert encode is not None and latents is not None
-    key = jax.random.key(0) if subject.key is None else subject.key
-    seed = np.asarray(jax.random.key_data(key)).tolist()
+    seed = np.asarray(jax.random.key_data(subject.key)).tolist()
     alone = isinstance(latents, Input)
     read = reader({"": latents} if isinstance(latents, Input) else latents, seed)
     read_pixels = reader({"": image._replace(dtype="float32", limit=None)}, seed)
@@ -202,7 +198,7 @@ def of_captions(
     if not judge.reads:
         return {f"caption_recall@{k}_{of}": None for k in RANKS for of in (*(f"of_{view}" for view in views), "chance")}
     texts, belongs = gallery(judge, held_out, ids)
-    read = texts_of(judge, [text for each in training for text in each], TOGETHER).vectors.astype(np.float64)
+    read = texts_of(judge, [text for each in training for text in each]).vectors.astype(np.float64)
     starts = np.cumsum([0, *(len(each) for each in training[:-1])])
     aims = np.add.reduceat(read, starts) / np.array([[len(each)] for each in training])
     centre = aims.mean(axis=0)

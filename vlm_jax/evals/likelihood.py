@@ -28,7 +28,6 @@ class Draws(NamedTuple):
 
 def draws(subject: Subject, function: Callable[..., jax.Array], repeats: int) -> Draws:
     """`function(variables, batch, key)` for every example of the split, `repeats` times with fresh noise."""
-    key = jax.random.key(0) if subject.key is None else subject.key
     assert subject.model.count is not None
 
     @jax.jit
@@ -37,7 +36,7 @@ def draws(subject: Subject, function: Callable[..., jax.Array], repeats: int) ->
 
     columns, counts = [], []
     for index, (batch, valid) in enumerate(subject.batches()):
-        columns.append(np.asarray(repeat(subject.variables, batch, jax.random.fold_in(key, index)))[:, :valid])
+        columns.append(np.asarray(repeat(subject.variables, batch, jax.random.fold_in(subject.key, index)))[:, :valid])
         counts.append(np.asarray(subject.model.count(batch))[:valid])
     return Draws(np.concatenate(columns, axis=1), np.concatenate(counts))
 

@@ -3,6 +3,7 @@
 The protocol of Karpathy & Fei-Fei (1412.2306): an image may have several captions, and any of them finds it.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from vlm_jax.evals.judge import Judge
 from vlm_jax.evals.subject import Evaluation, Subject
 
 RANKS = (1, 5, 10)
+TOGETHER = 128
+"""Captions that are read at a time, where nothing else says how many."""
 
 
 class Items(NamedTuple):
@@ -44,7 +47,7 @@ def alike(contents: Iterable[bytes]) -> Int[np.ndarray, " N"]:
     return np.array([numbers.setdefault(each, len(numbers)) for each in contents])
 
 
-def texts_of(reader: Subject | Judge, captions: Sequence[str], size: int) -> Items:
+def texts_of(reader: Subject | Judge, captions: Sequence[str], size: int = TOGETHER) -> Items:
     """Every caption, `size` of them at a time."""
     assert reader.model.embed_text is not None and reader.tokenizer is not None
     embed = jax.jit(reader.model.embed_text)
@@ -76,7 +79,7 @@ def captions_of(subject: Subject) -> list[Sequence[str]] | None:
 
 
 def gallery(
-    reader: Subject | Judge, captions: Sequence[Sequence[str]], image_ids: Int[np.ndarray, " N"], size: int = 128
+    reader: Subject | Judge, captions: Sequence[Sequence[str]], image_ids: Int[np.ndarray, " N"], size: int = TOGETHER
 ) -> tuple[Items, Bool[np.ndarray, "N M"]]:
     """All captions of N images, as a model reads them, and which of them belong to which of the images."""
     texts = texts_of(reader, [text for each in captions for text in each], size)
@@ -92,6 +95,14 @@ def recall_at(similarity: Float[np.ndarray, "N M"], belongs: Bool[np.ndarray, "N
     best = np.max(similarity, axis=1, where=belongs, initial=-np.inf, keepdims=True)
     better = np.sum(~belongs & ~(similarity < best), axis=1)
     return float(np.mean(better < k))
+
+
+def chance(belongs: Bool[np.ndarray, "N M"], k: int) -> float:
+    """The recall of texts in random order: k / M where each of the images has one of the M for its own."""
+    count = belongs.shape[1]
+    if k >= count:
+        return 1.0
+    return 1 - float(np.mean([math.comb(count - own, k) / math.comb(count, k) for own in belongs.sum(axis=1).tolist()]))
 
 
 def run(subject: Subject) -> dict[str, float]:

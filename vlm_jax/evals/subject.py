@@ -56,8 +56,8 @@ class Subject:
     """The split in order: batches of one size on the model's devices, each with its number of valid rows."""
     examples: int
     """In the split."""
-    key: jax.Array | None = None
-    """For evaluations that draw noise; None: key 0."""
+    key: jax.Array = field(default_factory=lambda: jax.random.key(0))
+    """For evaluations that draw noise."""
     tokenizer: Tokenizer | None = None
     records: Callable[[], Iterator[Mapping[str, Any]]] | None = None
     """The strings of each record in order, those it has: `captions`, all of them, `question`, `answer`, `answers` of

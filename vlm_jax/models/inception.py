@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from vlm_jax.contract import Aux, Batch, Input, Model, Rule, Variables
+from vlm_jax.contract import Batch, Input, Model, Rule, Variables, without_loss
 from vlm_jax.errors import UserError
 from vlm_jax.sharding import constrain
 
@@ -269,14 +269,6 @@ def build(config: Config) -> Model:
     def init(key: Array, batch: Batch) -> Variables:
         return module.init(key, batch["image"])
 
-    def loss(
-        variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
-    ) -> tuple[Float[Array, ""], Aux]:
-        """Raises a `UserError`."""
-        raise UserError(
-            "the network of FID has no loss: make it a part of another model, or a --judge of what another one draws"
-        )
-
     def image_features(variables: Variables, image: UInt8[Array, "B H W C"]) -> Float[Array, "B T D"]:
         """Of each place of the last block; their mean is what FID is measured of."""
         return module.apply(variables, image)
@@ -284,7 +276,9 @@ def build(config: Config) -> Model:
     return Model(
         inputs={"image": Input((config.image_size, config.image_size, 3), "uint8", 256)},
         init=init,
-        loss=loss,
+        loss=without_loss(
+            "the network of FID has no loss: make it a part of another model, or a --judge of what another one draws"
+        ),
         rules=rules_of(config),
         image_features=image_features,
     )

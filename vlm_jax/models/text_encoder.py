@@ -11,8 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.contract import Aux, Batch, Input, Model, Rule, Variables
-from vlm_jax.errors import UserError
+from vlm_jax.contract import Batch, Input, Model, Rule, Variables, without_loss
 from vlm_jax.nn.sequence import up_to_end
 from vlm_jax.nn.t5 import T5, T5Encoder, t5_rules
 from vlm_jax.nn.text import TEXT_RULES, TextNetwork, TextTransformer
@@ -80,19 +79,19 @@ def build(config: Config) -> Model:
     def init(key: Array, batch: Batch) -> Variables:
         return module.init(key, batch["tokens"])
 
-    def loss(
-        variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
-    ) -> tuple[Float[Array, ""], Aux]:
-        """Raises a `UserError`."""
-        raise UserError(
-            "an encoder of text alone has no loss: make it a part of another model, whose start takes it and whose "
-            "frozen keeps it"
-        )
-
     def text_features(
         variables: Variables, tokens: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T"]]:
         """A text goes to its first end token, that included."""
         return module.apply(variables, tokens)
 
-    return Model(inputs=inputs_of(config), init=init, loss=loss, rules=rules_of(config), text_features=text_features)
+    return Model(
+        inputs=inputs_of(config),
+        init=init,
+        loss=without_loss(
+            "an encoder of text alone has no loss: make it a part of another model, whose start takes it and whose "
+            "frozen keeps it"
+        ),
+        rules=rules_of(config),
+        text_features=text_features,
+    )

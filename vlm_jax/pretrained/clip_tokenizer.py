@@ -11,10 +11,11 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from vlm_jax.data import Tokenizer
+from vlm_jax.data.tokenizer import SETTINGS
 from vlm_jax.errors import UserError
 from vlm_jax.pretrained.source import read_json
 
-VOCABULARY, MERGES, SETTINGS = "vocab.json", "merges.txt", "tokenizer_config.json"
+VOCABULARY, MERGES = "vocab.json", "merges.txt"
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 """Of a text: endings, words, digits, and what else stands together."""
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"

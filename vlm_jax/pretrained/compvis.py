@@ -21,12 +21,12 @@ from vlm_jax.experiment import Experiment
 from vlm_jax.models import autoencoder, vqvae
 from vlm_jax.nn.adversary import Adversarial
 from vlm_jax.nn.quantize import Learned
-from vlm_jax.pretrained.first_stages import FILE, FRESH, check_codes, codes_entry, projections, where_of
+from vlm_jax.pretrained.first_stages import FRESH, check_codes, codes_entry, projections, where_of
 from vlm_jax.pretrained.layout import Entry, Layout
 from vlm_jax.pretrained.moments import factors, moments
-from vlm_jax.pretrained.pyramids import COMPVIS, LLAMAGEN, Names, pyramid_entries, pyramid_of
+from vlm_jax.pretrained.pyramids import COMPVIS, CONV_IN, LLAMAGEN, Names, pyramid_entries, pyramid_of
 from vlm_jax.pretrained.settings import require
-from vlm_jax.pretrained.source import Source
+from vlm_jax.pretrained.source import CONFIG, Source
 
 PREFIX = "first_stage_model."
 GROUPS = 32
@@ -52,14 +52,14 @@ def held_by(source: Source, key: str) -> bool:
 def stage(source: Source, names: Names) -> dict[str, Any]:
     """The arguments that both families have; raises a `UserError` where sizes cannot be made out."""
     tensors, size = source.tensors.renamed(plain), source.config.get("sample_size", SIZE)
-    for key in ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight"):
+    for key in (CONV_IN, "encoder.conv_out.weight", "quant_conv.weight"):
         if key not in tensors or len(tensors.shape(key)) != 4:
             raise UserError(f"{source.path} lacks {key}, a convolution, by which the size of a first stage is known")
     if not isinstance(size, int) or size < 1:
         raise UserError(f"sample_size in {where_of(source)} is {size!r}: it must be a number of pixels")
     return {
         "image_size": size,
-        "channels": tensors.shape("encoder.conv_in.weight")[1],
+        "channels": tensors.shape(CONV_IN)[1],
         "network": pyramid_of(tensors, size, names, GROUPS),
         "objective": Adversarial(),
     }
@@ -98,7 +98,7 @@ def collections(source: Source, config: autoencoder.Config) -> dict[str, np.ndar
 def told_of(config: autoencoder.Config | vqvae.Config, whose: str) -> dict[str, dict[str, Any]]:
     """What the arrays do not tell."""
     require({"levels": (config.levels, 256), "network.groups": (config.network.groups, GROUPS)}, whose)
-    return {FILE: {"sample_size": config.image_size}}
+    return {CONFIG: {"sample_size": config.image_size}}
 
 
 def kl_export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dict[str, Any]]:
@@ -145,7 +145,7 @@ LAYOUTS = (
         known_as=plain,
         fresh=FRESH,
         collections=collections,
-        told=lambda collections: {FILE: factors(collections)},
+        told=lambda collections: {CONFIG: factors(collections)},
         export=kl_export,
     ),
     codes_layout("vqgan", COMPVIS, unit=False),

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.pretrained.layout import Entry, linear
-from vlm_jax.pretrained.tensors import BFLOAT16, Tensors
 from vlm_jax.records import to_json
 
 
@@ -37,11 +36,6 @@ def attention_entries(path: str, key: str, *, bias: bool) -> Iterator[Entry]:
     for ours, theirs in (("query", "to_q"), ("key", "to_k"), ("value", "to_v")):
         yield from linear(f"{path}/{ours}", f"{key}.{theirs}", bias=bias)
     yield from linear(f"{path}/out", f"{key}.to_out.0")
-
-
-def computed_in(tensors: Tensors, key: str) -> Literal["float32", "bfloat16"]:
-    """The type of the computation, by one of the arrays: bfloat16 of such weights."""
-    return "bfloat16" if tensors.dtype(key) == BFLOAT16 else "float32"
 
 
 def side_of(size: Any, where: str) -> int:

@@ -25,7 +25,7 @@ from vlm_jax.nn.denoiser import Network
 from vlm_jax.nn.dit import DiT, position_features
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.pretrained import patch_transformers, schedules
-from vlm_jax.pretrained.denoisers import below, computed_in, settled, side_of, time_entries
+from vlm_jax.pretrained.denoisers import below, settled, side_of, time_entries
 from vlm_jax.pretrained.first_stages import WEIGHTS
 from vlm_jax.pretrained.hf_towers import mlp_entries
 from vlm_jax.pretrained.layout import Entry, Layout, linear
@@ -38,21 +38,19 @@ from vlm_jax.pretrained.patch_transformers import (
     variance_of,
 )
 from vlm_jax.pretrained.pipelines import (
-    FRESH,
     PRIOR,
+    VAE,
     check_parts,
     check_prior,
-    collections,
     first_entries,
     first_stage,
     first_told,
     index_of,
-    is_pipeline,
-    newer_of_vae,
-    told_moments,
+    pipeline_layout,
 )
 from vlm_jax.pretrained.settings import known, require
 from vlm_jax.pretrained.source import CONFIG, Source
+from vlm_jax.pretrained.tensors import computed_in
 
 PIPE, KIND = "DiTPipeline", "DiTTransformer2DModel"
 PART = "transformer/"
@@ -213,20 +211,15 @@ def original_export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict
 
 
 LAYOUTS = (
-    Layout(
-        name="dit",
-        family="latent_diffusion",
-        recognises=lambda source: is_pipeline(source, PIPE),
+    pipeline_layout(
+        "dit",
+        PIPE,
         config=config,
         entries=entries,
         fields=lambda source: (Image(), Label()),
         sampling=lambda config: SAMPLING,
-        known_as=newer_of_vae,
-        fresh=FRESH,
-        collections=collections,
-        told=told_moments,
         export=export,
-        weights={"vae/": WEIGHTS, PART: WEIGHTS},
+        weights={VAE: WEIGHTS, PART: WEIGHTS},
     ),
     Layout(
         name="dit-original",

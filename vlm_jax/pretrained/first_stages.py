@@ -19,21 +19,22 @@ from vlm_jax.nn.quantize import Learned
 from vlm_jax.pretrained.layout import Entry, Layout
 from vlm_jax.pretrained.moments import factors, moments
 from vlm_jax.pretrained.pyramids import (
+    CONV_IN,
     DIFFUSERS,
     attentive,
     block_types,
-    computed_in,
     heights,
     levels_of,
     pointwise,
     pyramid_entries,
 )
 from vlm_jax.pretrained.settings import expects, require
-from vlm_jax.pretrained.source import Source
+from vlm_jax.pretrained.source import CONFIG, Source
+from vlm_jax.pretrained.tensors import computed_in
 from vlm_jax.records import to_json
 
 KL, VQ = "AutoencoderKL", "VQModel"
-FILE, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARED: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -70,7 +71,7 @@ def newer(key: str) -> str:
 
 
 def where_of(source: Source) -> str:
-    return str(source.directory / FILE)
+    return str(source.directory / CONFIG)
 
 
 def told_by(source: Source, kind: str) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def config_of(source: Source, kind: str, build: Callable[[dict[str, Any], dict[s
             blocks=told["layers_per_block"],
             attention=heights(levels, size),
             groups=told["norm_num_groups"],
-            dtype=computed_in(source.tensors),
+            dtype=computed_in(source.tensors, CONV_IN),
         )
         shared = {"image_size": size, "channels": told["in_channels"], "network": network}
         found = build(told, {**shared, "objective": Adversarial()})
@@ -179,7 +180,7 @@ def check_codes(config: vqvae.Config, *, unit: bool, whose: str) -> None:
 
 
 def kl_export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dict[str, Any]]:
-    return {FILE: kl_told(experiment.model)}
+    return {CONFIG: kl_told(experiment.model)}
 
 
 def kl_told(config: autoencoder.Config) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def vq_export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, 
     config: vqvae.Config = experiment.model
     check_codes(config, unit=False, whose=VQ)
     codes = {"num_vq_embeddings": config.quantizer.size, "vq_embed_dim": config.quantizer.width}
-    return {FILE: {**told_of(config, VQ), "latent_channels": config.hidden, **codes}}
+    return {CONFIG: {**told_of(config, VQ), "latent_channels": config.hidden, **codes}}
 
 
 def fields(source: Source) -> tuple[Image, ...]:
@@ -213,7 +214,7 @@ LAYOUTS = (
         known_as=newer,
         fresh=FRESH,
         collections=lambda source, config: moments({**USUAL[KL], **source.config}, config.latent, where_of(source)),
-        told=lambda collections: {FILE: factors(collections)},
+        told=lambda collections: {CONFIG: factors(collections)},
         export=kl_export,
         weights={"": WEIGHTS},
     ),

@@ -5,11 +5,11 @@ from typing import Any
 
 from vlm_jax.errors import UserError
 from vlm_jax.nn.transformer import Transformer
-from vlm_jax.pretrained.denoisers import attention_entries, computed_in
+from vlm_jax.pretrained.denoisers import attention_entries
 from vlm_jax.pretrained.hf_towers import patch_entry
 from vlm_jax.pretrained.layout import Entry, linear
 from vlm_jax.pretrained.settings import require
-from vlm_jax.pretrained.tensors import Tensors
+from vlm_jax.pretrained.tensors import Tensors, computed_in
 
 OLDER = "Transformer2DModel"
 """What all of them were before diffusers 0.29."""

@@ -17,11 +17,11 @@ from vlm_jax.models import autoencoder, build, diffusion, latent_diffusion
 from vlm_jax.nn.unet import LatentUNet
 from vlm_jax.pretrained.clip_tokenizer import read_clip_tokenizer
 from vlm_jax.pretrained.denoisers import below
-from vlm_jax.pretrained.first_stages import FILE, KL, USUAL, kl_config, kl_entries, kl_told, newer, where_of
-from vlm_jax.pretrained.layout import Entry
+from vlm_jax.pretrained.first_stages import KL, USUAL, kl_config, kl_entries, kl_told, newer, where_of
+from vlm_jax.pretrained.layout import Entry, Layout
 from vlm_jax.pretrained.moments import factors, moments
 from vlm_jax.pretrained.settings import require
-from vlm_jax.pretrained.source import PIPELINE, Source
+from vlm_jax.pretrained.source import CONFIG, PIPELINE, Source
 
 FIRST, PRIOR, TEXT = "first/", "prior/backbone/", "prior/text/"
 """Paths of the parts of a `latent_diffusion` model."""
@@ -35,6 +35,18 @@ ABSENT = (None, False, [None, None])
 
 def is_pipeline(source: Source, kind: str) -> bool:
     return source.config.get("_class_name") == kind and (source.directory / PIPELINE).is_file()
+
+
+def pipeline_layout(name: str, kind: str, **own: Any) -> Layout:
+    """That of a pipeline of a class, with what is its own."""
+    common: dict[str, Any] = {
+        "recognises": lambda source: is_pipeline(source, kind),
+        "known_as": newer_of_vae,
+        "fresh": FRESH,
+        "collections": collections,
+        "told": told_moments,
+    }
+    return Layout(name=name, family="latent_diffusion", **common | own)
 
 
 def check_parts(source: Source, kind: str, parts: tuple[str, ...], idle: tuple[str, ...] = ()) -> None:
@@ -96,7 +108,7 @@ def collections(source: Source, config: latent_diffusion.Config) -> dict[str, np
 
 def told_moments(kept: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The inverse."""
-    return {VAE + FILE: factors({"moments": kept["moments"]["first"]})}
+    return {VAE + CONFIG: factors({"moments": kept["moments"]["first"]})}
 
 
 def first_told(config: latent_diffusion.Config) -> dict[str, dict[str, Any]]:
@@ -104,7 +116,7 @@ def first_told(config: latent_diffusion.Config) -> dict[str, dict[str, Any]]:
     if not isinstance(config.first, autoencoder.Config):
         family = type(config.first).__module__
         raise UserError(f"first is of {family} and a pipeline's first stage is an autoencoder: the model stays a run")
-    return {VAE + FILE: kl_told(config.first)}
+    return {VAE + CONFIG: kl_told(config.first)}
 
 
 def newer_of_vae(key: str) -> str:

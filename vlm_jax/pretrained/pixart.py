@@ -23,7 +23,7 @@ from vlm_jax.nn.t5 import T5
 from vlm_jax.pretrained import patch_transformers, schedules, t5
 from vlm_jax.pretrained.denoisers import attention_entries, below, settled, side_of, time_entries
 from vlm_jax.pretrained.first_stages import WEIGHTS
-from vlm_jax.pretrained.layout import Entry, Layout, linear
+from vlm_jax.pretrained.layout import Entry, linear
 from vlm_jax.pretrained.patch_transformers import (
     EPS,
     block_entries,
@@ -33,22 +33,19 @@ from vlm_jax.pretrained.patch_transformers import (
     variance_of,
 )
 from vlm_jax.pretrained.pipelines import (
-    FRESH,
     PRIOR,
     TEXT,
     UNTOLD,
+    VAE,
     check_parts,
     check_prior,
-    collections,
     empty_caption,
     first_entries,
     first_stage,
     first_told,
     index_of,
-    is_pipeline,
-    newer_of_vae,
+    pipeline_layout,
     tokenizer_of,
-    told_moments,
 )
 from vlm_jax.pretrained.settings import known, require
 from vlm_jax.pretrained.source import CONFIG, Source
@@ -185,22 +182,17 @@ def export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dic
     }
 
 
-LAYOUT = Layout(
-    name="pixart",
-    family="latent_diffusion",
-    recognises=lambda source: is_pipeline(source, PIPE),
+LAYOUT = pipeline_layout(
+    "pixart",
+    PIPE,
     config=config,
     entries=entries,
     fields=lambda source: (Image(), Caption()),
     sampling=lambda config: SAMPLING,
     tokenizer=tokenizer,
     idle=(rf"{ENCODER}decoder\..*", rf"{ENCODER}lm_head\.weight"),
-    known_as=newer_of_vae,
-    fresh=FRESH,
     derived={UNTOLD: empty_caption},
-    collections=collections,
-    told=told_moments,
     export=export,
-    weights={"vae/": WEIGHTS, PART: WEIGHTS, ENCODER: "model.safetensors"},
+    weights={VAE: WEIGHTS, PART: WEIGHTS, ENCODER: "model.safetensors"},
     tokenizer_directory="tokenizer/",
 )

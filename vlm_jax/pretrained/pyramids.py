@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Set
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,7 +10,10 @@ from vlm_jax.errors import UserError
 from vlm_jax.nn.autoencoder import Pyramid
 from vlm_jax.nn.unet import LatentUNet
 from vlm_jax.pretrained.layout import Entry, linear, norm
-from vlm_jax.pretrained.tensors import BFLOAT16, Tensors
+from vlm_jax.pretrained.tensors import Tensors, computed_in
+
+CONV_IN = "encoder.conv_in.weight"
+"""The first layer, which all releases call so."""
 
 
 def kernel_entry(path: str, key: str) -> Entry:
@@ -190,11 +193,6 @@ def pyramid_entries(network: Pyramid, image_size: int, names: Names) -> Iterator
         yield from half_entries(network, image_size, names, part)
 
 
-def computed_in(tensors: Tensors) -> Literal["float32", "bfloat16"]:
-    """The type of the computation: bfloat16 of such weights."""
-    return "bfloat16" if tensors.dtype("encoder.conv_in.weight") == BFLOAT16 else "float32"
-
-
 def pyramid_of(tensors: Tensors, image_size: int, names: Names, groups: int) -> Pyramid:
     """The sizes of the arrays, where nothing else tells them."""
     block, attention = f"{names.block}.conv1.weight", f"{names.attention.format(0)}.{names.attends[1]}.weight"
@@ -205,7 +203,7 @@ def pyramid_of(tensors: Tensors, image_size: int, names: Names, groups: int) -> 
         blocks=counted(tensors, f"{names.down.format(0)}.{block}"),
         attention=heights(attends, image_size),
         groups=groups,
-        dtype=computed_in(tensors),
+        dtype=computed_in(tensors, CONV_IN),
     )
 
 

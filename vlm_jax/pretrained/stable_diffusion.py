@@ -19,27 +19,25 @@ from vlm_jax.pretrained import clip_text, schedules, unets
 from vlm_jax.pretrained.denoisers import below, settled
 from vlm_jax.pretrained.first_stages import WEIGHTS
 from vlm_jax.pretrained.hf_towers import IDLE, text_entries, usual
-from vlm_jax.pretrained.layout import Entry, Layout
+from vlm_jax.pretrained.layout import Entry
 from vlm_jax.pretrained.pipelines import (
-    FRESH,
     PRIOR,
     TEXT,
     UNTOLD,
+    VAE,
     check_parts,
     check_prior,
-    collections,
     empty_caption,
     first_entries,
     first_stage,
     first_told,
     index_of,
-    is_pipeline,
     newer_of_vae,
+    pipeline_layout,
     tokenizer_of,
-    told_moments,
 )
 from vlm_jax.pretrained.settings import require
-from vlm_jax.pretrained.source import PIPELINE, Source
+from vlm_jax.pretrained.source import CONFIG, PIPELINE, Source
 
 KIND = "StableDiffusionPipeline"
 ABSENT = ("safety_checker", "feature_extractor", "image_encoder")
@@ -75,7 +73,7 @@ def config(source: Source) -> latent_diffusion.Config:
     network, side, channels = unets.unet_config(unet)
     text, width = reader(source), unets.told_by(unet)["cross_attention_dim"]
     if width != (made := text.network.transformer.width):  # type: ignore[union-attr]
-        raise UserError(f"cross_attention_dim in {unet.path / unets.FILE} is {width}, and texts have {made} features")
+        raise UserError(f"cross_attention_dim in {unet.path / CONFIG} is {width}, and texts have {made} features")
     first, chain = first_stage(source, side), schedules.chain(source)
 
     def prior() -> diffusion.Config:
@@ -117,16 +115,15 @@ def export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dic
     return {
         **index_of(KIND, PARTS | {"scheduler": chain["_class_name"]}, ABSENT),
         **first_told(config),
-        f"{UNET}{unets.FILE}": unet,
+        UNET + CONFIG: unet,
         schedules.FILE: chain,
         **{f"{TOWER}{name}": told for name, told in clip_text.export(text, tokenizer).items()},
     }
 
 
-LAYOUT = Layout(
-    name="stable-diffusion",
-    family="latent_diffusion",
-    recognises=lambda source: is_pipeline(source, KIND),
+LAYOUT = pipeline_layout(
+    "stable-diffusion",
+    KIND,
     config=config,
     entries=entries,
     fields=lambda source: (Image(), Caption()),
@@ -134,11 +131,8 @@ LAYOUT = Layout(
     tokenizer=tokenizer,
     idle=(f"{TOWER}{IDLE}", rf"{TOWER}text_projection\.weight"),
     known_as=newer,
-    fresh=FRESH,
     derived={UNTOLD: empty_caption},
-    collections=collections,
-    told=told_moments,
     export=export,
-    weights={"vae/": WEIGHTS, UNET: WEIGHTS, TOWER: "model.safetensors"},
+    weights={VAE: WEIGHTS, UNET: WEIGHTS, TOWER: "model.safetensors"},
     tokenizer_directory="tokenizer/",
 )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import jax.numpy as jnp
@@ -111,6 +111,11 @@ def joined(path: Path, parts: Mapping[str, Tensors]) -> Tensors:
     """The inverse, of several: each array by what its part's names are to begin with, and its own."""
     stored = {prefix + key: array for prefix, part in parts.items() for key, array in part._stored.items()}
     return Tensors(path, stored)
+
+
+def computed_in(tensors: Tensors, key: str) -> Literal["float32", "bfloat16"]:
+    """The type of the computation, by one of the arrays: bfloat16 of such weights."""
+    return "bfloat16" if tensors.dtype(key) == BFLOAT16 else "float32"
 
 
 def open_tensors(path: Path) -> Tensors:

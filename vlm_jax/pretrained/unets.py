@@ -8,14 +8,14 @@ from typing import Any
 
 from vlm_jax.errors import UserError
 from vlm_jax.nn.unet import LatentUNet
-from vlm_jax.pretrained.denoisers import attention_entries, computed_in, settled, side_of, time_entries
+from vlm_jax.pretrained.denoisers import attention_entries, settled, side_of, time_entries
 from vlm_jax.pretrained.layout import Entry, linear, norm
 from vlm_jax.pretrained.pyramids import attentive, block_types, convolution, heights, levels_of, pointwise
 from vlm_jax.pretrained.settings import known
-from vlm_jax.pretrained.source import Source
+from vlm_jax.pretrained.source import CONFIG, Source
+from vlm_jax.pretrained.tensors import computed_in
 
 KIND = "UNet2DConditionModel"
-FILE = "config.json"
 DOWN, UP = "DownBlock2D", "UpBlock2D"
 CROSS = "CrossAttn"
 """With what the type of a block with attention begins."""
@@ -76,7 +76,7 @@ IDLE = ("use_linear_projection", "upcast_attention", "addition_embed_type_num_he
 
 def told_by(source: Source) -> dict[str, Any]:
     """The settings of a directory; raises a `UserError` that names one which cannot be expressed."""
-    where = str(source.directory / FILE)
+    where = str(source.directory / CONFIG)
     told = known(source.config, USUAL, ONLY, IDLE, where)
     if told["out_channels"] != told["in_channels"]:
         raise UserError(f"in_channels in {where} is {told['in_channels']}: it must be out_channels, those of latents")
@@ -95,7 +95,7 @@ def heads_of(told: Mapping[str, Any], where: str) -> Any:
 
 def unet_config(source: Source) -> tuple[LatentUNet, int, Any]:
     """The network of a directory, the side of its latents, and their channels."""
-    told, where = told_by(source), str(source.directory / FILE)
+    told, where = told_by(source), str(source.directory / CONFIG)
     levels, side = levels_of(told, where, (DOWN, UP), CROSS), side_of(told["sample_size"], where)
     heads, dtype = heads_of(told, where), computed_in(source.tensors, "conv_in.weight")
     network = settled(
