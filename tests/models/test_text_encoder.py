@@ -124,7 +124,7 @@ def test_a_bias_depends_on_the_distance_and_the_side_alone():
     assert (bias != bias.swapaxes(1, 2)).sum() == 4 * LENGTH * (LENGTH - 1)  # the sides share none
 
 
-@pytest.mark.parametrize("name", ["gated", "relu"])
+@pytest.mark.parametrize("name", ["gated", pytest.param("relu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("left_out", [0, 1, 2])
 @pytest.mark.parametrize("scan", [True, False])
 def test_the_encoder_computes_its_formula_at_the_layer_that_the_config_names(name: str, left_out: int, scan: bool):
@@ -164,7 +164,7 @@ def test_only_a_text_that_ends_is_read_where_the_network_finds_its_end(name: str
     assert build(siglip).inputs["tokens"].contains is None
 
 
-@pytest.mark.parametrize("name", ["gated", "relu"])
+@pytest.mark.parametrize("name", ["gated", pytest.param("relu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("remat", ["products", "all"])
 def test_layers_compute_the_same_stacked_apart_and_again(name: str, remat: Remat):
     def loss(params: Any, config: text_encoder.Config) -> jax.Array:

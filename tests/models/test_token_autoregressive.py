@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import scipy.special
 
+from compiled import build, program
 from reference import random_params
 from smallest import AUTOENCODER, CLIP, DECODER, VQVAE
 from vlm_jax.errors import UserError
-from vlm_jax.models import build, token_autoregressive
+from vlm_jax.models import token_autoregressive
 from vlm_jax.models.token_autoregressive import Codes, Config, Sampling
 from vlm_jax.nn.autoencoder import Pyramid
 from vlm_jax.nn.quantize import FSQ, LFQ, Residual
@@ -40,7 +41,7 @@ TOKENS = np.int32([1, 2, 0])
 class Case:
     def __init__(self, config: Config) -> None:
         self.config, self.model = config, build(config)
-        self.module = Codes(config, 2, 3)
+        self.apply = program(Codes(config, 2, 3).apply)
         batch = self.batch(np.zeros((3, 2, 2, 1), np.uint8))
         shapes = jax.eval_shape(self.model.init, KEY, batch)
         self.variables = jax.tree.map(jnp.asarray, random_params(shapes, scale=0.7))
@@ -55,7 +56,7 @@ class Case:
     def log_probs(self, codes: np.ndarray, **given: np.ndarray) -> np.ndarray:
         """Of each code, told what is given, or nothing."""
         told = self.conditions.in_drawing(self.variables, given, KEY, len(codes))
-        return np.asarray(self.module.apply(self.variables, codes, told), np.float64)
+        return np.asarray(self.apply(self.variables, codes, told), np.float64)
 
 
 @pytest.fixture(
@@ -173,7 +174,7 @@ def test_guidance_goes_away_from_logits_that_are_told_nothing_for_the_first_code
         for code in range(3):
             row = np.zeros((3, 4), np.int32)
             row[:, :place], row[:, place] = codes, code
-            found.append(np.asarray(case.module.apply(case.variables, row, told))[:, place])
+            found.append(np.asarray(case.apply(case.variables, row, told))[:, place])
         return np.stack(found, axis=1)
 
     told = case.conditions.in_drawing(case.variables, given, KEY, 3)

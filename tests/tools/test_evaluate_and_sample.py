@@ -38,9 +38,16 @@ def bits_per_dim(workdir: Path, draws: int) -> np.ndarray:
     return np.stack([-nats(jax.random.key(seed)) for seed in range(draws)]) / (64 * np.log(2))
 
 
-def test_a_vae_is_measured_by_what_it_can_do(vae_run: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.fixture(scope="module")
+def measured(vae_run: Path) -> dict[str, Any]:
+    """All that can be measured of it, as it is written."""
     results = evaluate(vae_run)
     assert results == json.loads((vae_run / "eval.json").read_text())
+    return results
+
+
+def test_a_vae_is_measured_by_what_it_can_do(vae_run: Path, measured: Any, capsys: pytest.CaptureFixture) -> None:
+    results = measured
     assert (results["split"], results["examples"], results["bound"]) == ("test", 360, "lower")
     assert {name.split("/")[0] for name in results} == {
         "step", "split", "examples", "seed", "bound", "likelihood", "importance_weighted", "reconstruction",
@@ -55,8 +62,10 @@ def test_a_vae_is_measured_by_what_it_can_do(vae_run: Path, capsys: pytest.Captu
     assert "likelihood/bits_per_dim " in capsys.readouterr().out
 
 
-def test_what_latents_tell_is_learned_from_the_training_split_without_what_is_measured(vae_run: Path) -> None:
-    results = evaluate(vae_run, only=("information",))
+def test_what_latents_tell_is_learned_from_the_training_split_without_what_is_measured(
+    vae_run: Path, measured: Any
+) -> None:
+    results = measured
     assert (results["information/images"], results["information/training_images"]) == (360, 1257)
     assert results["information/label_accuracy_chance"] < 0.2 < 0.9 < results["information/label_accuracy_of_pixels"]
     assert results["information/label_nats_lost_by_latents"] > 0  # of four numbers, hardly trained
