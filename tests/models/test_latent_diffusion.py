@@ -13,6 +13,7 @@ import scipy.stats
 from compiled import build
 from reference import random_params
 from smallest import AUTOENCODER, CLIP, CONFIGS, LATENTS, READERS, VAE, VQVAE
+from vlm_jax import models
 from vlm_jax.errors import UserError
 from vlm_jax.models import diffusion, latent_diffusion, probability_flow
 from vlm_jax.sampling.diffusion import Denoised
@@ -91,7 +92,7 @@ def test_samples_are_the_priors_decoded(variables):
 
 @pytest.mark.slow
 def test_a_prompt_changes_what_is_drawn_and_no_prompt_is_untold():
-    model = build(CONFIGS["latent diffusion of texts"])
+    model = models.build(CONFIGS["latent diffusion of texts"])  # not compiled: what is asked is looked at
     tokens = np.int32([[1, 2, 0], [3, 4, 2]])
     batch = {"image": BATCH["image"][:2], "tokens": tokens}
     params = random_params(jax.eval_shape(model.init, KEY, batch)["params"], scale=0.3)
