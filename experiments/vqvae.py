@@ -15,7 +15,12 @@ from vlm_jax.train.plan import Training
 
 
 def vqvae_tiny() -> Experiment:
-    """Emoji, 64x64: one of 512 codes for each square of 8x8 pixels; minutes on a CPU."""
+    """Emoji, 64x64: one of 512 codes for each square of 8x8 pixels; 17 minutes on two CPU cores.
+
+    `python -m tools.evaluate runs/vqvae-tiny --judge runs/clip-judge-a runs/clip-judge-b`: copies of held-out emoji
+    have a PSNR of 20.1 dB where as many principal components have 12.9, and a SSIM of 0.863; all codes are in use; of
+    the captions that find their own drawing first 55% and 50% still find its copy.
+    """
     return Experiment(
         model=vqvae.Config(
             image_size=64,
