@@ -47,7 +47,7 @@ def latent_diffusion_tiny() -> Experiment:
             TINY,
             optimizer=replace(TINY_OPTIMIZER, learning_rate=1e-3, warmup_steps=100),
             ema_decay=0.998,
-            steps=1500,
+            steps=1000,
             batch_size=64,
         ),
         start=(Start(workdir="runs/autoencoder-tiny", into="first"), read_by("runs/clip-small", "prior/text")),
