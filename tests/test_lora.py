@@ -276,6 +276,7 @@ def tuned(clip_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Exp
     return experiment, workdir
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_saves_them_alone_and_loads_as_a_plain_model(tuned: tuple, clip_run: Path) -> None:
     experiment, workdir = tuned
     assert experiment.frozen == (BASE,)
@@ -293,6 +294,7 @@ def test_a_run_of_adapters_saves_them_alone_and_loads_as_a_plain_model(tuned: tu
     )
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_goes_on_and_needs_a_base(tuned: tuple, tmp_path: Path) -> None:
     experiment, workdir = tuned
     run("clip-tiny", replace(experiment, training=replace(experiment.training, steps=3)))

@@ -87,6 +87,7 @@ def test_shape_labels_are_the_shape(tmp_path):
     assert whole > 0.9 * len(source)
 
 
+@pytest.mark.slow
 def test_dialogues_ask_every_question_once_of_its_image(data_dir):
     questions, dialogues = (open_source(f"easy_vqa/{name}", "test", data_dir) for name in ("questions", "dialogues"))
     asked = Counter((record["question"], record["answer"]) for record in questions.strings())

@@ -57,6 +57,7 @@ def test_the_bound_is_below_every_probability_and_sums_to_at_most_one(log_weight
     check_bound(log_weights)
 
 
+@pytest.mark.slow
 def test_the_divergence_in_closed_form_is_the_mean_of_the_one_by_draws(variables: Any, log_weights: np.ndarray):
     keys = jax.random.split(KEY, DRAWS)
     bounds = mapped(lambda key: MODEL.log_likelihood(variables, BATCH, key), keys, batch_size=64)
@@ -144,6 +145,7 @@ def judged() -> tuple[Any, Any, Any]:
     return model, {**variables, "params": params}, batch
 
 
+@pytest.mark.slow
 def test_a_critic_enters_at_its_step_and_learns_before(judged: Any):
     model, variables, batch = judged
     rest = {name: tree for name, tree in variables.items() if name != "params"}

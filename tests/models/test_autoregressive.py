@@ -174,7 +174,7 @@ def rows_known(c: Config, rows: int) -> np.ndarray:
     return np.arange(c.image_size)[:, None].repeat(c.image_size, axis=1) < rows
 
 
-@pytest.mark.parametrize(("patch_size", "classes"), [(1, None), (2, 2)])
+@pytest.mark.parametrize(("patch_size", "classes"), [(1, None), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_a_completion_is_a_sample_that_began_with_what_is_known(patch_size: int, classes: int | None):
     """Nothing known: a sample. The beginning of a sample known: the same sample again, with the same key."""
     c = config(4, 2, 3, patch_size, classes=classes)

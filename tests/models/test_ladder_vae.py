@@ -155,6 +155,7 @@ def test_the_loss_is_the_negative_bound_in_bits_per_dimension(variables: Any):
     assert aux.weight == 81
 
 
+@pytest.mark.slow
 def test_a_posterior_that_is_the_prior_costs_nothing():
     """Both are told nothing and have the same biases, a mean and a log-deviation."""
     variables = jax.jit(MODEL.init)(KEY, BATCH)
@@ -250,6 +251,7 @@ def test_reconstructions_become_their_originals():
     check_copies(ladder_vae.build(replace(CONFIG, mixtures=1)))
 
 
+@pytest.mark.slow
 def test_latents_decode_to_what_the_posteriors_means_become(variables: Any):
     """The noise of the prior that they are told in stands for the same latent images, and so for the same mixtures."""
     module = LadderVAE(CONFIG)

@@ -210,6 +210,7 @@ def inside(variables: Any) -> tuple[float, float]:
     return kept, math.sqrt(kept * (1 - kept) / count)
 
 
+@pytest.mark.slow
 def test_importance_weights_sum_to_the_mass_within_the_range_of_the_levels(log_weights, inside):
     check_importance_weights(log_weights, inside)
 

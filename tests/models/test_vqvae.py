@@ -122,6 +122,7 @@ def test_reconstructions_become_their_originals():
     check_copies(vqvae.build(replace(CONFIG, quantizer=Learned(size=4, width=2))))
 
 
+@pytest.mark.slow
 def test_the_age_of_codes_counts_in_training_alone():
     model = vqvae.build(replace(CONFIG, quantizer=EMA(size=6, width=2)))
     variables = jax.jit(model.init)(KEY, BATCH)

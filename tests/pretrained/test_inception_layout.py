@@ -92,6 +92,7 @@ def test_an_array_too_few_is_refused(tmp_path: Path):
         convert(str(tmp_path / "weights.safetensors"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_converted_run_goes_back_into_what_it_was_made_of(tmp_path: Path):
     params, path = published(tmp_path)
     convert(str(path), tmp_path / "run")

@@ -323,6 +323,7 @@ def asked(workdir: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> np.nda
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_settings_of_sampling_are_asked_for_by_the_command_and_change_no_run(
     told_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +359,7 @@ def test_classes_and_texts_are_told_in_turn_by_number_or_name() -> None:
         told(loaded, Options(label=("two",)), lambda: source)
 
 
+@pytest.mark.slow
 def test_what_a_model_of_classes_cannot_be_told_is_refused(told_run: Path) -> None:
     with pytest.raises(UserError, match=r"takes no --prompt: leave it out \(it can be told --label\)"):
         sample(told_run, Options(prompt=("a three",)))
@@ -367,6 +369,7 @@ def test_what_a_model_of_classes_cannot_be_told_is_refused(told_run: Path) -> No
         sample(told_run, Options(sampling=vdm.Sampling()))
 
 
+@pytest.mark.slow
 def test_help_lists_the_runs_own_settings_of_sampling_or_says_how(
     told_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -65,6 +65,7 @@ def test_a_run_without_data_asks_for_them(vae_run: Path, data_dir: Path) -> None
     assert choose_data(loaded, OtherData(name="openmoji")) == replace(loaded.experiment.data, name="openmoji")
 
 
+@pytest.mark.slow
 def test_probes_learn_from_the_other_data_set_where_it_has_something_to_learn_from(
     vae_run: Path, tmp_path: Path, data_dir: Path
 ) -> None:
