@@ -89,9 +89,9 @@ def clip_small() -> Experiment:
 def clip_small_styles() -> Experiment:
     """`clip-small` with the same emoji as two other artists draw them, Twemoji and Fluent.
 
-    20 minutes on two CPU cores. `python -m tools.evaluate runs/clip-small-styles`: 51.1% of the captions of held-out
-    emoji find their own first and 68.9% among five; of 944 held-out pictures 76.4% are told circle, rectangle or
-    triangle.
+    22 minutes on two CPU cores, with tests beside. `python -m tools.evaluate runs/clip-small-styles`: 51.1% of the
+    captions of held-out emoji find their own first and 68.9% among five; of 944 held-out pictures 76.4% are told
+    circle, rectangle or triangle.
 
     Needs `emoji_styles/twemoji` and `emoji_styles/fluent_flat`, prepared as TFDS prepares data sets (--data-dir).
     """

@@ -31,7 +31,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def pytest_collection_finish() -> None:
-    """What the libraries hold stays: looking through it for garbage, as tracing often would, is a twentieth of it."""
+    """What libraries hold stays: to look through it for garbage, as tracing would, takes a twentieth of the time."""
     gc.freeze()
     gc.set_threshold(50_000)
 

@@ -47,29 +47,27 @@ def measured(vae_run: Path) -> dict[str, Any]:
 
 
 def test_a_vae_is_measured_by_what_it_can_do(vae_run: Path, measured: Any, capsys: pytest.CaptureFixture) -> None:
-    results = measured
-    assert (results["split"], results["examples"], results["bound"]) == ("test", 360, "lower")
-    assert {name.split("/")[0] for name in results} == {
+    assert (measured["split"], measured["examples"], measured["bound"]) == ("test", 360, "lower")
+    assert {name.split("/")[0] for name in measured} == {
         "step", "split", "examples", "seed", "bound", "likelihood", "importance_weighted", "reconstruction",
         "information",
     }  # fmt: skip
     bits = bits_per_dim(vae_run, draws=8)
-    np.testing.assert_allclose(results["likelihood/bits_per_dim"], bits.mean(), rtol=2e-3)
+    np.testing.assert_allclose(measured["likelihood/bits_per_dim"], bits.mean(), rtol=2e-3)
     error = bits.mean(axis=0).std(ddof=1) / np.sqrt(360)
-    np.testing.assert_allclose(results["likelihood/bits_per_dim_standard_error"], error, rtol=0.05)
-    assert results["importance_weighted/bits_per_dim"] < results["likelihood/bits_per_dim"]
-    print_table(results)
+    np.testing.assert_allclose(measured["likelihood/bits_per_dim_standard_error"], error, rtol=0.05)
+    assert measured["importance_weighted/bits_per_dim"] < measured["likelihood/bits_per_dim"]
+    print_table(measured)
     assert "likelihood/bits_per_dim " in capsys.readouterr().out
 
 
 def test_what_latents_tell_is_learned_from_the_training_split_without_what_is_measured(
     vae_run: Path, measured: Any
 ) -> None:
-    results = measured
-    assert (results["information/images"], results["information/training_images"]) == (360, 1257)
-    assert results["information/label_accuracy_chance"] < 0.2 < 0.9 < results["information/label_accuracy_of_pixels"]
-    assert results["information/label_nats_lost_by_latents"] > 0  # of four numbers, hardly trained
-    assert not any("word" in name or "caption" in name for name in results)
+    assert (measured["information/images"], measured["information/training_images"]) == (360, 1257)
+    assert measured["information/label_accuracy_chance"] < 0.2 < 0.9 < measured["information/label_accuracy_of_pixels"]
+    assert measured["information/label_nats_lost_by_latents"] > 0  # of four numbers, hardly trained
+    assert not any("word" in name or "caption" in name for name in measured)
     own = evaluate(vae_run, only=("information",), split="train[:40]")
     assert (own["information/images"], own["information/training_images"]) == (40, 1217)
 
@@ -322,7 +320,6 @@ def asked(workdir: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> np.nda
     return pixels(out)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_settings_of_sampling_are_asked_for_by_the_command_and_change_no_run(
     told_run: Path, monkeypatch: pytest.MonkeyPatch
