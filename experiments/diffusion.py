@@ -159,8 +159,7 @@ def text_to_image_tiny() -> Experiment:
         training=replace(
             TINY,
             optimizer=replace(TINY_OPTIMIZER, learning_rate=1e-3, warmup_steps=100),
-            ema_decay=0.998,
-            steps=1500,
+            steps=700,
             batch_size=64,
         ),
         start=(read_by("runs/clip-small", "text"),),

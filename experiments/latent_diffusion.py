@@ -31,7 +31,9 @@ def read_by(tower: str, into: str) -> Start:
 def latent_diffusion_tiny() -> Experiment:
     """Emoji of their names, 64x64: a rectified flow of the latents of `autoencoder-tiny`, told by `clip-small`.
 
-    Needs both runs; an hour on two CPU cores.
+    Needs both runs; 32 minutes on two CPU cores. `python -m tools.evaluate runs/latent-diffusion-tiny --judge
+    runs/clip-judge-a runs/clip-judge-b`: of 400 held-out captions 26.8% and 25.3% are among the ten nearest to their
+    drawing, where they are among those of the real one for 35.5% and 37.0%.
     """
     backbone = LatentUNet(widths=(96, 192), blocks=1, attention=(8,), heads=4, groups=16, dropout=0.1)
     return Experiment(
@@ -46,8 +48,7 @@ def latent_diffusion_tiny() -> Experiment:
         training=replace(
             TINY,
             optimizer=replace(TINY_OPTIMIZER, learning_rate=1e-3, warmup_steps=100),
-            ema_decay=0.998,
-            steps=1000,
+            steps=800,
             batch_size=64,
         ),
         start=(Start(workdir="runs/autoencoder-tiny", into="first"), read_by("runs/clip-small", "prior/text")),

@@ -21,9 +21,7 @@ def token_autoregressive_tiny() -> Experiment:
         model=token_autoregressive.Config(first=vqvae_tiny().model, decoder=decoder, text=READER),
         sampling=token_autoregressive.Sampling(guidance=3.0),
         data=CAPTIONED,
-        training=replace(
-            TINY, optimizer=replace(TINY_OPTIMIZER, warmup_steps=100), ema_decay=0.998, steps=2000, batch_size=64
-        ),
+        training=replace(TINY, optimizer=replace(TINY_OPTIMIZER, warmup_steps=100), steps=1500, batch_size=64),
         start=(Start(workdir="runs/vqvae-tiny", into="first"), read_by("runs/clip-small", "text")),
         frozen=(r"^first/", r"^text/"),
         cached=True,

@@ -9,6 +9,7 @@ from typing import Any
 from vlm_jax.models import (
     autoencoder,
     autoregressive,
+    chameleon,
     clip,
     diffusion,
     flow,
@@ -30,7 +31,7 @@ from vlm_jax.models import (
 )
 from vlm_jax.nn.adversary import Adversarial
 from vlm_jax.nn.autoencoder import Pyramid
-from vlm_jax.nn.decoder import DecoderConfig
+from vlm_jax.nn.decoder import DecoderConfig, PostNormDecoderConfig
 from vlm_jax.nn.denoiser import Network
 from vlm_jax.nn.dit import DiT
 from vlm_jax.nn.pixart import PixArt
@@ -93,6 +94,16 @@ AUTOENCODER = autoencoder.Config(**IMAGE, network=PYRAMID, latent=2)
 LATENTS: dict[str, Any] = {"image_size": 1, "channels": 2, "levels": None}
 """What that makes of an image, as a prior has them."""
 
+CHAMELEON = chameleon.Config(
+    first=VQVAE,
+    language=replace(LANGUAGE, vocab_size=12, context_length=8, decoder=replace(DECODER, qk_norm="layer")),
+    bos_id=1,
+    begin_id=5,
+    end_id=6,
+    code_at=7,
+    images=2,
+)
+
 PARTS = ("inception", "text_encoder")
 """Families that are parts of other models: they have neither a loss nor presets. What else a family owes is held for
 their smallest configurations."""
@@ -104,6 +115,11 @@ CONFIGS: dict[str, Any] = {
     ),
     "autoregressive": autoregressive.Config(**IMAGE, patch_size=2, classes=2, transformer=TRANSFORMER),
     "autoregressive of mixtures": autoregressive.Config(**IMAGE, mixtures=1, transformer=TRANSFORMER),
+    "chameleon": CHAMELEON,
+    "chameleon of norms of branches": replace(
+        CHAMELEON,
+        language=replace(CHAMELEON.language, decoder=PostNormDecoderConfig(**(vars(DECODER) | {"qk_norm": "layer"}))),
+    ),
     "clip": CLIP,
     "siglip": replace(
         CLIP,

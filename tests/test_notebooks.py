@@ -18,6 +18,9 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "experiments" / "notebooks").
 
 def parameters(notebook: str, directory: Path) -> dict[str, object]:
     """What stands in a notebook's cell of parameters here: a few steps, and a language model that is made."""
+    if notebook == "densities":
+        families = ("kde", "gaussian_process", "autoregressive", "flow", "vae", "diffusion")
+        return {"STEPS": dict.fromkeys(families, 2)}
     if notebook == "latents":
         return {"FIRST_STEPS": 2, "SECOND_STEPS": 2, "CODE_STEPS": 2}
     config = replace(converted.CONFIG, context_length=256)

@@ -19,6 +19,7 @@ from vlm_jax.commandline import command, require_one_process
 from vlm_jax.contract import Batch, Input, check_batch
 from vlm_jax.data import (
     Data,
+    Interleaved,
     Label,
     Packed,
     Source,
@@ -121,7 +122,8 @@ def evaluate(
             for source in open_training_data(loaded.experiment.data, inputs, directory):
                 yield from source.texts()
 
-        one_by_one = batches(source, replace(read, pack=False), inputs)
+        asking = tuple(field for field in read.fields if not isinstance(field, Interleaved))
+        one_by_one = batches(source, replace(read, pack=False, fields=asking), inputs)
         lessons = None
         if loaded.model.encode is not None and (not only or "information" in only):
             with suppress(UserError):  # of data that opened as they should: they have no such split

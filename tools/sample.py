@@ -150,7 +150,7 @@ def sample(workdir: Path, options: Options = Options()) -> Path | list[str]:
         return open_data(data, options.split or data.test, shown, directory)
 
     check_told(workdir, model, options, compares)
-    if model.generate is not None:
+    if model.generate is not None and (model.sample is None or options.image):
         return written(loaded, options, out, source)
     rows: list[Row] = []
     if model.sample is not None:

@@ -134,8 +134,8 @@ def test_an_image_is_the_projection_of_the_towers_features_and_is_seen_by_what_t
                 mask[row, 0, place, first : (prefix if both else place + 1)] = True
     following = np.roll(batch["tokens"], -1, axis=1)
     network: Any = Language(config.language)
-    log_probs, _ = network.apply({"params": params["language"]}, embeddings, position, mask, following, method="scores")
-    expected = np.where(np.roll(batch["target"], -1, axis=1), log_probs, 0).sum(axis=1)
+    found = network.apply({"params": params["language"]}, embeddings, position, mask, following, method="scores")
+    expected = np.where(np.roll(batch["target"], -1, axis=1), found.log_prob, 0).sum(axis=1)
     np.testing.assert_allclose(LIKELIHOOD[name](batch), expected, rtol=1e-5)
 
 

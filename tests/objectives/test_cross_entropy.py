@@ -17,7 +17,7 @@ MASK = np.array([[1, 1, 1, 0, 0], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
 def loss_of(
     logits: jax.Array, targets: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-    return cross_entropy(*token_scores(logits, targets), mask)
+    return cross_entropy(token_scores(logits, targets), mask)
 
 
 loss_and_rest = jax.jit(loss_of)

@@ -134,7 +134,7 @@ def language_model(weight: bool = True) -> Model:
 
     def loss(variables: dict, batch: dict, key: jax.Array, step: jax.Array, *, train: bool) -> tuple[jax.Array, Aux]:
         logits = variables["params"]["table"][batch["tokens"]]
-        value, metrics, count = cross_entropy(*token_scores(logits, batch["targets"]), batch["mask"])
+        value, metrics, count = cross_entropy(token_scores(logits, batch["targets"]), batch["mask"])
         state = {"counts": {"calls": variables["counts"]["calls"] + 1}}
         return value, Aux(metrics, count if weight else None, state)
 

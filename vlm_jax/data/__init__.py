@@ -4,6 +4,7 @@ from vlm_jax.data.class_names import class_names, read_class_names
 from vlm_jax.data.config import Data, Text, named
 from vlm_jax.data.conversation import Dialogue, Message, VisualCaption, VisualDialogue, VisualQuestion, conversation
 from vlm_jax.data.fields import Caption, Document, Image, Label, Stage, prompts
+from vlm_jax.data.interleaved import Interleaved
 from vlm_jax.data.loader import Records, evaluation_batches, example, train_batches
 from vlm_jax.data.mixture import examples, make_tokenizer, open_data, open_training_data, rows_of, versions
 from vlm_jax.data.packing import Packed
@@ -19,6 +20,7 @@ __all__ = [
     "Dialogue",
     "Document",
     "Image",
+    "Interleaved",
     "Label",
     "Message",
     "Packed",

@@ -5,9 +5,21 @@ from dataclasses import dataclass
 
 from vlm_jax.data.conversation import Dialogue, VisualCaption, VisualDialogue, VisualQuestion
 from vlm_jax.data.fields import Caption, Document, Image, Label, Stage
+from vlm_jax.data.interleaved import Interleaved
 from vlm_jax.errors import UserError
 
-Field = Image | Caption | Label | Stage | Document | Dialogue | VisualQuestion | VisualDialogue | VisualCaption
+Field = (
+    Image
+    | Caption
+    | Label
+    | Stage
+    | Document
+    | Dialogue
+    | VisualQuestion
+    | VisualDialogue
+    | VisualCaption
+    | Interleaved
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,12 @@ PLAIN = (
 )
 """Image, caption, newline: LLaVA's first stage, in which the newline is the end (`conv_llava_plain`)."""
 
+ALONE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""Image, caption, end: a document of `Interleaved`."""
+
 LINE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
     "{{ ' ' + message.content + eos_token }}{% else %}{{ message.content }}{% endif %}{% endfor %}"

@@ -114,11 +114,14 @@ class Evaluation(NamedTuple):
     """Of those by which it measures more where they are there."""
     conditions: tuple[str, ...] = ()
     """Names of what `sample` can be told."""
+    without: tuple[str, ...] = ()
+    """Names of functions of `Model` that it must lack."""
     judges_read: bool = False
     """Whether one of the judges must embed texts; the others say nothing."""
 
     def applies_to(self, subject: Subject) -> bool:
         able = all(getattr(subject.model, name) is not None for name in self.capabilities)
+        able &= all(getattr(subject.model, name) is None for name in self.without)
         told = all(name in subject.model.conditions for name in self.conditions)
         read = not self.judges_read or any(judge.reads for judge in subject.judges or ())
         return able and told and read and all(getattr(subject, name) is not None for name in self.given)

@@ -17,11 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Rule, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, empty_cache
-from vlm_jax.nn.decoder import Decoder, DecoderConfig, RotaryScaling, decoder_rules
+from vlm_jax.nn.decoder import Decoder, DecoderConfig, PostNormDecoderConfig, RotaryScaling, decoder_rules
 from vlm_jax.nn.sequence import attention_mask, documents, next_tokens, positions, up_to_end
 from vlm_jax.nn.stack import unrolled
 from vlm_jax.nn.vocabulary import look_up, token_logits, vocabulary_rules
-from vlm_jax.objectives.language import cross_entropy, sequence_scores
+from vlm_jax.objectives.language import Scores, cross_entropy, sequence_scores
 from vlm_jax.sampling.autoregressive import decode, draw_token, ending
 
 
@@ -36,7 +36,7 @@ class Config:
     """The token that ends a document."""
     tied: bool = False
     """One table for the tokens that are read and those that are predicted."""
-    decoder: DecoderConfig
+    decoder: DecoderConfig | PostNormDecoderConfig
 
     def __post_init__(self) -> None:
         if self.eos_id >= self.vocab_size:
@@ -162,8 +162,8 @@ class Language(nn.Module):
         following: Int[Array, "B T"],
         *,
         train: bool = False,
-    ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-        """log p of the token that follows each place, nats, and whether no other is likelier."""
+    ) -> Scores:
+        """Of the token that follows each place."""
         return self.scores(self.embed(tokens), positions(segment), attention_mask(segment), following, train=train)
 
     def scores(
@@ -174,7 +174,7 @@ class Language(nn.Module):
         following: Int[Array, "B T"],
         *,
         train: bool = False,
-    ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    ) -> Scores:
         """The same of what stands in the places of embedded tokens."""
         x, _ = self.decoder(x, position, mask, train=train)
         table = self.outputs()
@@ -293,10 +293,9 @@ def build(config: Config) -> Model:
     """An exact density over the target tokens of a row, given its others."""
     module: Any = Language(config)  # linen types what `apply` returns as a union
 
-    def scores(variables: Variables, batch: Batch, **settings: Any) -> tuple[Array, Array, Array]:
+    def scores(variables: Variables, batch: Batch, **settings: Any) -> tuple[Scores, Bool[Array, "B T"]]:
         following, predicted = next_tokens(batch["tokens"], batch["target"], batch["segment"])
-        found = module.apply(variables, batch["tokens"], batch["segment"], following, **settings)
-        return *found, predicted
+        return module.apply(variables, batch["tokens"], batch["segment"], following, **settings), predicted
 
     def init(key: Array, batch: Batch) -> Variables:
         return module.init(key, batch["tokens"], batch["segment"], batch["tokens"])
@@ -312,8 +311,8 @@ def build(config: Config) -> Model:
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
         """Of the target tokens of each row, each given what stands before it in its document."""
         del key
-        log_probs, _, predicted = scores(variables, batch)
-        return jnp.sum(jnp.where(predicted, log_probs, 0), axis=1)
+        found, predicted = scores(variables, batch)
+        return jnp.sum(jnp.where(predicted, found.log_prob, 0), axis=1)
 
     def count(batch: Batch) -> Int[Array, " B"]:
         """The target tokens of each row that something predicts."""

@@ -28,7 +28,7 @@ from vlm_jax.nn.sequence import (
     prefix_numbers,
 )
 from vlm_jax.nn.vision import VisionTower, VisionTransformer, normalised, vision_rules
-from vlm_jax.objectives.language import cross_entropy, shares
+from vlm_jax.objectives.language import Scores, cross_entropy, shares
 from vlm_jax.sharding import under
 
 
@@ -110,7 +110,7 @@ class LLaVA(nn.Module):
         vision = self.config.vision
         self.vision(normalised(image[:, 0], vision))
         self.projector(jnp.zeros((1, (vision.image_size // vision.patch_size) ** 2, vision.transformer.width)))
-        return self.language(tokens, segment, tokens)[0]
+        return self.language(tokens, segment, tokens).log_prob
 
     def embed(
         self,
@@ -138,8 +138,8 @@ class LLaVA(nn.Module):
         following: Int[Array, "B T"],
         *,
         train: bool = False,
-    ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-        """log p of the token that follows each place, nats, and whether no other is likelier."""
+    ) -> Scores:
+        """Of the token that follows each place."""
         x = self.embed(tokens, image, image_at, train=train)
         return self.language.scores(x, position, mask, following, train=train)
 
@@ -158,11 +158,11 @@ def build(config: Config) -> Model:
         group = None if config.attention == "causal" else prefix_numbers(target_of(batch), segment)
         return attention_mask(segment, group)
 
-    def scores(variables: Variables, batch: Batch, **settings: Any) -> tuple[Array, Array, Array]:
+    def scores(variables: Variables, batch: Batch, **settings: Any) -> tuple[Scores, Bool[Array, "B T"]]:
         following, predicted = next_tokens(batch["tokens"], target_of(batch), batch["segment"])
         images = batch["image"], batch["image_at"]
         where = positions(batch["segment"]), mask_of(batch)
-        return *module.apply(variables, batch["tokens"], *images, *where, following, **settings), predicted
+        return module.apply(variables, batch["tokens"], *images, *where, following, **settings), predicted
 
     def init(key: Array, batch: Batch) -> Variables:
         return module.init(key, batch["tokens"], batch["segment"], batch["image"], method="initialise")
@@ -172,16 +172,16 @@ def build(config: Config) -> Model:
     ) -> tuple[Float[Array, ""], Aux]:
         """The cross-entropy in nats a target token."""
         del step
-        log_probs, likeliest, predicted = scores(variables, batch, train=train, rngs={"dropout": key})
+        found, predicted = scores(variables, batch, train=train, rngs={"dropout": key})
         weights = predicted if config.attention == "causal" else shares(predicted, documents(batch["segment"]))
-        value, metrics, weight = cross_entropy(log_probs, likeliest, weights)
+        value, metrics, weight = cross_entropy(found, weights)
         return value, Aux(metrics, weight)
 
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
         """Of the target tokens of each row, each given what it attends to."""
         del key
-        log_probs, _, predicted = scores(variables, batch)
-        return jnp.sum(jnp.where(predicted, log_probs, 0), axis=1)
+        found, predicted = scores(variables, batch)
+        return jnp.sum(jnp.where(predicted, found.log_prob, 0), axis=1)
 
     def count(batch: Batch) -> Int[Array, " B"]:
         """The target tokens of each row that something predicts."""

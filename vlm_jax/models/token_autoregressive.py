@@ -145,7 +145,7 @@ class Codes(nn.Module):
         places = jnp.broadcast_to(self.places(before)[:length], (len(codes), length, 2))
         x = self.dropout(x, deterministic=not train)
         x, _ = self.decoder(x, places, mask, causal=True, train=train)
-        return sequence_scores(self.logits, x[:, before - 1 :], codes, self.size)[0]
+        return sequence_scores(self.logits, x[:, before - 1 :], codes, self.size).log_prob
 
     def feed(
         self,

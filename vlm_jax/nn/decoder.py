@@ -64,6 +64,14 @@ class DecoderConfig(StackConfig):
             raise UserError(f"rope_base is {self.rope_base}: it must be above 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PostNormDecoderConfig(DecoderConfig):
+    """Of blocks that norm what they add: x + norm(attention(x)), then x + norm(mlp(x)).
+
+    As Swin V2 (2111.09883) and Chameleon-34B (2405.09818, section 2.3.1), whose norms grow less with depth.
+    """
+
+
 class Rotation(NamedTuple):
     """Of the pairs of features at each token's position, for all heads; fp32."""
 
@@ -186,6 +194,24 @@ class DecoderBlock(nn.Module):
         return x + dropout(SwiGLU(c, name="mlp")(y)), cache
 
 
+class PostNormDecoderBlock(nn.Module):
+    """x + norm(attention(x)), then x + norm(mlp(x))."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], told: Setting, causal: bool, train: bool, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        c = self.config
+        dropout = nn.Dropout(c.dropout, deterministic=not train)
+        x = constrain(x, "batch", None, None)
+        y, cache = RotaryAttention(c, name="attention")(x, told, causal, cache)
+        x = x + dropout(nn.RMSNorm(c.norm_eps, dtype=c.dtype, name="attention_norm")(y))
+        y = SwiGLU(c, name="mlp")(x)
+        return x + dropout(nn.RMSNorm(c.norm_eps, dtype=c.dtype, name="mlp_norm")(y)), cache
+
+
 class Decoder(nn.Module):
     """`depth` blocks and a final norm; embedding and head are the family's."""
 
@@ -210,7 +236,8 @@ class Decoder(nn.Module):
         """
         c = self.config
         told = Setting(rotary(positions, c), mask, slot)
-        x, cache = stack(DecoderBlock, c, x.astype(c.dtype), told, causal, train, cache=cache)
+        block = PostNormDecoderBlock if isinstance(c, PostNormDecoderConfig) else DecoderBlock
+        x, cache = stack(block, c, x.astype(c.dtype), told, causal, train, cache=cache)
         return nn.RMSNorm(c.norm_eps, dtype=c.dtype, name="final_norm")(constrain(x, "batch", None, None)), cache
 
 

@@ -8,7 +8,7 @@ and every value in range has a meaning.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int, Num
 
 
 def beginnings(segment: Int[Array, "B T"]) -> Bool[Array, "B T"]:
@@ -77,9 +77,9 @@ def image_numbers(image_at: Int[Array, "B N"], length: int, places: int) -> Int[
 
 
 def place_images(
-    x: Float[Array, "B T D"], features: Float[Array, "B N L D"], image_at: Int[Array, "B N"]
-) -> Float[Array, "B T D"]:
-    """`x` with the L features of each image in the places from `image_at` on."""
+    x: Num[Array, "B T D"], features: Num[Array, "B N L D"], image_at: Int[Array, "B N"]
+) -> Num[Array, "B T D"]:
+    """`x` with the L features of each image, or its tokens, in the places from `image_at` on."""
     batch, images, length, width = features.shape
     if not images:
         return x

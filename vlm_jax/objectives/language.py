@@ -1,6 +1,7 @@
 """The probabilities of tokens, and the language-modelling loss."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +11,33 @@ LOGITS = 2**24
 """Logits of one sequence that are held at once, at most: 64 MiB."""
 
 
+class Scores(NamedTuple):
+    """What logits say of a token, each in fp32."""
+
+    log_prob: Float[Array, "*B"]
+    """log p(token), nats."""
+    likeliest: Bool[Array, "*B"]
+    """Whether no other token is likelier."""
+    log_normaliser: Float[Array, "*B"]
+    """log Z, the logarithm of the sum of the exponentials of all logits."""
+
+
 def token_log_probs(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Float[Array, "*B"]:
     """log p(token) in nats, in fp32."""
-    return token_scores(logits, tokens)[0]
+    return token_scores(logits, tokens).log_prob
 
 
-def token_scores(
-    logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]
-) -> tuple[Float[Array, "*B"], Bool[Array, "*B"]]:
-    """log p(token) in nats, in fp32, and whether no other token is likelier."""
+def token_scores(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Scores:
+    """What logits say of tokens."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1), chosen >= jnp.max(logits, axis=-1)
+    log_normaliser = jax.nn.logsumexp(logits, axis=-1)
+    return Scores(chosen - log_normaliser, chosen >= jnp.max(logits, axis=-1), log_normaliser)
 
 
 def sequence_scores(
     logits_of: Callable[[Array], Array], x: Float[Array, "B T D"], tokens: Int[Array, "B T"], vocab_size: int
-) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+) -> Scores:
     """`token_scores` of `logits_of(x)`, without all of these at once.
 
     The logits of a long sequence over a large vocabulary are larger than all else in a step. They are computed, and
@@ -36,7 +47,7 @@ def sequence_scores(
       logits_of: [B, P, D] -> [B, P, V], each place for itself.
     """
 
-    def scores(part: tuple[Array, Array]) -> tuple[Array, Array]:
+    def scores(part: tuple[Array, Array]) -> Scores:
         return token_scores(logits_of(part[0]), part[1])
 
     batch, length, _ = x.shape
@@ -49,9 +60,9 @@ def sequence_scores(
 
 
 def cross_entropy(
-    log_probs: Float[Array, "B T"], likeliest: Bool[Array, "B T"], mask: Shaped[Array, "B T"]
+    scores: Scores, mask: Shaped[Array, "B T"]
 ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, ""]]:
-    """The mean negative log-probability of the tokens of `mask`, of what `token_scores` says of each.
+    """The mean negative log-probability of the tokens of `mask`.
 
     Args:
       mask: bool, or how much each token counts.
@@ -62,8 +73,8 @@ def cross_entropy(
     """
     weight = jnp.sum(mask, dtype=jnp.float32)
     divisor = jnp.where(weight > 0, weight, 1)  # a batch may hold no target at all
-    loss = -jnp.sum(jnp.where(mask > 0, mask * log_probs, 0)) / divisor
-    return loss, {"accuracy": jnp.sum(mask * likeliest) / divisor}, weight
+    loss = -jnp.sum(jnp.where(mask > 0, mask * scores.log_prob, 0)) / divisor
+    return loss, {"accuracy": jnp.sum(mask * scores.likeliest) / divisor}, weight
 
 
 def shares(mask: Bool[Array, "B T"], document: Int[Array, "B T"]) -> Float[Array, "B T"]:
