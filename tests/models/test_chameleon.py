@@ -22,6 +22,7 @@ from vlm_jax.models import chameleon, language
 from vlm_jax.models.chameleon import Config, Sampling
 from vlm_jax.models.language import Language
 from vlm_jax.nn.autoencoder import Pyramid
+from vlm_jax.nn.joint_vocabulary import guided
 from vlm_jax.nn.quantize import FSQ
 from vlm_jax.nn.vocabulary import token_logits
 from vlm_jax.trees import leaves_by_path, part
@@ -267,6 +268,7 @@ def drawn_again(
         ("images", ("text",), Sampling(length=3)),
         ("texts", ("text", "image"), Sampling(length=3, guidance=2.0)),
         ("texts", ("image", "text"), Sampling(length=3)),
+        ("images", ("text", "image"), Sampling(length=2, guidance=5.0, image_guidance=2.0)),
     ],
 )
 def test_the_cache_draws_what_the_whole_document_says_in_every_order(variables, given, order, sampling):
@@ -286,6 +288,14 @@ def test_the_cache_draws_what_the_whole_document_says_in_every_order(variables, 
         codes = np.stack([each[start + 1 : start + 5] for each, start in zip(tokens, at, strict=True)]) - CODE
         decoded = build(FIRST).decode(part(variables, "first"), codes.reshape(-1, 2, 2))
         np.testing.assert_array_equal(np.asarray(found["image"])[:, number], decoded)
+
+
+def test_guidance_goes_from_nothing_by_way_of_images_to_all():
+    """2211.09800, equation 3, by hand: of weights that sum to one."""
+    told, nothing, images = (jnp.float32([[value]]) for value in (7.0, 1.0, 3.0))
+    np.testing.assert_allclose(guided([told], 3.0, None), [[7.0]])
+    np.testing.assert_allclose(guided([told, nothing], 3.0, None), [[1 + 3 * 6]])
+    np.testing.assert_allclose(guided([told, nothing, images], 3.0, 1.5), [[1 + 1.5 * 2 + 3 * 4]])
 
 
 def test_an_image_is_sampled_of_its_text_and_without_one(variables):
