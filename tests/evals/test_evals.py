@@ -255,6 +255,8 @@ def test_evaluations_run_where_their_capabilities_are_and_nowhere_else() -> None
     assert applicable(subject(model(log_likelihood=known, sample=known))) == {"likelihood"}
     texts = model(log_likelihood=known, count=known, generate=known)
     assert applicable(subject(texts)) == {"perplexity"}
+    draws_too = model(log_likelihood=known, count=known, generate=known, sample=known)
+    assert applicable(subject(draws_too, training=batches())) == {"likelihood"}
     assert applicable(subject(texts, training=batches())) == {"perplexity", "kneser_ney"}
     both = model(embed_image=known, embed_text=known)
     text: dict[str, Any] = {"tokenizer": WORDS, "records": lambda: iter(())}
