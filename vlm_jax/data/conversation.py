@@ -207,8 +207,10 @@ class Dialogue(ConversationReader):
         return [[Message("user", record["question"]), Message("assistant", record["answer"])]]
 
 
-class VisualReader(ConversationReader):
-    """Conversations about one image each."""
+class ImageReader(TextReader):
+    """Documents with an image each in their places."""
+
+    gives = ConversationReader.gives
 
     image: Image
 
@@ -221,10 +223,14 @@ class VisualReader(ConversationReader):
         self.image.check(one_image(inputs))
 
     def images(self, records: Sequence[Record], inputs: Inputs, rng: Rng) -> Example:
-        found = super().images(records, inputs, rng)
-        for place, record in zip(found["image"], records, strict=False):
+        found = np.zeros(inputs["image"].shape, inputs["image"].dtype)
+        for place, record in zip(found, records, strict=False):
             place[...] = self.image.read(record, one_image(inputs), None, rng)["image"]
-        return found
+        return {"image": found}
+
+
+class VisualReader(ImageReader, ConversationReader):
+    """Conversations about one image each."""
 
 
 def one_image(inputs: Inputs) -> Inputs:

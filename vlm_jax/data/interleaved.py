@@ -1,18 +1,17 @@
 """Documents of images and texts that a model reads and writes alike."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from vlm_jax.data.conversation import one_image
-from vlm_jax.data.fields import Example, Image, Inputs, Record, Rng, TextReader, Tokens, known, one_of, row
+from vlm_jax.data.conversation import ImageReader
+from vlm_jax.data.fields import Example, Image, Inputs, Record, Rng, Tokens, known, one_of, row
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Interleaved(TextReader):
+class Interleaved(ImageReader):
     """An image and its caption as one document, in either order, all of which is to be predicted.
 
     In rows of their own, training examples have one of the captions, in an order that is drawn; evaluation examples the
@@ -21,7 +20,6 @@ class Interleaved(TextReader):
     """
 
     takes = ("image", "text")
-    gives = ("tokens", "target", "segment", "image", "image_at")
 
     caption_first: float = 0.5
     """Share of the training documents in which the caption stands before the image."""
@@ -34,14 +32,6 @@ class Interleaved(TextReader):
         for name in ("caption_first", "caption_dropout"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise UserError(f"{name} is {share}: a share lies in [0, 1]")
-
-    def check(self, inputs: Inputs) -> None:
-        if "image" not in inputs or inputs.get("image_at", inputs["image"]).span is None:
-            raise UserError(
-                "Interleaved sets images into a sequence, and the model reads none there: choose Document, or a model "
-                "of both"
-            )
-        self.image.check(one_image(inputs))
 
     def documents(self, record: Record, inputs: Inputs, tokenizer: Tokenizer) -> list[Tokens]:
         """Of each caption, before the image and after it."""
@@ -59,12 +49,6 @@ class Interleaved(TextReader):
                 f"leave it out, or choose a longer context_length"
             )
         return [document]
-
-    def images(self, records: Sequence[Record], inputs: Inputs, rng: Rng) -> Example:
-        found = np.zeros(inputs["image"].shape, inputs["image"].dtype)
-        for place, record in zip(found, records, strict=False):
-            place[...] = self.image.read(record, one_image(inputs), None, rng)["image"]
-        return {"image": found}
 
     def read(self, record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
         tokenizer = known(tokenizer)

@@ -263,17 +263,15 @@ def build(config: Config) -> Model:
         drawn = jnp.concatenate([token[:, None], rest], axis=1)
 
         real = plan.held(drawn, vocabulary)
-        order_of = jnp.argsort(~real, axis=1, stable=True)
+        closed, kept = jnp.argsort(~real, axis=1, stable=True), jnp.sort(real, axis=1, descending=True)
         codes = [drawn[:, start + 1 : start + 1 + side * side] - config.code_at for start in plan.images]
         images = [decode_codes(part(variables, "first"), each.reshape(-1, side, side)) for each in codes]
         places = [given + jnp.sum(real[:, :start], axis=1, dtype=jnp.int32) for start in plan.images]
         number = batch["segment"][:, -1:]
         return {
-            "tokens": jnp.concatenate([tokens, jnp.take_along_axis(drawn, order_of, axis=1)], axis=1),
-            "target": jnp.concatenate([jnp.zeros_like(tokens, bool), jnp.sort(real, descending=True)], axis=1),
-            "segment": jnp.concatenate(
-                [batch["segment"], jnp.where(jnp.sort(real, descending=True), number, 0)], axis=1
-            ),
+            "tokens": jnp.concatenate([tokens, jnp.take_along_axis(drawn, closed, axis=1)], axis=1),
+            "target": jnp.concatenate([jnp.zeros_like(tokens, bool), kept], axis=1),
+            "segment": jnp.concatenate([batch["segment"], jnp.where(kept, number, 0)], axis=1),
             "image": jnp.concatenate([batch["image"], *(each[:, None] for each in images)], axis=1),
             "image_at": jnp.concatenate(
                 [

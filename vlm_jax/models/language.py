@@ -18,7 +18,7 @@ from vlm_jax.contract import Aux, Batch, Input, Model, Rule, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, empty_cache
 from vlm_jax.nn.decoder import Decoder, DecoderConfig, PostNormDecoderConfig, RotaryScaling, decoder_rules
-from vlm_jax.nn.sequence import attention_mask, documents, next_tokens, positions, up_to_end
+from vlm_jax.nn.sequence import attention_mask, check_continued, documents, next_tokens, positions, up_to_end
 from vlm_jax.nn.stack import unrolled
 from vlm_jax.nn.vocabulary import look_up, token_logits, vocabulary_rules
 from vlm_jax.objectives.language import Scores, cross_entropy, sequence_scores
@@ -226,9 +226,7 @@ def room_to_draw(config: Config, batch: Batch, order: tuple[str, ...], sampling:
             f"{given} tokens and {more} more are {given + more}, and the model's context_length is "
             f"{config.context_length}: shorten the prompts, or sampling.length"
         )
-    segment = batch["segment"]
-    if not isinstance(segment, jax.core.Tracer) and not segment[:, -1].all():
-        raise UserError("a row to be continued ends in padding (segment 0): pad on the left")
+    check_continued(batch["segment"])
     return more
 
 

@@ -4,13 +4,12 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.contract import Batch
 from vlm_jax.errors import UserError
-from vlm_jax.nn.sequence import documents, image_numbers, up_to_end
+from vlm_jax.nn.sequence import check_continued, documents, image_numbers, up_to_end
 
 
 class JointVocabulary(NamedTuple):
@@ -110,9 +109,7 @@ def planned(batch: Batch, order: tuple[str, ...], *, context: int, length: int |
             f"{given} tokens, {images} of images and {texts * length} of texts are {given + images + texts * length}, "
             f"and the model's context_length is {context}: shorten the prompts, or sampling.length"
         )
-    segment = batch["segment"]
-    if not isinstance(segment, jax.core.Tracer) and not segment[:, -1].all():
-        raise UserError("a row to be continued ends in padding (segment 0): pad on the left")
+    check_continued(batch["segment"])
     kinds = [
         [BEGIN, *[CODE] * codes, END] if each == "image" else [LAST_TEXT if last else TEXT] * length
         for each, last in zip(order, [*[False] * (len(order) - 1), True], strict=True)

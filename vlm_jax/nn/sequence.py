@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Num
 
+from vlm_jax.errors import UserError
+
 
 def beginnings(segment: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     """True at each document's first token."""
@@ -45,6 +47,16 @@ def prefix_numbers(target: Bool[Array, "B T"], segment: Int[Array, "B T"]) -> In
     targets = jnp.cumsum(target, axis=1)
     before = jax.lax.cummax(jnp.where(beginnings(segment), targets - target, 0), axis=1)
     return jnp.where(targets > before, -1, 0)
+
+
+def check_continued(segment: Int[Array, "B T"]) -> None:
+    """Refuses rows that end in padding, where values are known.
+
+    Raises:
+      UserError: one does, and what follows it would belong to no document.
+    """
+    if not isinstance(segment, jax.core.Tracer) and not segment[:, -1].all():
+        raise UserError("a row to be continued ends in padding (segment 0): pad on the left")
 
 
 def up_to_end(tokens: Int[Array, "B T"], eos_id: int) -> Bool[Array, "B T"]:
