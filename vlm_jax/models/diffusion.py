@@ -4,10 +4,9 @@ A Markov chain adds noise to the data in `timesteps` steps and the model undoes 
 the squared error of its prediction; its bound on the likelihood is a sum over all steps.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,28 +19,21 @@ from vlm_jax.nn.conditioning import Told
 from vlm_jax.nn.denoiser import Denoiser, Guidance, Network, check_network, network_rules
 from vlm_jax.nn.images import ImagesOrLatents
 from vlm_jax.nn.told import Conditions
+from vlm_jax.objectives.chain import Chain, Prediction
 from vlm_jax.objectives.diffusion import (
     Level,
     cosine_betas,
     discrete_gammas,
-    discretised_gaussian_log_prob,
-    divergence_of_gaussians,
-    from_data,
     linear_betas,
     min_snr_weight,
-    posterior,
     prior_divergence,
     scaled_linear_betas,
     spread,
-    stratified,
-    to_data,
     variance_exploding,
-    variance_preserving,
     zero_terminal,
 )
 from vlm_jax.objectives.likelihood import (
     from_unit_range,
-    gaussian_log_density,
     nats_to_bits_per_dim,
     subpixels,
     to_unit_range,
@@ -92,16 +84,6 @@ class Sampling(Solving):
     steps: int = 1000
 
 
-class Prediction(NamedTuple):
-    """What the network says of a noisy image."""
-
-    output: Float[Array, "B H W C"]
-    """Of the kind that it predicts."""
-    data: Float[Array, "B H W C"]
-    mix: Float[Array, "B H W C"] | float
-    """Where the log-variance of the step lies between the posterior's (0) and the forward step's (1)."""
-
-
 def build(config: Config) -> Model:
     """Samples, and a bound on the likelihood, of real vectors on their density."""
     learned = config.variance == "learned"
@@ -109,6 +91,7 @@ def build(config: Config) -> Model:
     shape, network = config.shape, config.network
     betas = BETAS[config.betas](config.timesteps)
     gammas = discrete_gammas(zero_terminal(betas) if config.zero_terminal else betas)
+    chain = Chain(gammas, config.predict, config.variance, config.levels)
     reader = None if config.text is None else models.build(config.text)
     conditions = Conditions(network.classes, network.condition_dropout, reader)
 
@@ -120,45 +103,11 @@ def build(config: Config) -> Model:
         told = conditions.everything(reader, batch)
         return merge(module.init(key, to_input(image), jnp.zeros(len(image)), told), reader)
 
-    def predict(
-        variables: Variables, x_t: Float[Array, "B H W C"], level: Level, t: Array, told: Told, **options: Any
-    ) -> Prediction:
-        """t counts from 1; the level is already shaped like the images."""
-        time = (t - 1) * (1000 / config.timesteps)
-        output = module.apply(variables, x_t, time, told, guided=config.channels if learned else None, **options)
-        mix: Array | float = 1.0 if config.variance == "forward" else 0.0
-        if learned:
-            output, fraction = jnp.split(output, 2, axis=-1)
-            mix = (fraction + 1) / 2
-        data = to_data(output, x_t, level, config.predict)
-        # Where the range of the data is known, a prediction outside it is surely wrong.
-        return Prediction(output, data if config.levels is None else jnp.clip(data, -1, 1), mix)
-
-    def noisy(x: Float[Array, "B H W C"], t: Int[Array, " B"], eps: Float[Array, "B H W C"]) -> tuple[Array, Level]:
-        level = Level(*(spread(value, x) for value in variance_preserving(gammas[t - 1])))
-        return level.alpha * x + level.sigma * eps, level
-
-    def step_cost(
-        batch: Batch, x: Float[Array, "B H W C"], x_t: Float[Array, "B H W C"], t: Int[Array, " B"], p: Prediction
-    ) -> Float[Array, " B"]:
-        """The term of the negative bound that belongs to the step from t to t - 1, nats.
-
-        From 1 to 0 it is the levels' own cost, with the posterior variance of the step before, for its own is 0. There
-        the forward variance is no larger, but the range of a learned one ends at beta_1: as in the authors' releases.
-        """
-        upper = spread(jnp.maximum(t, 2), x)
-        true = posterior(x, x_t, gammas[upper - 2], gammas[upper - 1])
-        model = posterior(p.data, x_t, gammas[upper - 2], gammas[upper - 1])
-        first = spread(t, x) == 1
-        end = jax.nn.log_sigmoid(gammas[0]) if learned else true.log_variance
-        forward = jnp.where(first, end, true.log_forward_variance)
-        log_variance = p.mix * forward + (1 - p.mix) * true.log_variance
-        divergence = divergence_of_gaussians(true.mean, true.log_variance, model.mean, log_variance)
-        if config.levels is None:
-            log_prob = gaussian_log_density(x, p.data, log_variance)
-        else:
-            log_prob = discretised_gaussian_log_prob(p.data, log_variance, batch["image"], config.levels)
-        return jnp.sum(jnp.where(first, -log_prob, divergence), axis=(1, 2, 3))
+    def predict(variables: Variables, x_t: Float[Array, "B H W C"], t: Array, told: Told, **options: Any) -> Prediction:
+        """t counts from 1."""
+        guided = config.channels if learned else None
+        output = module.apply(variables, x_t, chain.time(t), told, guided=guided, **options)
+        return chain.prediction(output, x_t, t)
 
     def loss(
         variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
@@ -168,15 +117,14 @@ def build(config: Config) -> Model:
         told_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
         told = conditions.in_training(variables, batch, told_key) if train else conditions.everything(variables, batch)
         x = to_input(batch["image"])
-        t = 1 + jnp.floor(config.timesteps * stratified(time_key, len(x))).astype(jnp.int32)
-        t = jnp.minimum(t, config.timesteps)  # a product of floats may round up
-        x_t, level = noisy(x, t, jax.random.normal(noise_key, x.shape))
-        p = predict(variables, x_t, level, t, told, train=train, rngs={"dropout": dropout_key})
-        target = from_data(x, x_t, level, config.predict)
+        t = chain.drawn_steps(time_key, len(x))
+        x_t = chain.noisy(x, t, jax.random.normal(noise_key, x.shape))
+        p = predict(variables, x_t, t, told, train=train, rngs={"dropout": dropout_key})
+        level = Level(*(spread(each, x) for each in chain.level(t)))
         weight = min_snr_weight(level, config.predict) if config.weighting == "min_snr" else 1.0
-        value = jnp.mean(weight * jnp.square(p.output - target))
+        value = jnp.mean(weight * jnp.square(p.output - chain.target(x, x_t, t)))
         # The bound trains the variance alone: through the mean it is too noisy (2102.09672, section 3.1).
-        cost = step_cost(batch, x, x_t, t, p._replace(data=jax.lax.stop_gradient(p.data)))
+        cost = chain.step_cost(x, x_t, t, p._replace(data=jax.lax.stop_gradient(p.data)), batch["image"])
         metrics = {"squared_error": value}
         if config.levels is not None:
             nats = {
@@ -195,17 +143,12 @@ def build(config: Config) -> Model:
         x, told = to_input(batch["image"]), conditions.everything(variables, batch)
 
         def cost(t: Int[Array, " B"], key: Array) -> Float[Array, " B"]:
-            x_t, level = noisy(x, t, jax.random.normal(key, x.shape))
-            return step_cost(batch, x, x_t, t, predict(variables, x_t, level, t, told))
+            x_t = chain.noisy(x, t, jax.random.normal(key, x.shape))
+            return chain.step_cost(x, x_t, t, predict(variables, x_t, t, told), batch["image"])
 
-        # Costs fall about as 1/t (2102.09672, figure 2): steps drawn in that proportion, and their costs divided by it,
-        # have the same expectation as steps drawn alike and far less variance.
-        span = math.log((config.timesteps + 1) / 2)
-        t = jnp.floor(2 * jnp.exp(span * stratified(time_key, len(x)))).astype(jnp.int32)
-        t = jnp.minimum(t, config.timesteps)  # a product of floats may round up
-        drawn = cost(t, noise_key) / (jnp.log1p(1 / t) / span)
+        t, probability = chain.drawn_terms(time_key, len(x))
         first = cost(jnp.ones_like(t), first_key)
-        return -(prior_divergence(x, gammas[-1]) + drawn + first)
+        return -(prior_divergence(x, gammas[-1]) + cost(t, noise_key) / probability + first)
 
     def sample(
         variables: Variables,
@@ -235,17 +178,12 @@ def build(config: Config) -> Model:
         told_key, noise_key, solver_key = jax.random.split(key, 3)
         conditions.check_guidance(sampling.guidance)
         told = conditions.in_drawing(variables, given, told_key, num)
-        levels = variance_preserving(gammas)
-        alphas = jnp.concatenate([jnp.ones(1), levels.alpha])  # before the first step there is no noise
-        sigmas = jnp.concatenate([jnp.zeros(1), levels.sigma])
+        alphas, sigmas = chain.level(jnp.arange(config.timesteps + 1))
         ratios = sigmas / alphas
 
-        def schedule(t: Array) -> Level:
-            return Level(alphas[t], sigmas[t])
-
         def denoise(x: Array, t: Array) -> Denoised:
-            guidance = Guidance(sampling.guidance_at(schedule(t)), sampling.guidance_rescale)
-            prediction = predict(variables, x, schedule(t), t, told, guidance=guidance)
+            guidance = Guidance(sampling.guidance_at(chain.level(t)), sampling.guidance_rescale)
+            prediction = predict(variables, x, t, told, guidance=guidance)
             return Denoised(prediction.data, prediction.mix)
 
         def denoise_ratio(x: Array, ratio: Array) -> Denoised:
@@ -259,7 +197,7 @@ def build(config: Config) -> Model:
             # The chain has no slope in t, which an ODE needs: x / alpha moves along sigma / alpha (2010.02502, eq. 14).
             x = solve(denoise_ratio, variance_exploding, ratios[times], x / alphas[-1])
         else:
-            x = solve(denoise, schedule, times, x)
+            x = solve(denoise, chain.level, times, x)
         return x if config.levels is None else from_unit_range(x, config.levels)
 
     return Model(

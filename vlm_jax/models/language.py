@@ -176,7 +176,10 @@ class Language(nn.Module):
         train: bool = False,
     ) -> Scores:
         """The same of what stands in the places of embedded tokens."""
-        x, _ = self.decoder(x, position, mask, train=train)
+        return self.scored(self.decoder(x, position, mask, train=train)[0], following)
+
+    def scored(self, x: Float[Array, "B T D"], following: Int[Array, "B T"]) -> Scores:
+        """The same of what the decoder makes of them."""
         table = self.outputs()
         return sequence_scores(lambda x: token_logits(x, table), x, following, self.config.vocab_size)
 

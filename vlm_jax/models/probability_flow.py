@@ -27,10 +27,10 @@ from vlm_jax.objectives.diffusion import (
     rectified_flow,
     spread,
     stratified,
-    to_data,
     variance_exploding,
 )
 from vlm_jax.objectives.likelihood import subpixels
+from vlm_jax.objectives.straight import StraightPath
 from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, SolverName, Solving, ode_log_density, probability_flow
 from vlm_jax.trees import merge
 
@@ -87,17 +87,13 @@ def karras_times(steps: int) -> Float[Array, " N"]:
     return jnp.linspace(SIGMA_MAX ** (1 / 7), SIGMA_MIN ** (1 / 7), steps) ** 7
 
 
-CLAMP = 0.05
-"""The least share of noise, or of data, by which a velocity is computed from a prediction of the data, or the noise
-(2511.13720, its release)."""
-
-
 def build(config: Config) -> Model:
     """Samples, and an estimate of the likelihood, of real vectors of their density."""
     module: Any = Denoiser(config.network, config.channels)
     shape, network = config.shape, config.network
     straight = config.process == "rectified_flow"
     schedule = rectified_flow if straight else variance_exploding
+    path = StraightPath(config.predict, config.logit_normal, config.shift)
     reader = None if config.text is None else models.build(config.text)
     conditions = Conditions(network.classes, network.condition_dropout, reader)
 
@@ -107,9 +103,6 @@ def build(config: Config) -> Model:
             return image
         return to_symmetric(image, jax.random.uniform(key, image.shape), config.levels)[0]
 
-    def shifted(t: Float[Array, "*B"]) -> Float[Array, "*B"]:
-        return config.shift * t / (1 + (config.shift - 1) * t)
-
     def init(key: Array, batch: Batch) -> Variables:
         image, reader = batch["image"], conditions.drawn(jax.random.fold_in(key, 1))
         told = conditions.everything(reader, batch)
@@ -118,24 +111,19 @@ def build(config: Config) -> Model:
     def denoise(
         variables: Variables, x_t: Float[Array, "B H W C"], t: Array, told: Told, **options: Any
     ) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
-        """The prediction of x, and the velocity, or EDM's F. t is [B] or one for all."""
+        """The prediction of x, and the output of the network. t is [B] or one for all."""
         t = jnp.broadcast_to(t, (len(x_t),))
         if straight:
             output = module.apply(variables, x_t, 1000 * t, told, **options)
-            velocity = velocity_of(output, x_t, t)
-            return to_data(velocity, x_t, rectified_flow(spread(t, x_t)), "velocity"), velocity
+            return path.data(output, x_t, t), output
         p = edm_preconditioning(spread(t, x_t), config.data_deviation)
         output = module.apply(variables, p.into * x_t, 1000 * p.time.reshape(-1), told, **options)
         return p.skip * x_t + p.out * output, output
 
-    def velocity_of(
-        predicted: Float[Array, "B H W C"], x_t: Float[Array, "B H W C"], t: Float[Array, " B"]
+    def velocity(
+        variables: Variables, x_t: Float[Array, "B H W C"], t: Float[Array, ""], told: Told
     ) -> Float[Array, "B H W C"]:
-        """From the data to the noise, not without bound where next to none is left of what is not predicted."""
-        t = spread(t, x_t)
-        if config.predict == "x":
-            return (x_t - predicted) / jnp.maximum(t, CLAMP)
-        return predicted if config.predict == "velocity" else (predicted - x_t) / jnp.maximum(1 - t, CLAMP)
+        return path.velocity(denoise(variables, x_t, t, told)[1], x_t, jnp.broadcast_to(t, (len(x_t),)))
 
     def loss(
         variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
@@ -145,21 +133,17 @@ def build(config: Config) -> Model:
         told_key, data_key, time_key, noise_key, dropout_key = jax.random.split(key, 5)
         told = conditions.in_training(variables, batch, told_key) if train else conditions.everything(variables, batch)
         x = dequantise(batch["image"], data_key)
-        t = stratified(time_key, len(x))
-        normal = jax.scipy.special.ndtri(jnp.clip(t, 1e-6, 1 - 1e-6))
-        if not straight:  # ln sigma ~ N(-1.2, 1.2^2)
-            t = jnp.exp(-1.2 + 1.2 * normal)
-        elif config.logit_normal is not None:
-            mean, deviation = config.logit_normal
-            t = jax.nn.sigmoid(mean + deviation * normal)
-        t = shifted(t)
+        if straight:
+            t = path.drawn_times(time_key, len(x))
+        else:  # ln sigma ~ N(-1.2, 1.2^2)
+            even = jnp.clip(stratified(time_key, len(x)), 1e-6, 1 - 1e-6)
+            t = jnp.exp(-1.2 + 1.2 * jax.scipy.special.ndtri(even))
         alpha, sigma = (spread(value, x) for value in schedule(t))
         eps = jax.random.normal(noise_key, x.shape)
         x_t = alpha * x + sigma * eps
-        data, velocity = denoise(variables, x_t, t, told, train=train, rngs={"dropout": dropout_key})
+        data, output = denoise(variables, x_t, t, told, train=train, rngs={"dropout": dropout_key})
         if straight:
-            wanted = velocity_of({"velocity": eps - x, "x": x, "eps": eps}[config.predict], x_t, t)
-            value = jnp.mean(jnp.square(velocity - wanted))
+            value = jnp.mean(path.squared_error(output, x, x_t, t, eps))
         else:
             value = jnp.mean(edm_preconditioning(sigma, config.data_deviation).weight * jnp.square(data - x))
         return value, Aux({}, weight=jnp.float32(len(x)))
@@ -176,7 +160,7 @@ def build(config: Config) -> Model:
         if straight:
             times = jnp.linspace(0.0, 1.0, config.likelihood_steps + 1)
             # Not from the prediction of x, which does not tell the velocity at t = 0.
-            density = ode_log_density(lambda x, t: denoise(variables, x, t, told)[1], times, x, probes)
+            density = ode_log_density(lambda x, t: velocity(variables, x, t, told), times, x, probes)
         else:
             flow = probability_flow(lambda x, t: Denoised(denoise(variables, x, t, told)[0]), schedule)
             times = karras_times(config.likelihood_steps + 1)[::-1]
@@ -203,7 +187,7 @@ def build(config: Config) -> Model:
             return Denoised(denoise(variables, x, t, told, guidance=guidance)[0])
 
         if straight:
-            times = shifted(jnp.linspace(1.0, 0.0, sampling.steps + 1))
+            times = path.shifted(jnp.linspace(1.0, 0.0, sampling.steps + 1))
         else:
             times = jnp.append(karras_times(sampling.steps), 0.0)
         x = temperature * times[0] * jax.random.normal(noise_key, (num, *shape))

@@ -1,0 +1,125 @@
+"""The chain of DDPM (2006.11239): noise in discrete steps, what a network says of them, and what undoing each costs."""
+
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from vlm_jax.objectives.diffusion import (
+    Level,
+    Parameterisation,
+    discretised_gaussian_log_prob,
+    divergence_of_gaussians,
+    from_data,
+    posterior,
+    spread,
+    stratified,
+    to_data,
+    variance_preserving,
+)
+from vlm_jax.objectives.likelihood import gaussian_log_density
+
+
+class Prediction(NamedTuple):
+    """What the network says of a noisy image."""
+
+    output: Float[Array, "B H W C"]
+    """Of the kind that it predicts."""
+    data: Float[Array, "B H W C"]
+    mix: Float[Array, "B H W C"] | float
+    """Where the log-variance of the step lies between the posterior's (0) and the forward step's (1)."""
+
+
+class Chain(NamedTuple):
+    """Steps 1 to T of noise, of images of integers or real vectors. Step 0 is the data."""
+
+    gammas: Float[Array, " T"]
+    """-log SNR after each step."""
+    predict: Parameterisation
+    variance: Literal["posterior", "forward", "learned"] = "posterior"
+    levels: int | None = None
+    """Of a sub-pixel; None: real vectors."""
+
+    @property
+    def steps(self) -> int:
+        return len(self.gammas)
+
+    def drawn_steps(self, key: Array, count: int) -> Int[Array, " count"]:
+        """Each alike, all together evenly spread."""
+        t = 1 + jnp.floor(self.steps * stratified(key, count)).astype(jnp.int32)
+        return jnp.minimum(t, self.steps)  # a product of floats may round up
+
+    def drawn_terms(self, key: Array, count: int) -> tuple[Int[Array, " count"], Float[Array, " count"]]:
+        """Steps from 2 on, of which one stands for all of them in the bound, and their probabilities.
+
+        Costs fall about as 1/t (2102.09672, figure 2): steps drawn in that proportion, and their costs divided by it,
+        have the same expectation as steps drawn alike and far less variance.
+        """
+        span = math.log((self.steps + 1) / 2)
+        t = jnp.floor(2 * jnp.exp(span * stratified(key, count))).astype(jnp.int32)
+        t = jnp.minimum(t, self.steps)  # a product of floats may round up
+        return t, jnp.log1p(1 / t) / span
+
+    def level(self, t: Int[Array, "*B"]) -> Level:
+        """From step 0 on, at which there is no noise."""
+        alpha, sigma = variance_preserving(self.gammas)
+        alpha, sigma = jnp.concatenate([jnp.ones(1), alpha]), jnp.concatenate([jnp.zeros(1), sigma])
+        return Level(alpha[t], sigma[t])
+
+    def noisy(self, x: Float[Array, "B H W C"], t: Int[Array, " B"], eps: Float[Array, "B H W C"]) -> Array:
+        """x_t."""
+        alpha, sigma = (spread(each, x) for each in self.level(t))
+        return alpha * x + sigma * eps
+
+    def time(self, t: Int[Array, "*B"]) -> Float[Array, "*B"]:
+        """What a network is told of the step: 0 to 1000, the first at 0."""
+        return (t - 1) * (1000 / self.steps)
+
+    def prediction(
+        self, output: Float[Array, "B H W O"], x_t: Float[Array, "B H W C"], t: Int[Array, "*B"]
+    ) -> Prediction:
+        """Of a network's output, which of a learned variance has twice the channels. Steps count from 1."""
+        mix: Array | float = 1.0 if self.variance == "forward" else 0.0
+        if self.variance == "learned":
+            output, fraction = jnp.split(output, 2, axis=-1)
+            mix = (fraction + 1) / 2
+        level = Level(*(spread(jnp.broadcast_to(each, (len(x_t),)), x_t) for each in self.level(t)))
+        data = to_data(output, x_t, level, self.predict)
+        # Where the range of the data is known, a prediction outside it is surely wrong.
+        return Prediction(output, data if self.levels is None else jnp.clip(data, -1, 1), mix)
+
+    def target(self, x: Float[Array, "B H W C"], x_t: Float[Array, "B H W C"], t: Int[Array, " B"]) -> Array:
+        """What the output should be."""
+        return from_data(x, x_t, Level(*(spread(each, x) for each in self.level(t))), self.predict)
+
+    def step_cost(
+        self,
+        x: Float[Array, "B H W C"],
+        x_t: Float[Array, "B H W C"],
+        t: Int[Array, " B"],
+        p: Prediction,
+        image: Num[Array, "B H W C"],
+    ) -> Float[Array, " B"]:
+        """The term of the negative bound that belongs to the step from t to t - 1, nats.
+
+        From 1 to 0 it is the levels' own cost, with the posterior variance of the step before, for its own is 0. There
+        the forward variance is no larger, but the range of a learned one ends at beta_1: as in the authors' releases.
+
+        Args:
+          image: as the data have it: of levels the integers.
+        """
+        upper = spread(jnp.maximum(t, 2), x)
+        true = posterior(x, x_t, self.gammas[upper - 2], self.gammas[upper - 1])
+        model = posterior(p.data, x_t, self.gammas[upper - 2], self.gammas[upper - 1])
+        first = spread(t, x) == 1
+        end = jax.nn.log_sigmoid(self.gammas[0]) if self.variance == "learned" else true.log_variance
+        forward = jnp.where(first, end, true.log_forward_variance)
+        log_variance = p.mix * forward + (1 - p.mix) * true.log_variance
+        divergence = divergence_of_gaussians(true.mean, true.log_variance, model.mean, log_variance)
+        if self.levels is None:
+            log_prob = gaussian_log_density(x, p.data, log_variance)
+        else:
+            log_prob = discretised_gaussian_log_prob(p.data, log_variance, image, self.levels)
+        return jnp.sum(jnp.where(first, -log_prob, divergence), axis=(1, 2, 3))
