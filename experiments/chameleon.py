@@ -3,13 +3,12 @@
 from dataclasses import replace
 
 from experiments.data import OPENMOJI, TINY, TINY_OPTIMIZER
-from experiments.vqvae import vqgan_f16, vqvae_tiny
+from experiments.vqvae import vqvae_tiny
 from vlm_jax.data import Data, Interleaved, Text, VisualCaption
 from vlm_jax.data.conversation import ALONE
 from vlm_jax.experiment import Experiment
-from vlm_jax.models import chameleon, language
+from vlm_jax.models import chameleon, language, vqvae
 from vlm_jax.nn.decoder import DecoderConfig
-from vlm_jax.nn.quantize import Learned
 from vlm_jax.start import Start
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
@@ -50,12 +49,18 @@ def published(text: language.Config, *, steps: int, images: int = 2) -> Experime
     """A published size and schedule (2405.09818, section 2.3 and table 1) on captioned images that TFDS has prepared.
 
     AdamW of (0.9, 0.95), eps 1e-5, decay 0.1, gradients clipped at 1, 1e-4 after 4,000 steps of warm-up; the paper's
-    rate falls exponentially, here by a cosine. The codes are those of a tokenizer of 8,192 for images of 512 pixels.
+    rate falls exponentially, here by a cosine. Tokens are numbered as the release's tokenizer numbers them, whose text
+    tokens stand beside the codes of images: one that is trained here would give its own the codes' numbers.
     """
-    first = replace(vqgan_f16().model, image_size=512, objective=None, quantizer=Learned(size=8192, width=256))
     return Experiment(
         model=chameleon.Config(
-            first=first, language=text, bos_id=1, begin_id=8197, end_id=8196, code_at=4, images=images
+            first=vqvae.CHAMELEON_F16,
+            language=text,
+            bos_id=0,
+            begin_id=8197,
+            end_id=8196,
+            code_at=4,
+            images=images,
         ),
         sampling=chameleon.Sampling(top_p=0.9, guidance=3.0, image_guidance=1.2),
         data=Data(name="coco_captions", test="val", fields=FIELDS, pack=True, text=Text(vocab_size=text.vocab_size)),
@@ -76,7 +81,8 @@ def published(text: language.Config, *, steps: int, images: int = 2) -> Experime
 def chameleon_7b() -> Experiment:
     """Chameleon-7B (2405.09818, table 1): 7.01B parameters beside the tokenizer, 4.4 trillion tokens, 4,096 a row.
 
-    Needs a tokenizer of 8,192 codes in runs/chameleon-tokenizer, a captioned data set (--data.name) and --mesh.fsdp.
+    Needs a tokenizer of 8,192 codes in runs/chameleon-tokenizer, the release's of texts (--data.text.tokenizer), a
+    captioned data set (--data.name) and --mesh.fsdp.
     """
     return published(chameleon.CHAMELEON_7B, steps=524_520)
 

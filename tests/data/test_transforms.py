@@ -51,7 +51,7 @@ def test_the_centre_is_the_largest_square_in_the_middle():
     assert centre_box(5, 5, size=7) == (0, 0, 5, 5)
 
 
-@pytest.mark.parametrize("method", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("method", ["bicubic", "bilinear", "lanczos"])
 @pytest.mark.parametrize(("height", "width"), [(37, 90), (90, 37), (41, 43), (64, 50), (20, 20)])
 @pytest.mark.parametrize("size", [9, 16, 48])
 def test_a_box_is_what_whole_pictures_are_scaled_to(height: int, width: int, size: int, method: str):

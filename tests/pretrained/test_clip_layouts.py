@@ -241,7 +241,13 @@ def change(path: Path, part: str, **told: Any) -> None:
         ("clip", "config.json", "vision_config", {"image_size": "8"}, "size in .*preprocessor_config.json"),
         ("clip", "config.json", "text_config", {"eos_token_id": [1, 2]}, r"eos_token_id in .* is \[1, 2\]"),
         ("clip", "config.json", "", {"model_type": "clip_vision_model"}, "model_type in .* is 'clip_vision_model'"),
-        ("clip", "preprocessor_config.json", "", {"resample": 1}, "resample in .* is 1: 2, bilinear"),
+        (
+            "clip",
+            "preprocessor_config.json",
+            "",
+            {"resample": 5},
+            r"resample in .* is 5: 1 \(lanczos\), 2 \(bilinear\)",
+        ),
         ("clip", "preprocessor_config.json", "", {"do_normalize": False}, "do_normalize in .* is False"),
         ("clip", "preprocessor_config.json", "", {"rescale_factor": 0.5}, "rescale_factor in .* is 0.5"),
         ("clip", "preprocessor_config.json", "", {"size": {"shortest_edge": 9}}, "size in .* is .*9.*reads 8 pixels"),
@@ -311,6 +317,11 @@ def test_what_a_layout_cannot_express_is_not_written(
 def test_padded_images_are_no_processor_s_of_clip():
     with pytest.raises(UserError, match=r"data\.fields pad images, which CLIPImageProcessor does not"):
         exported("clip", CLIP, Image(resize="pad"))
+
+
+def test_a_filter_that_open_clip_has_not_is_refused():
+    with pytest.raises(UserError, match="scale by 'lanczos': open_clip has bilinear and bicubic"):
+        exported("open-clip", CLIP, Image(method="lanczos"))
 
 
 def test_an_end_token_of_2_means_the_highest_id(tmp_path: Path):

@@ -13,6 +13,7 @@ import pytest
 
 from converted import CONFIG, KINDS, TOKENIZER, assert_trees_equal, random_weights, write_gguf, write_llama
 from vlm_jax.errors import UserError
+from vlm_jax.nn.decoder import PostNormDecoderConfig
 from vlm_jax.pretrained import LAYOUTS, llama, llama_gguf
 from vlm_jax.pretrained.layout import Layout, read_params, recognised, written, written_keys
 from vlm_jax.pretrained.source import open_source
@@ -153,6 +154,12 @@ def test_the_token_that_ends_a_text_must_be_one_that_the_settings_name(tmp_path:
     assert read(path)[1].eos_id == 2
     (path / "tokenizer.json").unlink()
     assert read(path)[1].eos_id == 7
+
+
+def test_a_decoder_of_norms_of_branches_is_not_written_as_one_of_llama():
+    config = replace(CONFIG, decoder=PostNormDecoderConfig(**vars(CONFIG.decoder)))
+    with pytest.raises(UserError, match="decoder is 'PostNormDecoderConfig' and Llama's layouts have 'DecoderConfig'"):
+        llama.told_of(config, TOKENIZER)
 
 
 def test_files_of_no_layout_are_refused(tmp_path: Path):

@@ -8,7 +8,7 @@ from PIL import Image
 
 Box = tuple[float, float, float, float]
 """Left, upper, right and lower edge in pixels."""
-Method = Literal["bicubic", "bilinear"]
+Method = Literal["bicubic", "bilinear", "lanczos"]
 """The filter by which an image is scaled."""
 
 

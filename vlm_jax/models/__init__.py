@@ -1,4 +1,4 @@
-"""The families. Each file exports `Config`, a frozen dataclass, and `build(config) -> Model`."""
+"""The families: each file exports `Config`, a frozen dataclass, and `build(config) -> Model`; `parts` are shared."""
 
 import dataclasses
 import pkgutil
@@ -8,7 +8,7 @@ from typing import Any
 from vlm_jax.contract import Model
 from vlm_jax.errors import UserError
 
-FAMILIES = tuple(module.name for module in pkgutil.iter_modules(__path__))
+FAMILIES = tuple(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
 
 
 def family_of(config: Any) -> str:

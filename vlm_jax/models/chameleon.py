@@ -7,7 +7,8 @@ and a token that ends it, and a language model predicts all tokens alike, from t
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,21 @@ from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.models import language
 from vlm_jax.models.language import Language
+from vlm_jax.models.parts.continuation import Decoding, State, continued_batch, drawn_token
 from vlm_jax.models.token_autoregressive import check_first
-from vlm_jax.nn.attention import Cache, empty_cache
+from vlm_jax.nn.attention import empty_cache
 from vlm_jax.nn.decoder import DecoderConfig, PostNormDecoderConfig
-from vlm_jax.nn.joint_vocabulary import BEGIN, CODE, LAST_TEXT, TEXT, JointVocabulary, guided, planned, streams
-from vlm_jax.nn.sequence import attention_mask, image_numbers, next_tokens, place_images, up_to_end
+from vlm_jax.nn.joint_vocabulary import (
+    CODE,
+    JointVocabulary,
+    guided,
+    planned,
+    prompted,
+    streams,
+)
+from vlm_jax.nn.sequence import attention_mask, image_numbers, next_tokens, place_images, target_images
 from vlm_jax.nn.stack import unrolled
 from vlm_jax.objectives.language import Scores, cross_entropy
-from vlm_jax.sampling.autoregressive import decode, draw_token
 from vlm_jax.sharding import under
 from vlm_jax.trees import assembled, part
 
@@ -110,16 +118,6 @@ CHAMELEON_34B = replace(
 """2405.09818, table 1: it norms what is added, and drops nothing."""
 
 
-class Drawing(NamedTuple):
-    """What is known when some of the places have been drawn."""
-
-    cache: tuple[Cache, ...]
-    real: Bool[Array, "B S"]
-    """Which of the places hold a token: those of a text that has ended do not."""
-    over: Bool[Array, " B"]
-    """Whether the text that is drawn has ended."""
-
-
 def build(config: Config) -> Model:
     """A density over the target tokens of a row, and of its target images where the first stage has one of pixels."""
     first, c = models.build(config.first), config.language
@@ -176,13 +174,6 @@ def build(config: Config) -> Model:
         state = {collection: tree for collection, tree in variables.items() if collection != "params"}
         return value + config.z_loss * drift, Aux(metrics, weight, state)
 
-    def predicted_images(batch: Batch) -> Bool[Array, "B N"]:
-        """Images whose codes are targets."""
-        length = batch["tokens"].shape[1]
-        place = jnp.minimum(batch["image_at"] + 1, length - 1)
-        target = jnp.take_along_axis(batch["target"] & (batch["segment"] > 0), place, axis=1)
-        return target & (batch["image_at"] < length)
-
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
         """Of the target tokens of each row and of its target images, each given what stands before it."""
         del key
@@ -191,7 +182,7 @@ def build(config: Config) -> Model:
         found, predicted = scores(variables, batch, codes)
         flat = image.reshape(-1, *image.shape[2:]), codes.reshape(-1, side, side)
         pixels = first.log_likelihood_given(part(variables, "first"), *flat).reshape(image.shape[:2])
-        pixels = jnp.where(predicted_images(batch), pixels, 0)
+        pixels = jnp.where(target_images(batch), pixels, 0)
         return jnp.sum(jnp.where(predicted, found.log_prob, 0), axis=1) + jnp.sum(pixels, axis=1)
 
     def count(batch: Batch) -> Int[Array, " B"]:
@@ -200,7 +191,7 @@ def build(config: Config) -> Model:
         image = image_numbers(batch["image_at"], span, batch["tokens"].shape[1])
         texts = jnp.sum(predicted & (jnp.roll(image, -1, axis=1) < 0), axis=1, dtype=jnp.int32)
         pixels = math.prod(batch["image"].shape[2:])
-        return texts + pixels * jnp.sum(predicted_images(batch), axis=1, dtype=jnp.int32)
+        return texts + pixels * jnp.sum(target_images(batch), axis=1, dtype=jnp.int32)
 
     def generate(
         variables: Variables,
@@ -219,68 +210,51 @@ def build(config: Config) -> Model:
         last ones of `image`.
         """
         plan = planned(batch, order, context=c.context_length, length=sampling.length, codes=side * side)
-        given, more, rows = batch["tokens"].shape[1], len(plan.kind), len(batch["tokens"])
+        given, rows = batch["tokens"].shape[1], len(batch["tokens"])
         d, stack = unrolled(c.decoder, variables["params"]["language"]["decoder"])
         writer: Any = Language(replace(c, decoder=d))
         own = {"params": {**variables["params"]["language"], "decoder": stack}}
         scales = sampling.guidance, sampling.image_guidance
         seen = streams(batch, span, *scales)[: None if plan.images else 1]
-        kind, segment = jnp.asarray(plan.kind), jnp.asarray(plan.segment)
-        allowed, in_image = vocabulary.legal(), jnp.array([each >= BEGIN for each in plan.kind])
-        begins = jnp.diff(segment, prepend=-1) > 0
+        embed, feed, logits = (partial(writer.apply, own, method=method) for method in ("embed", "feed", "logits"))
+        decoding = Decoding(embed, feed, logits, seen, plan, vocabulary)
+        settings: dict[str, Any] = {"temperature": temperature, "sampling": sampling}
+        legal = vocabulary.legal()[CODE][None]
 
-        def draw(state: Drawing, logits: Float[Array, "R V"], place: Array | int, key: Array) -> tuple[Drawing, Array]:
-            """The token at a place, and whether it is one."""
-            mixed = guided(jnp.split(logits, len(seen)), *scales)
-            logits = jnp.where(kind[place] == CODE, mixed, logits[:rows])
-            settings: dict[str, Any] = {"top_k": sampling.top_k, "top_p": sampling.top_p}
-            token = draw_token(key, logits, temperature=temperature, allowed=allowed[kind[place]][None], **settings)
-            before = state.over & ~begins[place]
-            left = (kind[place] == TEXT) & (token == config.begin_id)  # which the image itself begins with
-            over = before | left | ((kind[place] == LAST_TEXT) & (token == c.eos_id))
-            return Drawing(state.cache, state.real.at[:, place].set(~(before | left)), over), token
+        def drawn(state: State, start: int, key: Array) -> tuple[State, Int[Array, "B S"]]:
+            """After an image, and its tokens."""
+            places = jnp.arange(len(plan.kind))
+            state = state._replace(real=state.real | ((places >= start) & (places < start + span)))
+            begin, end = (jnp.full(rows, mark, jnp.int32) for mark in (config.begin_id, config.end_id))
 
-        def step(state: Drawing, token: Array, place: Array, key: Array) -> tuple[Drawing, Array]:
-            last, slot = place - 1, given + place - 1
-            kept = (state.real, state.real & (segment == segment[last]), state.real & in_image)
-            keys = jnp.concatenate([jnp.concatenate(each, axis=1) for each in zip(seen, kept, strict=False)])
-            at = jnp.sum(keys & (jnp.arange(given + more) < slot), axis=1, keepdims=True, dtype=jnp.int32)
-            x = writer.apply(own, jnp.tile(token, len(seen))[:, None], method="embed")
-            logits, cache = writer.apply(own, x, at, keys[:, None, None], state.cache, slot, method="feed")
-            return draw(state._replace(cache=cache), logits, place, key)
+            def step(state: State, place: Array) -> tuple[State, Array]:
+                logits = guided(jnp.split(state.logits, len(seen)), *scales)
+                code = drawn_token(jax.random.fold_in(key, place), logits, legal, **settings)
+                return decoding.told(state, code, place), code
+
+            state = decoding.told(state, begin, start)
+            state, codes = jax.lax.scan(step, state, start + 1 + jnp.arange(side * side))
+            state = decoding.told(state, end, start + span - 1)
+            return state, jnp.concatenate([begin[:, None], codes.T, end[:, None]], axis=1)
 
         tokens = written(batch["tokens"], codes_of(variables, batch["image"]), batch["image_at"])
-        prompt = jnp.concatenate(seen)
-        mask = jnp.tile(attention_mask(batch["segment"]), (len(seen), 1, 1, 1)) & prompt[:, None, None]
-        at = jnp.maximum(jnp.cumsum(prompt, axis=1, dtype=jnp.int32) - 1, 0)
-        room = empty_cache(len(prompt), given + more, d.kv_heads, d.head_width, layers=d.depth, dtype=d.dtype)
-        x = writer.apply(own, jnp.tile(tokens, (len(seen), 1)), method="embed")
-        seen_by = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, more)))
-        logits, cache = writer.apply(own, x, at, seen_by, room, 0, method="feed")
-        state = Drawing(cache, jnp.zeros((rows, more), bool), jnp.zeros(rows, bool))
-        state, token = draw(state, logits, 0, jax.random.fold_in(key, 0))
-        rest = decode(step, state, token, more, key, start=1)
-        drawn = jnp.concatenate([token[:, None], rest], axis=1)
-
-        real = plan.held(drawn, vocabulary)
-        closed, kept = jnp.argsort(~real, axis=1, stable=True), jnp.sort(real, axis=1, descending=True)
-        codes = [drawn[:, start + 1 : start + 1 + side * side] - config.code_at for start in plan.images]
-        images = [decode_codes(part(variables, "first"), each.reshape(-1, side, side)) for each in codes]
-        places = [given + jnp.sum(real[:, :start], axis=1, dtype=jnp.int32) for start in plan.images]
-        number = batch["segment"][:, -1:]
-        return {
-            "tokens": jnp.concatenate([tokens, jnp.take_along_axis(drawn, closed, axis=1)], axis=1),
-            "target": jnp.concatenate([jnp.zeros_like(tokens, bool), kept], axis=1),
-            "segment": jnp.concatenate([batch["segment"], jnp.where(kept, number, 0)], axis=1),
-            "image": jnp.concatenate([batch["image"], *(each[:, None] for each in images)], axis=1),
-            "image_at": jnp.concatenate(
-                [
-                    jnp.where(batch["image_at"] < given, batch["image_at"], given + more),
-                    *(each[:, None] for each in places),
-                ],
-                axis=1,
-            ),
-        }
+        room = empty_cache(
+            rows * len(seen), given + len(plan.kind), d.kv_heads, d.head_width, layers=d.depth, dtype=d.dtype
+        )
+        image = image_numbers(batch["image_at"], span, given) >= 0
+        state = decoding.begun(decoding.embed(tokens), attention_mask(batch["segment"]), image, room)
+        found, images = [], dict[int, Array]()
+        for number, kind in enumerate(order):
+            start, own_key = plan.segment.index(number), jax.random.fold_in(key, number)
+            if kind == "text":
+                state, text = decoding.written(state, start, own_key, **settings)
+                found.append(text)
+                continue
+            state, drawn_tokens = drawn(state, start, own_key)
+            codes = drawn_tokens[:, 1:-1].reshape(-1, side, side) - config.code_at
+            images[start] = decode_codes(part(variables, "first"), codes)
+            found.append(drawn_tokens)
+        return continued_batch({**batch, "tokens": tokens}, jnp.concatenate(found, axis=1), state.real, images)
 
     def sample(
         variables: Variables,
@@ -293,18 +267,7 @@ def build(config: Config) -> Model:
     ) -> Int[Array, "num H W C"]:
         """An image of a document that begins with a text, or with nothing."""
         tokens = given["tokens"] if "tokens" in given else jnp.full((num, 1), config.bos_id, jnp.int32)
-        real = up_to_end(tokens, c.eos_id) & (tokens != c.eos_id)
-        length = tokens.shape[1]
-        ahead = length - jnp.sum(real, axis=1, keepdims=True)
-        moved = jnp.take_along_axis(tokens, (jnp.arange(length) - ahead) % length, axis=1)
-        shape = first.inputs["image"].shape
-        begun = {
-            "tokens": moved,
-            "target": jnp.zeros_like(moved, bool),
-            "segment": (jnp.arange(length) >= ahead).astype(jnp.int32),
-            "image": jnp.zeros((num, config.images, *shape), jnp.uint8),
-            "image_at": jnp.full((num, config.images), length, jnp.int32),
-        }
+        begun = prompted(tokens, c.eos_id, images=(config.images, *first.inputs["image"].shape))
         settings: dict[str, Any] = {"temperature": temperature, "sampling": sampling}
         return generate(variables, key, begun, order=("image",), **settings)["image"][:, -1]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Num
 
 from vlm_jax import models
 from vlm_jax.contract import Aux, Batch, Model, Variables
@@ -117,12 +117,13 @@ def build(config: Config) -> Model:
         told_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
         told = conditions.in_training(variables, batch, told_key) if train else conditions.everything(variables, batch)
         x = to_input(batch["image"])
-        t = chain.drawn_steps(time_key, len(x))
-        x_t = chain.noisy(x, t, jax.random.normal(noise_key, x.shape))
+        t = chain.drawn_times(time_key, len(x))
+        eps = jax.random.normal(noise_key, x.shape)
+        x_t = chain.noisy(x, t, eps)
         p = predict(variables, x_t, t, told, train=train, rngs={"dropout": dropout_key})
         level = Level(*(spread(each, x) for each in chain.level(t)))
         weight = min_snr_weight(level, config.predict) if config.weighting == "min_snr" else 1.0
-        value = jnp.mean(weight * jnp.square(p.output - chain.target(x, x_t, t)))
+        value = jnp.mean(weight * chain.squared_error(p.output, x, eps, t))
         # The bound trains the variance alone: through the mean it is too noisy (2102.09672, section 3.1).
         cost = chain.step_cost(x, x_t, t, p._replace(data=jax.lax.stop_gradient(p.data)), batch["image"])
         metrics = {"squared_error": value}
@@ -139,16 +140,8 @@ def build(config: Config) -> Model:
 
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
         """The bound, of whose sum over steps the last is computed and one other stands for all the others."""
-        time_key, noise_key, first_key = jax.random.split(key, 3)
         x, told = to_input(batch["image"]), conditions.everything(variables, batch)
-
-        def cost(t: Int[Array, " B"], key: Array) -> Float[Array, " B"]:
-            x_t = chain.noisy(x, t, jax.random.normal(key, x.shape))
-            return chain.step_cost(x, x_t, t, predict(variables, x_t, t, told), batch["image"])
-
-        t, probability = chain.drawn_terms(time_key, len(x))
-        first = cost(jnp.ones_like(t), first_key)
-        return -(prior_divergence(x, gammas[-1]) + cost(t, noise_key) / probability + first)
+        return -chain.bound(lambda x_t, t: predict(variables, x_t, t, told), x, batch["image"], key)
 
     def sample(
         variables: Variables,
@@ -190,7 +183,7 @@ def build(config: Config) -> Model:
             t = jnp.argmin(jnp.abs(ratios - ratio))
             return denoise(alphas[t] * x, t)
 
-        times = jnp.round(jnp.linspace(config.timesteps, 0, sampling.steps + 1)).astype(jnp.int32)
+        times = chain.solved_times(sampling.steps)
         x = temperature * jax.random.normal(noise_key, (num, *shape))
         solve = partial(SOLVERS[sampling.solver], key=solver_key, temperature=temperature, on_step=on_step)
         if sampling.solver in ("euler", "heun"):

@@ -17,7 +17,14 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Rule, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.nn.attention import Cache, empty_cache
-from vlm_jax.nn.decoder import Decoder, DecoderConfig, PostNormDecoderConfig, RotaryScaling, decoder_rules
+from vlm_jax.nn.decoder import (
+    Decoder,
+    DecoderConfig,
+    PostNormDecoderConfig,
+    RotaryScaling,
+    SeparateDecoderConfig,
+    decoder_rules,
+)
 from vlm_jax.nn.sequence import attention_mask, check_continued, documents, next_tokens, positions, up_to_end
 from vlm_jax.nn.stack import unrolled
 from vlm_jax.nn.vocabulary import look_up, token_logits, vocabulary_rules
@@ -36,7 +43,7 @@ class Config:
     """The token that ends a document."""
     tied: bool = False
     """One table for the tokens that are read and those that are predicted."""
-    decoder: DecoderConfig | PostNormDecoderConfig
+    decoder: DecoderConfig | PostNormDecoderConfig | SeparateDecoderConfig
 
     def __post_init__(self) -> None:
         if self.eos_id >= self.vocab_size:
@@ -190,11 +197,16 @@ class Language(nn.Module):
         mask: Bool[Array, "B 1 T S"],
         cache: tuple[Cache, ...],
         slot: Int[Array, ""] | int,
-    ) -> tuple[Float[Array, "B V"], tuple[Cache, ...]]:
-        """The logits of what follows the last of the places, which go into the cache from `slot` on."""
-        x, filled = self.decoder(x, position, mask, cache=cache, slot=slot)
+        image: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...]]:
+        """What the decoder makes of further places, which go into the cache from `slot` on."""
+        x, filled = self.decoder(x, position, mask, cache=cache, slot=slot, image=image)
         assert filled is not None
-        return token_logits(x[:, -1:], self.outputs())[:, 0], filled
+        return x, filled
+
+    def logits(self, x: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Of the token that follows one of the decoder's places."""
+        return token_logits(x[:, None], self.outputs())[:, 0]
 
 
 def inputs_of(config: Config) -> dict[str, Input]:
@@ -270,14 +282,12 @@ def continued(
     def step(cache: tuple[Cache, ...], token: Array, place: Array, key: Array) -> tuple[tuple[Cache, ...], Array]:
         x = writer.apply(variables, token[:, None], method="embed")
         at, own = (jax.lax.dynamic_slice_in_dim(each, place - 1, 1, axis=1) for each in (position, document))
-        logits, cache = writer.apply(
-            variables, x, at, (own == document)[:, None, None], cache, place - 1, method="feed"
-        )
-        return cache, draw(logits, key)
+        x, cache = writer.apply(variables, x, at, (own == document)[:, None, None], cache, place - 1, method="feed")
+        return cache, draw(writer.apply(variables, x[:, -1], method="logits"), key)
 
     seen = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, more)))
-    logits, cache = writer.apply(variables, x, position[:, :start], seen, cache, 0, method="feed")
-    first = draw(logits, jax.random.fold_in(key, start))
+    x, cache = writer.apply(variables, x, position[:, :start], seen, cache, 0, method="feed")
+    first = draw(writer.apply(variables, x[:, -1], method="logits"), jax.random.fold_in(key, start))
     carry = (cache, first == config.eos_id)
     rest = decode(ending(step, config.eos_id), carry, first, room, key, start=start + 1)
     drawn = jnp.concatenate([first[:, None], rest], axis=1)

@@ -114,7 +114,7 @@ def build(config: Config) -> Model:
         """The prediction of x, and the output of the network. t is [B] or one for all."""
         t = jnp.broadcast_to(t, (len(x_t),))
         if straight:
-            output = module.apply(variables, x_t, 1000 * t, told, **options)
+            output = module.apply(variables, x_t, path.time(t), told, **options)
             return path.data(output, x_t, t), output
         p = edm_preconditioning(spread(t, x_t), config.data_deviation)
         output = module.apply(variables, p.into * x_t, 1000 * p.time.reshape(-1), told, **options)
@@ -143,7 +143,7 @@ def build(config: Config) -> Model:
         x_t = alpha * x + sigma * eps
         data, output = denoise(variables, x_t, t, told, train=train, rngs={"dropout": dropout_key})
         if straight:
-            value = jnp.mean(path.squared_error(output, x, x_t, t, eps))
+            value = jnp.mean(path.squared_error(output, x, eps, t))
         else:
             value = jnp.mean(edm_preconditioning(sigma, config.data_deviation).weight * jnp.square(data - x))
         return value, Aux({}, weight=jnp.float32(len(x)))
@@ -186,10 +186,7 @@ def build(config: Config) -> Model:
             guidance = Guidance(sampling.guidance_at(schedule(t)), sampling.guidance_rescale)
             return Denoised(denoise(variables, x, t, told, guidance=guidance)[0])
 
-        if straight:
-            times = path.shifted(jnp.linspace(1.0, 0.0, sampling.steps + 1))
-        else:
-            times = jnp.append(karras_times(sampling.steps), 0.0)
+        times = path.solved_times(sampling.steps) if straight else jnp.append(karras_times(sampling.steps), 0.0)
         x = temperature * times[0] * jax.random.normal(noise_key, (num, *shape))
         solve = SOLVERS[sampling.solver]
         x = solve(denoised, schedule, times, x, solver_key, temperature=temperature, on_step=on_step)

@@ -94,6 +94,8 @@ LLAMAGEN_F16 = replace(VQGAN_F16, quantizer=Learned(size=16_384, width=8, unit=T
 """LlamaGen's tokenizer VQ-16 (2406.06525)."""
 LLAMAGEN_F8 = replace(LLAMAGEN_F16, network=Pyramid(widths=(128, 256, 256, 512), attention=(32,)))
 """VQ-8."""
+CHAMELEON_F16 = replace(vqgan(8192), image_size=512, network=replace(VQGAN_F16.network, attention=()), objective=None)
+"""Chameleon's (2405.09818, section 2.1; the `vq_config` of the release's config.json)."""
 
 
 class VQVAE(nn.Module):

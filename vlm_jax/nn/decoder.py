@@ -72,6 +72,14 @@ class PostNormDecoderConfig(DecoderConfig):
     """
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeparateDecoderConfig(DecoderConfig):
+    """Of blocks that have two feed-forward layers, one for texts and one for images, and one attention for both.
+
+    As the decoders of Tuna-2 (2604.24763) and, of several modalities, of LMFusion (2412.15188).
+    """
+
+
 class Rotation(NamedTuple):
     """Of the pairs of features at each token's position, for all heads; fp32."""
 
@@ -86,6 +94,8 @@ class Setting(NamedTuple):
     mask: Bool[Array, "#B #H T _"] | None
     slot: Slot
     """Where in a cache the tokens go."""
+    image: Bool[Array, "B T"] | None
+    """Which places are an image's; None: it is not known, or none."""
 
 
 def rotary_frequencies(config: DecoderConfig, coordinates: int = 1) -> list[float]:
@@ -212,6 +222,37 @@ class PostNormDecoderBlock(nn.Module):
         return x + dropout(nn.RMSNorm(c.norm_eps, dtype=c.dtype, name="mlp_norm")(y)), cache
 
 
+class SeparateDecoderBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), by the norm and feed-forward layer of texts or those of images."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], told: Setting, causal: bool, train: bool, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        c = self.config
+        dropout = nn.Dropout(c.dropout, deterministic=not train)
+        x = constrain(x, "batch", None, None)
+        y = nn.RMSNorm(c.norm_eps, dtype=c.dtype, name="attention_norm")(x)
+        y, cache = RotaryAttention(c, name="attention")(y, told, causal, cache)
+        x = x + dropout(y)
+
+        def fed(kind: str) -> Float[Array, "B T D"]:
+            return SwiGLU(c, name=f"{kind}mlp")(nn.RMSNorm(c.norm_eps, dtype=c.dtype, name=f"{kind}mlp_norm")(x))
+
+        text, image = fed(""), fed("image_")
+        y = text if told.image is None else jnp.where(told.image[..., None], image, text)
+        return x + dropout(y), cache
+
+
+BLOCKS: dict[type[DecoderConfig], type[nn.Module]] = {
+    DecoderConfig: DecoderBlock,
+    PostNormDecoderConfig: PostNormDecoderBlock,
+    SeparateDecoderConfig: SeparateDecoderBlock,
+}
+
+
 class Decoder(nn.Module):
     """`depth` blocks and a final norm; embedding and head are the family's."""
 
@@ -227,17 +268,20 @@ class Decoder(nn.Module):
         causal: bool = False,
         cache: tuple[Cache, ...] | None = None,
         slot: Slot = 0,
+        image: Bool[Array, "B T"] | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...] | None]:
         """Tokens at any positions, which the attention sees the differences of.
 
         With a `cache` of `depth` layers, they go into it from `slot` on, and attend to what is in it (`attend`); the
         layers are then `unrolled`.
+
+        Args:
+          image: which places are an image's, for blocks that tell them apart.
         """
         c = self.config
-        told = Setting(rotary(positions, c), mask, slot)
-        block = PostNormDecoderBlock if isinstance(c, PostNormDecoderConfig) else DecoderBlock
-        x, cache = stack(block, c, x.astype(c.dtype), told, causal, train, cache=cache)
+        told = Setting(rotary(positions, c), mask, slot, image)
+        x, cache = stack(BLOCKS[type(c)], c, x.astype(c.dtype), told, causal, train, cache=cache)
         return nn.RMSNorm(c.norm_eps, dtype=c.dtype, name="final_norm")(constrain(x, "batch", None, None)), cache
 
 

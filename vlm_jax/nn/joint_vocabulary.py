@@ -118,6 +118,25 @@ def planned(batch: Batch, order: tuple[str, ...], *, context: int, length: int |
     return Plan(*zip(*places, strict=True))
 
 
+def prompted(tokens: Int[Array, "B T"], eos_id: int, *, images: tuple[int, ...]) -> dict[str, Array]:
+    """Texts that are padded on the right, up to their ends, as rows that can be continued, without images.
+
+    Args:
+      images: the shape of a row's images.
+    """
+    batch, length = tokens.shape
+    real = up_to_end(tokens, eos_id) & (tokens != eos_id)
+    ahead = length - jnp.sum(real, axis=1, keepdims=True)
+    moved = jnp.take_along_axis(tokens, (jnp.arange(length) - ahead) % length, axis=1)
+    return {
+        "tokens": moved,
+        "target": jnp.zeros_like(moved, bool),
+        "segment": (jnp.arange(length) >= ahead).astype(jnp.int32),
+        "image": jnp.zeros((batch, *images), jnp.uint8),
+        "image_at": jnp.full((batch, images[0]), length, jnp.int32),
+    }
+
+
 def streams(batch: Batch, span: int, guidance: float, image_guidance: float | None) -> list[Bool[Array, "B T"]]:
     """What of a prompt is attended to: all of the last document; for guidance its beginning alone; and its images.
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Num
 
+from vlm_jax.contract import Batch
 from vlm_jax.errors import UserError
 
 
@@ -101,3 +102,25 @@ def place_images(
     row = jnp.clip(row, 0, images * length - 1)[..., None]  # where there is no image, any
     found = jnp.take_along_axis(features.reshape(batch, images * length, width), row, axis=1)
     return jnp.where((image >= 0)[..., None], found.astype(x.dtype), x)
+
+
+def take_images(x: Num[Array, "B T D"], image_at: Int[Array, "B N"], length: int) -> Num[Array, "B N L D"]:
+    """What stands in the `length` places of each image: the inverse of `place_images`; of none, anything."""
+    batch, images = image_at.shape
+    row = jnp.clip(image_at[..., None] + jnp.arange(length), 0, x.shape[1] - 1).reshape(batch, images * length, 1)
+    return jnp.take_along_axis(x, row, axis=1).reshape(batch, images, length, x.shape[2])
+
+
+def target_images(batch: Batch) -> Bool[Array, "B N"]:
+    """Images that are to be predicted: the place after that of their beginning says so."""
+    at, target = batch["image_at"], batch["target"] & (batch["segment"] > 0)
+    length = target.shape[1]
+    return jnp.take_along_axis(target, jnp.minimum(at + 1, length - 1), axis=1) & (at < length)
+
+
+def followed_images(text: Bool[Array, "B T"], segment: Int[Array, "B T"], image_at: Int[Array, "B N"]) -> Array:
+    """bool [B, N]: images after which some of `text` stands in their document."""
+    number, places = documents(segment), jnp.arange(text.shape[1])
+    own = jnp.take_along_axis(number, jnp.minimum(image_at, text.shape[1] - 1), axis=1)
+    after = (places > image_at[..., None]) & (number[:, None] == own[..., None])
+    return jnp.any(after & text[:, None], axis=2)

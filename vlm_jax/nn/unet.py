@@ -19,6 +19,9 @@ from vlm_jax.sharding import constrain
 class Sizes:
     """Of a U-Net."""
 
+    epsilon: ClassVar[float]
+    """Of the group norms."""
+
     widths: tuple[int, ...]
     """Channels at each resolution, the finest first; each next has half the height and width."""
     blocks: int = 2
@@ -46,7 +49,6 @@ class UNet(Sizes):
     """DDPM's, by its release in TensorFlow. It is told no text."""
 
     epsilon: ClassVar[float] = 1e-6
-    """Of the group norms."""
     last_frequency: ClassVar[bool] = True
     """Of the time: whether 1/10000 is one."""
     padding: ClassVar[Literal["SAME"] | int] = "SAME"
@@ -69,7 +71,7 @@ SD15 = LatentUNet(widths=(320, 640, 1280, 1280), attention=(64, 32, 16), heads=8
 class UNetBlock(nn.Module):
     """Norm, SiLU, 3x3 convolution, twice, beside a skip; the condition is added between. Starts as almost the skip."""
 
-    config: UNet | LatentUNet
+    config: Sizes
     width: int
 
     @nn.compact

@@ -1,6 +1,7 @@
 """The chain of DDPM (2006.11239): noise in discrete steps, what a network says of them, and what undoing each costs."""
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from vlm_jax.objectives.diffusion import (
     divergence_of_gaussians,
     from_data,
     posterior,
+    prior_divergence,
     spread,
     stratified,
     to_data,
@@ -46,7 +48,7 @@ class Chain(NamedTuple):
     def steps(self) -> int:
         return len(self.gammas)
 
-    def drawn_steps(self, key: Array, count: int) -> Int[Array, " count"]:
+    def drawn_times(self, key: Array, count: int) -> Int[Array, " count"]:
         """Each alike, all together evenly spread."""
         t = 1 + jnp.floor(self.steps * stratified(key, count)).astype(jnp.int32)
         return jnp.minimum(t, self.steps)  # a product of floats may round up
@@ -67,6 +69,10 @@ class Chain(NamedTuple):
         alpha, sigma = variance_preserving(self.gammas)
         alpha, sigma = jnp.concatenate([jnp.ones(1), alpha]), jnp.concatenate([jnp.zeros(1), sigma])
         return Level(alpha[t], sigma[t])
+
+    def solved_times(self, steps: int) -> Int[Array, " N"]:
+        """From noise to data, of so many steps of a solver."""
+        return jnp.round(jnp.linspace(self.steps, 0, steps + 1)).astype(jnp.int32)
 
     def noisy(self, x: Float[Array, "B H W C"], t: Int[Array, " B"], eps: Float[Array, "B H W C"]) -> Array:
         """x_t."""
@@ -90,9 +96,22 @@ class Chain(NamedTuple):
         # Where the range of the data is known, a prediction outside it is surely wrong.
         return Prediction(output, data if self.levels is None else jnp.clip(data, -1, 1), mix)
 
-    def target(self, x: Float[Array, "B H W C"], x_t: Float[Array, "B H W C"], t: Int[Array, " B"]) -> Array:
-        """What the output should be."""
-        return from_data(x, x_t, Level(*(spread(each, x) for each in self.level(t))), self.predict)
+    def data(
+        self, output: Float[Array, "B H W C"], x_t: Float[Array, "B H W C"], t: Int[Array, "*B"]
+    ) -> Float[Array, "B H W C"]:
+        """The prediction of x."""
+        return self.prediction(output, x_t, t).data
+
+    def squared_error(
+        self,
+        output: Float[Array, "B H W C"],
+        x: Float[Array, "B H W C"],
+        eps: Float[Array, "B H W C"],
+        t: Int[Array, " B"],
+    ) -> Float[Array, "B H W C"]:
+        """Of what the network predicts."""
+        x_t = self.noisy(x, t, eps)
+        return jnp.square(output - from_data(x, x_t, Level(*(spread(each, x) for each in self.level(t))), self.predict))
 
     def step_cost(
         self,
@@ -123,3 +142,25 @@ class Chain(NamedTuple):
         else:
             log_prob = discretised_gaussian_log_prob(p.data, log_variance, image, self.levels)
         return jnp.sum(jnp.where(first, -log_prob, divergence), axis=(1, 2, 3))
+
+    def bound(
+        self,
+        predict: Callable[[Array, Array], Prediction],
+        x: Float[Array, "B H W C"],
+        image: Num[Array, "B H W C"],
+        key: Array,
+    ) -> Float[Array, " B"]:
+        """Nats of -log p(image), in expectation at most: the last step's cost, and one other's for all the others.
+
+        Args:
+          predict: `(x_t, t) -> Prediction`
+        """
+        time_key, noise_key, first_key = jax.random.split(key, 3)
+
+        def cost(t: Int[Array, " B"], key: Array) -> Float[Array, " B"]:
+            x_t = self.noisy(x, t, jax.random.normal(key, x.shape))
+            return self.step_cost(x, x_t, t, predict(x_t, t), image)
+
+        t, probability = self.drawn_terms(time_key, len(x))
+        first = cost(jnp.ones_like(t), first_key)
+        return prior_divergence(x, self.gammas[-1]) + cost(t, noise_key) / probability + first

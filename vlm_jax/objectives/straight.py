@@ -1,16 +1,28 @@
 """The straight path from data to noise (2209.03003): its times, what a network says of it, and what that costs."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from vlm_jax.objectives.diffusion import rectified_flow, spread, stratified, sum_squares
+from vlm_jax.objectives.diffusion import (
+    Level,
+    level_log_prob,
+    rectified_flow,
+    spread,
+    stratified,
+    sum_squares,
+    variance_preserving,
+)
 
 CLAMP = 0.05
 """The least share of noise, or of data, by which a velocity is computed from a prediction of the data, or the noise
 (2511.13720, its release)."""
+LOG_SNR = (-14.0, 13.3)
+"""Of the bound: at the first a millionth of the data is left, at the second the noise is a sixth of a step between two
+of 256 levels (VDM's last, 2107.00630)."""
 
 
 class StraightPath(NamedTuple):
@@ -34,9 +46,25 @@ class StraightPath(NamedTuple):
             t = jax.nn.sigmoid(mean + deviation * jax.scipy.special.ndtri(jnp.clip(t, 1e-6, 1 - 1e-6)))
         return self.shifted(t)
 
+    def even_times(self, key: Array, count: int) -> Float[Array, " count"]:
+        """Of which the log SNR is uniform over all that the bound has."""
+        return time_of(LOG_SNR[0] + (LOG_SNR[1] - LOG_SNR[0]) * stratified(key, count))
+
+    def time(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """What a network is told of it: 0 to 1000."""
+        return 1000 * t
+
+    def level(self, t: Float[Array, "*B"]) -> Level:
+        """alpha and sigma."""
+        return rectified_flow(t)
+
+    def solved_times(self, steps: int) -> Float[Array, " N"]:
+        """From noise to data, of so many steps of a solver."""
+        return self.shifted(jnp.linspace(1.0, 0.0, steps + 1))
+
     def noisy(self, x: Float[Array, "B H W C"], t: Float[Array, " B"], eps: Float[Array, "B H W C"]) -> Array:
         """x_t."""
-        alpha, sigma = rectified_flow(spread(t, x))
+        alpha, sigma = self.level(spread(t, x))
         return alpha * x + sigma * eps
 
     def velocity(
@@ -58,27 +86,43 @@ class StraightPath(NamedTuple):
         self,
         output: Float[Array, "B H W C"],
         x: Float[Array, "B H W C"],
-        x_t: Float[Array, "B H W C"],
-        t: Float[Array, " B"],
         eps: Float[Array, "B H W C"],
+        t: Float[Array, " B"],
     ) -> Float[Array, "B H W C"]:
         """Of the velocity, that of the data by the same clamp as the network's."""
+        x_t = self.noisy(x, t, eps)
         wanted = self.velocity({"velocity": eps - x, "x": x, "eps": eps}[self.predict], x_t, t)
         return jnp.square(self.velocity(output, x_t, t) - wanted)
 
+    def bound(
+        self,
+        predict: Callable[[Array, Array], Array],
+        x: Float[Array, "B H W C"],
+        image: Int[Array, "B H W C"],
+        levels: int,
+        key: Array,
+    ) -> Float[Array, " B"]:
+        """Nats of -log p(image), in expectation at most, at one log SNR for all of them (2107.00630, equation 11).
 
-def log_snr_time(log_snr: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        KL(q(x_t | x) || N(0, t^2)) where the path ends, the integral of 1/2 SNR |x - data|^2 over log SNR, and the
+        levels' own cost where it begins, by Bayes' rule.
+
+        Args:
+          predict: `(x_t, t) -> x`, as `data` has it.
+          x: the levels of `image` on [-1, 1].
+        """
+        time_key, noise_key, last_key = jax.random.split(key, 3)
+        log_snr = LOG_SNR[0] + (LOG_SNR[1] - LOG_SNR[0]) * stratified(time_key, len(x))
+        t = time_of(log_snr)
+        x_t = self.noisy(x, t, jax.random.normal(noise_key, x.shape))
+        noise = 0.5 * jnp.exp(LOG_SNR[0]) * sum_squares(x)
+        slope = 0.5 * jnp.exp(log_snr) * sum_squares(x - predict(x_t, t))
+        gamma = jnp.float32(-LOG_SNR[1])
+        x_0 = x + jnp.exp(0.5 * gamma) * jax.random.normal(last_key, x.shape)
+        last = level_log_prob(x_0 * variance_preserving(gamma).alpha, gamma, image, levels)
+        return noise + (LOG_SNR[1] - LOG_SNR[0]) * slope - last
+
+
+def time_of(log_snr: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """The share of noise t at which 2 ln((1 - t) / t) is `log_snr`."""
     return jax.nn.sigmoid(-0.5 * log_snr)
-
-
-def log_snr_divergence(
-    x: Float[Array, "B ..."], data: Float[Array, "B ..."], log_snr: Float[Array, " B"]
-) -> Float[Array, " B"]:
-    """Nats a unit of log SNR that a prediction of x costs: 1/2 SNR |x - data|^2, summed (2107.00630, equation 13)."""
-    return 0.5 * jnp.exp(log_snr) * sum_squares(x - data)
-
-
-def noise_divergence(x: Float[Array, "B ..."], log_snr: float) -> Float[Array, " B"]:
-    """KL(q(x_t | x) || N(0, t^2)), of what is left of the data where the path ends at `log_snr`."""
-    return 0.5 * jnp.exp(log_snr) * sum_squares(x)

@@ -2,6 +2,7 @@
 
 from vlm_jax.pretrained import (
     big_vision,
+    chameleon,
     clip_hf,
     clip_text,
     compvis,
@@ -29,6 +30,7 @@ LAYOUTS: tuple[Layout, ...] = (
     openai_clip.LAYOUT,
     *big_vision.LAYOUTS,
     *llava.LAYOUTS,
+    chameleon.LAYOUT,
     *first_stages.LAYOUTS,
     *compvis.LAYOUTS,
     *clip_text.LAYOUTS,

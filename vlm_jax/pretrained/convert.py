@@ -167,6 +167,7 @@ def run_to_weights(workdir: Path, directory: Path, layout: str) -> str:
                 beside = temporary / found.tokenizer_directory
                 published_tokenizer(tokenizer, loaded.model).save(beside / "tokenizer.json")
                 settings = tokenizer_settings(tokenizer, loaded.model.inputs["tokens"])
+                settings |= told.get(f"{found.tokenizer_directory}{SETTINGS}", {})
                 (beside / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
             temporary.chmod(0o755)
             temporary.replace(directory)
@@ -202,8 +203,10 @@ def files_of(weights: Mapping[str, str], sizes: Mapping[str, int]) -> tuple[list
     """
     files: list[File] = []
     indexes = {}
+    # A directory within another has the longer name.
+    places = {key: max((each for each in weights if key.startswith(each)), key=len) for key in sizes}
     for directory, name in weights.items():
-        shards = shards_of({key: size for key, size in sizes.items() if key.startswith(directory)})
+        shards = shards_of({key: size for key, size in sizes.items() if places[key] == directory})
         here = [File(directory, shard_name(name, i, len(shards)), keys) for i, keys in enumerate(shards, 1)]
         if len(here) > 1:
             weight_map = {key.removeprefix(directory): file.name for file in here for key in file.keys}

@@ -10,7 +10,7 @@ from vlm_jax.experiment import Experiment
 from vlm_jax.models.clip import OPENAI_MEAN, OPENAI_STD
 from vlm_jax.nn.vision import VisionTransformer
 
-METHODS: dict[int, Method] = {2: "bilinear", 3: "bicubic"}
+METHODS: dict[int, Method] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's numbers of filters."""
 
 
@@ -57,7 +57,8 @@ def pixels(told: Mapping[str, Any], usual: Mapping[str, Any], size: int, where: 
     if abs(does["rescale_factor"] * 255 - 1) > 1e-4:
         raise UserError(f"rescale_factor in {where} is {does['rescale_factor']}: 1/255 can be expressed alone")
     if does["resample"] not in METHODS:
-        raise UserError(f"resample in {where} is {does['resample']}: 2, bilinear, or 3, bicubic, can be expressed")
+        known = ", ".join(f"{number} ({method})" for number, method in METHODS.items())
+        raise UserError(f"resample in {where} is {does['resample']}: {known} can be expressed")
     whole, cut = does["size"], does.get("crop_size")
     if isinstance(whole, int):
         whole = {"shortest_edge": whole} if does["do_center_crop"] else square(whole)
@@ -90,9 +91,22 @@ def processor(experiment: Experiment, tower: VisionTransformer, kind: str) -> di
       UserError: such a processor does not do what the run's data do.
     """
     image = next((field for field in experiment.data.fields if isinstance(field, Image)), Image())
+    each = 1 if len(tower.mean) > 1 else tower.channels
+    return {
+        **resizing(image, tower.image_size, kind),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [*tower.mean] * each,
+        "image_std": [*tower.std] * (tower.channels if len(tower.std) == 1 else 1),
+        "do_convert_rgb": tower.channels == 3,
+    }
+
+
+def resizing(image: Image, size: int, kind: str) -> dict[str, Any]:
+    """Of that, how a picture of any shape becomes a square of `size`; raises as `processor`."""
     if image.resize == "pad":
         raise UserError(f"data.fields pad images, which {kind} does not: the model stays a run")
-    size, each = tower.image_size, 1 if len(tower.mean) > 1 else tower.channels
     crops = image.resize == "crop"
     return {
         "image_processor_type": kind,
@@ -101,10 +115,4 @@ def processor(experiment: Experiment, tower: VisionTransformer, kind: str) -> di
         "resample": next(number for number, method in METHODS.items() if method == image.method),
         "do_center_crop": crops,
         **({"crop_size": square(size)} if crops else {}),
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [*tower.mean] * each,
-        "image_std": [*tower.std] * (tower.channels if len(tower.std) == 1 else 1),
-        "do_convert_rgb": tower.channels == 3,
     }

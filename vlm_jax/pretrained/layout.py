@@ -54,8 +54,8 @@ class Entry:
     part: tuple[int, int] = (0, 1)
     """(i, n): it is the i-th of n equal parts along the first axis of theirs; each of the n has an entry."""
     repeats: bool = False
-    """The file may hold it, or not, and what it holds must be what another entry of this path has; it is not written.
-    So may one table that reads and predicts be there twice."""
+    """The file may hold it, or not, and what it holds must be what another entry of this path has, to the rounding of
+    the coarser of the two; it is not written. So may one table that reads and predicts be there twice."""
     copies: bool = False
     """As `repeats`, of what every file holds as often: it is due, and written."""
 
@@ -239,15 +239,25 @@ def read_params(layout: Layout, config: Any, tensors: Tensors) -> dict[str, Any]
             place = places[entry.path]
             array = _moved(entry, theirs, place.shape, tensors.path)
             ours = params[place.leaf][... if place.layer is None else (place.layer, ...)]
-            if again(entry) and not np.array_equal(np.asarray(array, dtype), ours):
-                raise UserError(f"{key} in {tensors.path} is another table than it repeats: the settings are others'")
-            ours[...] = array
+            if not again(entry):
+                ours[...] = array
+            elif not alike(array, ours):
+                raise UserError(
+                    f"{key} in {tensors.path} is another table than it repeats: the settings are others', or the files"
+                    f" are not all of one release"
+                )
     return nested(params)
 
 
 def again(entry: Entry) -> bool:
     """Whether another entry has the same path, and is the one that fills it."""
     return entry.repeats or entry.copies
+
+
+def alike(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two arrays hold the same, in the type of the two that has fewer bytes."""
+    dtype = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
+    return np.array_equal(np.asarray(first, dtype), np.asarray(second, dtype))
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:

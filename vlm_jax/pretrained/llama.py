@@ -18,6 +18,7 @@ from vlm_jax.experiment import Experiment
 from vlm_jax.models import language
 from vlm_jax.nn.decoder import DecoderConfig, RotaryScaling
 from vlm_jax.pretrained.layout import Entry, Layout, linear, norm
+from vlm_jax.pretrained.settings import require
 from vlm_jax.pretrained.source import Source, tokenizer_beside
 from vlm_jax.pretrained.tensors import BFLOAT16
 from vlm_jax.records import to_json
@@ -128,6 +129,7 @@ def told_of(config: language.Config, tokenizer: Tokenizer | None) -> dict[str, A
       UserError: no class of transformers has these settings.
     """
     d = config.decoder
+    require({"decoder": (type(d).__name__, DecoderConfig.__name__)}, "Llama")
     kinds = {(False, "none"): "llama", (True, "none"): "qwen2", (False, "rms"): "qwen3"}
     if (kind := kinds.get((d.qkv_bias, d.qk_norm))) is None:
         raise UserError(
@@ -189,9 +191,9 @@ def language_entries(
         for name, key in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
             yield from linear(f"{block}/attention/{name}", f"{layer}.self_attn.{key}", bias=d.qkv_bias)
         yield from linear(f"{block}/attention/out", f"{layer}.self_attn.o_proj", bias=False)
-        if d.qk_norm == "rms":
-            yield from norm(f"{block}/attention/query_norm", f"{layer}.self_attn.q_norm", bias=False)
-            yield from norm(f"{block}/attention/key_norm", f"{layer}.self_attn.k_norm", bias=False)
+        if d.qk_norm != "none":
+            for name, key in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
+                yield from norm(f"{block}/attention/{name}", f"{layer}.self_attn.{key}", bias=d.qk_norm == "layer")
         yield from norm(f"{block}/mlp_norm", f"{layer}.post_attention_layernorm", bias=False)
         for name in ("gate", "up", "down"):
             yield from linear(f"{block}/mlp/{name}", f"{layer}.mlp.{name}_proj", bias=False)

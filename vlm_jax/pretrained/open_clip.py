@@ -182,6 +182,10 @@ def export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dic
     if image.activation not in ("gelu", "quick_gelu"):
         raise UserError(f"image.transformer.activation is {image.activation!r}: open_clip has gelu and quick_gelu")
     does = processor(experiment, model.image, "CLIPImageProcessor")
+    if (method := METHODS[does["resample"]]) not in ("bilinear", "bicubic"):
+        raise UserError(
+            f"data.fields scale by {method!r}: open_clip has bilinear and bicubic, and the model stays a run"
+        )
     vision_cfg = {
         "image_size": model.image.image_size,
         "patch_size": model.image.patch_size,
@@ -202,7 +206,7 @@ def export(experiment: Experiment, tokenizer: Tokenizer | None) -> dict[str, dic
     preprocess_cfg = {
         "mean": does["image_mean"],
         "std": does["image_std"],
-        "interpolation": METHODS[does["resample"]],
+        "interpolation": method,
         "resize_mode": "shortest" if does["do_center_crop"] else "squash",
     }
     whole = {"model_cfg": {**model_cfg, "vision_cfg": vision_cfg, "text_cfg": text_cfg}}

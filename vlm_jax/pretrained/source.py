@@ -16,6 +16,8 @@ PIPELINE = "model_index.json"
 """In a directory of directories, and says what each of them is."""
 PARTS = ("unet", "transformer", "vae", "text_encoder")
 """Those of a pipeline that hold weights of models that there are here."""
+FIRST_STAGE = "vqgan"
+"""A directory within that of a model of images' codes: its first stage, where that was published apart."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def read_json(path: Path) -> Mapping[str, Any]:
 def open_source(path: Path) -> Source:
     """Published weights: a file, a directory, or a pipeline, of whose directories `PARTS` are opened.
 
+    The keys of what lies in a directory within begin with its name; so do those of a `FIRST_STAGE`.
+
     Raises:
       UserError: they cannot be read, and why.
     """
@@ -89,6 +93,8 @@ def open_source(path: Path) -> Source:
     tensors = open_tensors(path)
     directory = path if path.is_dir() else path.parent
     facts = tensors.facts if tensors.path.suffix == ".gguf" else read_json(directory / CONFIG)
+    if (directory / FIRST_STAGE).is_dir():
+        tensors = joined(directory, {"": tensors, f"{FIRST_STAGE}/": open_tensors(directory / FIRST_STAGE)})
     return Source(path, tensors, facts)
 
 

@@ -69,6 +69,10 @@ class Tensors(Mapping[str, np.ndarray]):
         assert (array.shape, array.dtype) == (stored.shape, stored.dtype), name
         return array
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is one of that name, which is not read for it."""
+        return name in self._stored
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 
@@ -157,13 +161,17 @@ def weights_of(directory: Path) -> Path:
 def refuse_pickle(path: Path) -> None:
     """Raises a `UserError` for a file that could run a program as it is read, and says what makes another of it."""
     if path.suffix in PICKLES:
-        command = (
-            f"import torch, safetensors.torch as s; t = torch.load('{path.name}', 'cpu', weights_only=True); "
-            f"t = t.get('state_dict', t.get('model', t)); "
-            f"s.save_file({{k: v.clone().contiguous() for k, v in t.items()}}, "
-            f"'{path.with_suffix('.safetensors').name}')"
-        )
-        raise UserError(f'{path} is a pickle, which is not read here: where torch is, run python -c "{command}"')
+        raise UserError(f"{path} is a pickle, which is not read here: where torch is, run {unpickled(path.name)}")
+
+
+def unpickled(name: str) -> str:
+    """The command that makes a safetensors file of a pickle beside it."""
+    return (
+        f'python -c "import torch, safetensors.torch as s; '
+        f"t = torch.load('{name}', 'cpu', weights_only=True); t = t.get('state_dict', t.get('model', t)); "
+        f"s.save_file({{k: v.clone().contiguous() for k, v in t.items()}}, "
+        f"'{Path(name).with_suffix('.safetensors')}')\""
+    )
 
 
 def open_safetensors(path: Path) -> Tensors:

@@ -1,0 +1,219 @@
+"""Images that a sequence model draws by diffusion: what of them is noised, how, and what that says of their likelihood.
+
+A first stage's latents, in the steps of a chain, as Transfusion has it (2408.11039); or the pixels themselves, on a
+straight path to noise, of which the image is predicted, as JiT has it (2511.13720).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from vlm_jax import models
+from vlm_jax.contract import Input, Model, Variables
+from vlm_jax.errors import UserError
+from vlm_jax.nn.image_patches import Patches
+from vlm_jax.nn.images import Images
+from vlm_jax.nn.vision import check_patches
+from vlm_jax.objectives.chain import Chain
+from vlm_jax.objectives.diffusion import cosine_betas, discrete_gammas
+from vlm_jax.objectives.likelihood import from_unit_range, gaussian_log_density, to_unit_range
+from vlm_jax.objectives.straight import StraightPath
+from vlm_jax.sampling.diffusion import Solving
+from vlm_jax.trees import part
+
+READ_NOISE = 0.1
+"""The most noise of an image that is read (2604.24763)."""
+FIRST = "first"
+"""The part of the variables that is the first stage's; a `Start(workdir, into="first")` fills and `frozen` keeps it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """A first stage's latents, noised in the steps of a cosine's betas (2102.09672); the noise is predicted."""
+
+    first: Any
+    """The `Config` of a family that has `encode`, `decode` and real `latents`, such as `autoencoder`."""
+    patches: Patches
+    timesteps: int = 1000
+    described_timesteps: int = 500
+    """The most noise of an image that a text about it follows, in training (2408.11039, section 4.1)."""
+
+    def __post_init__(self) -> None:
+        if not 1 < self.described_timesteps <= self.timesteps:
+            raise UserError(
+                f"described_timesteps is {self.described_timesteps}: it must be above 1 and at most timesteps, which "
+                f"is {self.timesteps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pixels(Images):
+    """Pixels on a straight path to noise; the image is predicted, and the loss is of the velocity that follows.
+
+    An image that a text about it follows, and one that is no target, is read and not drawn: it has no noise, or in
+    training sometimes a little (Tuna-2, 2604.24763).
+    """
+
+    patches: Patches
+    predict: Literal["velocity", "x", "eps"] = "x"
+    logit_normal: tuple[float, float] | None = (0.8, 0.8)
+    """Mean and deviation of logit(t), t the share of noise, in training; None: t is uniform."""
+    shift: float = 1.0
+    """Moves each t to shift t / (1 + (shift - 1) t), as in `probability_flow`."""
+    even_share: float = 0.15
+    """Of the times in training: uniform in log SNR instead, over all of which the likelihood's bound is."""
+    read_noise_share: float = 0.1
+    """Of the images that are read, in training: their t is uniform up to 0.1."""
+    masked_from: int | None = None
+    """The step of the training from which, of half of the images that are drawn, up to half of the patches are masked
+    (2604.24763); None: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("even_share", "read_noise_share"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise UserError(f"{name} is {share}: a share lies in [0, 1]")
+        if not self.shift > 0:
+            raise UserError(f"shift is {self.shift}: it must be above 0, and 1 is for none")
+        if self.logit_normal is not None and not self.logit_normal[1] > 0:
+            raise UserError(f"logit_normal is {self.logit_normal}: its deviation must be above 0")
+
+
+class Noised(NamedTuple):
+    """Functions of one kind of image. R is any number of images."""
+
+    image: Input
+    """The field of one."""
+    shape: tuple[int, int, int]
+    """Of what is noised."""
+    path: Chain | StraightPath
+    first: Model | None
+    read: Callable[..., Float[Array, "R h w c"]]
+    """`(variables, image, key=None) -> x`: what is noised, with a key a draw of it."""
+    show: Callable[..., Int[Array, "R H W C"]]
+    """`(variables, x) -> image`"""
+    times: Callable[..., tuple[Num[Array, " R"], Bool[Array, " R"]]]
+    """`(key, target, described, *, train) -> (t, learned)`: the noise of images that are targets and that texts follow
+    or are not, and which of them the loss is of."""
+    log_likelihood: Callable[..., Float[Array, " R"]] | None
+    """`(variables, image, output, key) -> nats`, at most in expectation; `output(x_t, t)` is the network's."""
+
+
+def noised(config: Latents | Pixels) -> Noised:
+    """Refuses patches that do not tile, and a first stage of which there is nothing to noise."""
+    found = of_latents(config) if isinstance(config, Latents) else of_pixels(config)
+    check_patches(found.shape[0], config.patches.patch_size)
+    return found
+
+
+def of_latents(config: Latents) -> Noised:
+    first = models.build(config.first)
+    spec, encode, decode = first.latents, first.encode, first.decode
+    if not isinstance(spec, Input) or spec.dtype != "float32" or encode is None or decode is None:
+        raise UserError(
+            "the first stage does not encode images as one array of real numbers and decode it: choose another for "
+            "`first`, such as an autoencoder"
+        )
+    side, _, channels = spec.shape
+    path = Chain(discrete_gammas(cosine_betas(config.timesteps)), "eps")
+
+    def read(variables: Variables, image: Int[Array, "R H W C"], key: Array | None = None) -> Float[Array, "R h w c"]:
+        return jax.lax.stop_gradient(encode(part(variables, FIRST), image, key))
+
+    def times(
+        key: Array, target: Bool[Array, " R"], described: Bool[Array, " R"], *, train: bool
+    ) -> tuple[Int[Array, " R"], Bool[Array, " R"]]:
+        del train
+        t = path.drawn_times(key, len(target))
+        limited = -(-t * config.described_timesteps // config.timesteps)
+        return jnp.where(target, jnp.where(described, limited, t), 0), target
+
+    def log_likelihood(
+        variables: Variables, image: Int[Array, "R H W C"], output: Callable[[Array, Array], Array], key: Array
+    ) -> Float[Array, " R"]:
+        """E_q[log p(image | z) - log q(z | image) + log p(z)] at one draw, by the chain's bound."""
+        assert first.posterior is not None and first.log_likelihood_given is not None
+        own, (latent_key, chain_key) = part(variables, FIRST), jax.random.split(key)
+        mean, log_variance = first.posterior(own, image)
+        z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(latent_key, mean.shape)
+        log_posterior = jnp.sum(gaussian_log_density(z, mean, log_variance), axis=(1, 2, 3))
+        nats = path.bound(lambda x_t, t: path.prediction(output(x_t, t), x_t, t), z, z, chain_key)
+        return first.log_likelihood_given(own, image, z) - log_posterior - nats
+
+    return Noised(
+        image=first.inputs["image"],
+        shape=(side, side, channels),
+        path=path,
+        first=first,
+        read=read,
+        show=lambda variables, x: decode(part(variables, FIRST), x),
+        times=times,
+        log_likelihood=log_likelihood if first.posterior and first.log_likelihood_given else None,
+    )
+
+
+def of_pixels(config: Pixels) -> Noised:
+    path = StraightPath(config.predict, config.logit_normal, config.shift)
+
+    def read(variables: Variables, image: Int[Array, "R H W C"], key: Array | None = None) -> Float[Array, "R H W C"]:
+        return to_unit_range(image, config.levels)
+
+    def times(
+        key: Array, target: Bool[Array, " R"], described: Bool[Array, " R"], *, train: bool
+    ) -> tuple[Float[Array, " R"], Bool[Array, " R"]]:
+        time_key, choice_key, even_key, noise_key = jax.random.split(key, 4)
+        some, other = jax.random.split(choice_key)
+        even = jax.random.bernoulli(some, config.even_share, target.shape)
+        t = jnp.where(even, path.even_times(even_key, len(target)), path.drawn_times(time_key, len(target)))
+        noisy = jax.random.bernoulli(other, config.read_noise_share if train else 0.0, target.shape)
+        little = jnp.where(noisy, READ_NOISE * jax.random.uniform(noise_key, target.shape), 0)
+        learned = target & ~described
+        return jnp.where(learned, t, little), learned
+
+    def log_likelihood(
+        variables: Variables, image: Int[Array, "R H W C"], output: Callable[[Array, Array], Array], key: Array
+    ) -> Float[Array, " R"]:
+        x = to_unit_range(image, config.levels)
+        return -path.bound(lambda x_t, t: path.data(output(x_t, t), x_t, t), x, image, config.levels, key)
+
+    return Noised(
+        image=config.image,
+        shape=config.shape,
+        path=path,
+        first=None,
+        read=read,
+        show=lambda variables, x: from_unit_range(x, config.levels),
+        times=times,
+        log_likelihood=log_likelihood,
+    )
+
+
+def masked_patches(key: Array, some: Bool[Array, "B N"], length: int) -> Bool[Array, "B N L"]:
+    """Of half of the images, a share that is uniform up to a half (2604.24763).
+
+    Args:
+      some: which images may have masked patches at all.
+    """
+    half_key, share_key, place_key = jax.random.split(key, 3)
+    half = jax.random.bernoulli(half_key, 0.5, some.shape) & some
+    share = 0.5 * jax.random.uniform(share_key, some.shape)
+    return half[..., None] & (jax.random.uniform(place_key, (*some.shape, length)) < share[..., None])
+
+
+def check_solving(config: Latents | Pixels, sampling: Solving) -> None:
+    """Refuses steps and solvers that a chain does not have."""
+    if isinstance(config, Pixels):
+        return
+    if sampling.steps > config.timesteps:
+        raise UserError(
+            f"sampling.steps is {sampling.steps} and the model's chain has timesteps={config.timesteps}: ask for as "
+            f"many at most"
+        )
+    if sampling.solver in ("euler", "heun"):
+        raise UserError(
+            f"sampling.solver is {sampling.solver}, which moves along a slope that a chain of steps does not have: "
+            f"choose ancestral, ddim or dpm_solver"
+        )

@@ -1,0 +1,389 @@
+"""Transfusion: one decoder that writes texts by the next token and draws images by diffusion (2408.11039).
+
+In a row an image is a token that begins it, its patches and a token that ends it. Patches attend to one another, and
+all else to what is before it. Texts are learned as by a language model; images, in the same pass, as by a model of
+diffusion: of the latents of a first stage, which stays as another run left it (`Latents`, the paper's), or of the
+pixels themselves, without any other model (`Pixels`).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.errors import UserError
+from vlm_jax.models import language
+from vlm_jax.models.language import Language
+from vlm_jax.models.parts.continuation import Decoding, State, continued_batch
+from vlm_jax.models.parts.noised_images import FIRST, Latents, Pixels, check_solving, masked_patches, noised
+from vlm_jax.nn.attention import Cache, empty_cache
+from vlm_jax.nn.image_patches import PatchReader, PatchWriter, patch_rules
+from vlm_jax.nn.joint_vocabulary import JointVocabulary, guided, planned, prompted, streams
+from vlm_jax.nn.sequence import (
+    attention_mask,
+    followed_images,
+    image_numbers,
+    next_tokens,
+    place_images,
+    positions,
+    take_images,
+    target_images,
+)
+from vlm_jax.nn.stack import unrolled
+from vlm_jax.objectives.language import Scores
+from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, Solving
+from vlm_jax.sharding import under
+from vlm_jax.trees import assembled, merge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A language model, how it sees and draws images, and the tokens between which they stand."""
+
+    image: Latents | Pixels
+    language: language.Config
+    bos_id: int
+    """The token that begins a document."""
+    begin_id: int
+    """The token that begins an image."""
+    end_id: int
+    """The token that ends an image."""
+    images: int = 1
+    """Of a row, at most."""
+    image_weight: float = 5.0
+    """Of the squared error of a patch, where the negative log-likelihood of a token weighs 1 (section 4.1). The loss is
+    a mean over both, which for as many patches as tokens is half of the paper's sum of two means."""
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise UserError(f"images is {self.images}: a row must have room for 1 at least")
+        if not 0 < self.image_weight < math.inf:
+            raise UserError(f"image_weight is {self.image_weight}: it must be a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(language.Sampling, Solving):
+    """How texts are written and images drawn."""
+
+    steps: int = 250
+    """Of an image (2408.11039, section 4.1)."""
+    image_guidance: float | None = None
+    """Guidance of what the images before it say, from which `guidance` then goes on to what the texts say (2211.09800,
+    section 3.2.1); None: one guidance for both."""
+
+    def __post_init__(self) -> None:
+        language.Sampling.__post_init__(self)
+        Solving.__post_init__(self)
+        if self.image_guidance is not None and not 0 <= self.image_guidance < math.inf:
+            raise UserError(f"sampling.image_guidance is {self.image_guidance}: it must be a number, at least 0")
+        if self.guidance_rescale:
+            raise UserError("sampling.guidance_rescale is of models of images alone: leave it at 0")
+
+    def guidances_at(self, level: tuple[Array, Array]) -> tuple[Any, Any]:
+        """Of texts and of images, at a level of noise."""
+        images = self.image_guidance
+        of_images = None if images is None else replace(self, guidance=images).guidance_at(level)
+        return self.guidance_at(level), of_images
+
+
+class Transfusion(nn.Module):
+    """A row of tokens and noisy images -> a distribution of each token, and an output for each image."""
+
+    config: Config
+    channels: int
+    """Of what is noised."""
+    length: int
+    """Patches of an image."""
+
+    def setup(self) -> None:
+        c = self.config
+        decoder = c.language.decoder
+        self.reader = PatchReader(c.image.patches, decoder.width, decoder.dtype)
+        self.writer = PatchWriter(c.image.patches, self.channels)
+        self.language = Language(c.language)
+        if isinstance(c.image, Pixels) and c.image.masked_from is not None:
+            self.mask = self.param("mask", nn.initializers.normal(0.02), (decoder.width,))
+
+    def patches(
+        self, x: Float[Array, "R h w c"], time: Float[Array, " R"], *, train: bool = False
+    ) -> tuple[Float[Array, "R L D"], tuple[Array, ...]]:
+        """Tokens of images, and what `image` sees of them."""
+        return self.reader(x, time, train=train)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.language.embed(tokens)
+
+    def image(
+        self, hidden: Float[Array, "R L D"], seen: tuple[Array, ...], *, train: bool = False
+    ) -> Float[Array, "R h w c"]:
+        """The output of what the decoder makes of an image's patches."""
+        return self.writer(hidden, seen, train=train)
+
+    def __call__(
+        self,
+        batch: Batch,
+        x: Float[Array, "B N h w c"],
+        time: Float[Array, "B N"],
+        masked: Bool[Array, "B N L"] | None = None,
+        *,
+        train: bool = False,
+    ) -> tuple[Scores, Float[Array, "B N h w c"]]:
+        """Of the token that follows each place, and of each image.
+
+        Args:
+          masked: patches in whose place a learned vector stands.
+        """
+        tokens, segment, first = batch["tokens"], batch["segment"], batch["image_at"] + 1
+        rows, images = first.shape
+        read, seen = self.patches(x.reshape(rows * images, *x.shape[2:]), time.reshape(-1), train=train)
+        read = read.reshape(rows, images, *read.shape[1:])
+        if masked is not None:
+            read = jnp.where(masked[..., None], self.mask.astype(read.dtype), read)
+        inside = image_numbers(first, self.length, tokens.shape[1])
+        told = positions(segment), attention_mask(segment, inside)
+        y = place_images(self.embed(tokens), read, first)
+        y, _ = self.language.decoder(y, *told, image=inside >= 0, train=train)
+        output = self.image(
+            take_images(y, first, self.length).reshape(rows * images, self.length, -1), seen, train=train
+        )
+        return self.language.scored(y, jnp.roll(tokens, -1, axis=1)), output.reshape(x.shape)
+
+    def feed(self, *args: Any) -> tuple[Float[Array, "B n D"], tuple[Cache, ...]]:
+        """As `Language.feed`."""
+        return self.language.feed(*args)
+
+    def logits(self, y: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Of what follows one place."""
+        return self.language.logits(y)
+
+
+def build(config: Config) -> Model:
+    """A density over the target tokens of a row, and a bound on that of its target images where there is one."""
+    c, images = config.language, noised(config.image)
+    path, patch_size = images.path, config.image.patches.patch_size
+    length = (images.shape[0] // patch_size) ** 2
+    span = length + 2
+    vocabulary = JointVocabulary(c.vocab_size, c.vocab_size, 0, config.bos_id, c.eos_id, config.begin_id, config.end_id)
+    vocabulary.check()
+    if span + 2 >= c.context_length:
+        raise UserError(
+            f"an image takes {span} places and the context_length is {c.context_length}: choose a longer one, or "
+            f"larger patches"
+        )
+    marks = jnp.zeros(span, jnp.int32).at[0].set(config.begin_id).at[-1].set(config.end_id)
+    module: Any = Transfusion(config, images.shape[-1], length)  # linen types what `apply` returns as a union
+    masked_from = config.image.masked_from if isinstance(config.image, Pixels) else None
+
+    def init(key: Array, batch: Batch) -> Variables:
+        first_key, own_key = jax.random.split(key)
+        x = jnp.zeros((*batch["image_at"].shape, *images.shape))
+        masked = None if masked_from is None else jnp.zeros((*x.shape[:2], length), bool)
+        own = module.init(own_key, batch, x, jnp.zeros(x.shape[:2]), masked)
+        if images.first is None:
+            return own
+        return merge(own, assembled({FIRST: images.first.init(first_key, {"image": batch["image"][:, 0]})}))
+
+    def read(
+        variables: Variables, image: Int[Array, "B N H W C"], key: Array | None = None
+    ) -> Float[Array, "B N h w c"]:
+        x = images.read(variables, image.reshape(-1, *image.shape[2:]), key)
+        return x.reshape(*image.shape[:2], *x.shape[1:])
+
+    def still(shape: int | tuple[int, ...]) -> Float[Array, "*N"]:
+        """The time of images without noise."""
+        return jnp.full(shape, path.time(jnp.zeros((), jnp.int32)), jnp.float32)
+
+    def marked(batch: Batch) -> dict[str, Array]:
+        """With the tokens around each image."""
+        own = jnp.tile(marks[:, None], (*batch["image_at"].shape, 1, 1))
+        return {**batch, "tokens": place_images(batch["tokens"][..., None], own, batch["image_at"])[..., 0]}
+
+    def predicted(batch: Batch) -> Bool[Array, "B T"]:
+        """Places whose next token is a target: of a text, or what begins an image."""
+        inside = image_numbers(batch["image_at"] + 1, span - 1, batch["tokens"].shape[1])
+        return next_tokens(batch["tokens"], batch["target"] & (inside < 0), batch["segment"])[1]
+
+    def described(batch: Batch) -> Bool[Array, "B N"]:
+        """Images that target tokens of a text follow, beside its end."""
+        outside = image_numbers(batch["image_at"], span, batch["tokens"].shape[1]) < 0
+        text = batch["target"] & (batch["segment"] > 0) & outside & (batch["tokens"] != c.eos_id)
+        return followed_images(text, batch["segment"], batch["image_at"])
+
+    def loss(
+        variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
+    ) -> tuple[Float[Array, ""], Aux]:
+        """A mean over target tokens, of nats, and over patches of target images, of `image_weight` squared errors.
+
+        Among the metrics are its two parts, and the share of what it is a mean over that are tokens.
+        """
+        batch = marked(batch)
+        latent_key, time_key, noise_key, mask_key, dropout_key = jax.random.split(key, 5)
+        x = read(variables, batch["image"], latent_key)
+        rows, flat = x.shape[:2], x.reshape(-1, *images.shape)
+        t, learned = images.times(time_key, target_images(batch).reshape(-1), described(batch).reshape(-1), train=train)
+        eps, learned = jax.random.normal(noise_key, flat.shape), learned.reshape(rows)
+        x_t, time = path.noisy(flat, t, eps).reshape(x.shape), path.time(t).reshape(rows)
+        masked = None
+        if masked_from is not None and train:
+            masked = masked_patches(mask_key, learned & (step >= masked_from), length)
+        found, output = module.apply(variables, batch, x_t, time, masked, train=train, rngs={"dropout": dropout_key})
+        error = jnp.mean(path.squared_error(output.reshape(flat.shape), flat, eps, t), axis=(1, 2, 3)).reshape(rows)
+        texts = predicted(batch)
+        tokens, patches = jnp.sum(texts, dtype=jnp.float32), length * jnp.sum(learned, dtype=jnp.float32)
+        weight = tokens + patches
+        divisor = jnp.where(weight > 0, weight, 1)
+        text = -jnp.sum(jnp.where(texts, found.log_prob, 0)) / divisor
+        image = config.image_weight * length * jnp.sum(jnp.where(learned, error, 0)) / divisor
+        state = {collection: tree for collection, tree in variables.items() if collection != "params"}
+        return text + image, Aux({"text": text, "image": image, "text_share": tokens / divisor}, weight, state)
+
+    def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
+        """Of the target tokens of each row, exactly, and of its target images a bound; each given what it attends to.
+
+        Images that are given have no noise, so that each that is a target takes passes of its own.
+        """
+        assert images.log_likelihood is not None
+        batch = marked(batch)
+        x, target = read(variables, batch["image"]), target_images(batch)
+        clean = still(x.shape[:2])
+        found, _ = module.apply(variables, batch, x, clean)
+        total = jnp.sum(jnp.where(predicted(batch), found.log_prob, 0), axis=1)
+        for n in range(config.images):
+
+            def output(x_t: Array, t: Array, n: int = n) -> Array:
+                noisy, time = x.at[:, n].set(x_t), clean.at[:, n].set(path.time(t))
+                return module.apply(variables, batch, noisy, time)[1][:, n]
+
+            own = images.log_likelihood(variables, batch["image"][:, n], output, jax.random.fold_in(key, n))
+            total += jnp.where(target[:, n], own, 0)
+        return total
+
+    def count(batch: Batch) -> Int[Array, " B"]:
+        """The target tokens of each row's texts, and the sub-pixels of its target images."""
+        inside = image_numbers(batch["image_at"], span, batch["tokens"].shape[1])
+        texts = predicted(batch) & (jnp.roll(inside, -1, axis=1) < 0)
+        pixels = math.prod(images.image.shape) * jnp.sum(target_images(batch), axis=1, dtype=jnp.int32)
+        return jnp.sum(texts, axis=1, dtype=jnp.int32) + pixels
+
+    def generate(
+        variables: Variables,
+        key: Array,
+        batch: Batch,
+        *,
+        order: tuple[str, ...] = ("text",),
+        temperature: float = 1.0,
+        sampling: Sampling = Sampling(),
+        on_step: OnStep | None = None,
+    ) -> dict[str, Array]:
+        """Goes on with the last document of each row, which is padded on the left.
+
+        A text takes `sampling.length` tokens at most: the last ends with `eos_id`, one before an image where that
+        begins. What is drawn is the target; it follows the prompt without gaps, and padding follows it. Images that
+        are drawn are the last ones of `image`; `on_step` sees what is noised of them.
+        """
+        check_solving(config.image, sampling)
+        plan = planned(batch, order, context=c.context_length, length=sampling.length, codes=length)
+        batch, rows = marked(batch), len(batch["tokens"])
+        scales = sampling.guidance, sampling.image_guidance
+        seen = streams(batch, span, *scales)[: None if plan.images else 1]
+        params = variables["params"]
+        d, stack = unrolled(c.decoder, params["language"]["decoder"])
+        unstacked: Any = module.clone(config=replace(config, language=replace(c, decoder=d)))
+        own = {"params": {**params, "language": {**params["language"], "decoder": stack}}}
+
+        def call(method: str, *args: Any) -> Any:
+            return unstacked.apply(own, *args, method=method)
+
+        embed, feed, logits = (partial(call, method) for method in ("embed", "feed", "logits"))
+        decoding = Decoding(embed, feed, logits, seen, plan, vocabulary)
+
+        def drawn(state: State, start: int, key: Array, *, last: bool) -> tuple[State, Array]:
+            """After an image, and the image."""
+            noise_key, solver_key = jax.random.split(key)
+            places = (jnp.arange(len(plan.kind)) >= start) & (jnp.arange(len(plan.kind)) < start + span)
+            state = state._replace(real=state.real | places)
+            state = decoding.told(state, jnp.full(rows, config.begin_id, jnp.int32), start)
+
+            def denoise(x: Array, t: Array) -> Denoised:
+                y, sight = call("patches", x, jnp.full(rows, path.time(t), jnp.float32))
+                hidden, _ = decoding.fed(state, y, start + 1, inside=True)
+                outputs = [call("image", each, sight) for each in jnp.split(hidden, len(seen))]
+                data = [path.data(output, x, jnp.broadcast_to(t, (rows,))) for output in outputs]
+                return Denoised(guided(data, *sampling.guidances_at(path.level(t))))
+
+            x = temperature * jax.random.normal(noise_key, (rows, *images.shape))
+            solve, at = SOLVERS[sampling.solver], path.solved_times(sampling.steps)
+            x = solve(denoise, path.level, at, x, solver_key, temperature=temperature, on_step=on_step)
+            image = images.show(variables, x)
+            if last:
+                return state, image
+            # Pixels are read as they are given out, latents as they were drawn.
+            x = images.read(variables, image) if images.first is None else x
+            _, cache = decoding.fed(state, call("patches", x, still(rows))[0], start + 1, inside=True)
+            state = state._replace(cache=cache)
+            return decoding.told(state, jnp.full(rows, config.end_id, jnp.int32), start + span - 1), image
+
+        x = read(variables, batch["image"])
+        at = batch["image_at"] + 1
+        y, _ = call("patches", x.reshape(-1, *images.shape), still(at.size))
+        inside = image_numbers(at, length, batch["tokens"].shape[1])
+        y = place_images(call("embed", batch["tokens"]), y.reshape(*at.shape, *y.shape[1:]), at)
+        room = empty_cache(
+            rows * len(seen), y.shape[1] + len(plan.kind), d.kv_heads, d.head_width, layers=d.depth, dtype=d.dtype
+        )
+        state = decoding.begun(y, attention_mask(batch["segment"], inside), inside >= 0, room)
+        tokens, found = [], {}
+        for number, kind in enumerate(order):
+            start, own_key = plan.segment.index(number), jax.random.fold_in(key, number)
+            if kind == "text":
+                state, text = decoding.written(state, start, own_key, temperature=temperature, sampling=sampling)
+                tokens.append(text)
+                continue
+            state, found[start] = drawn(state, start, own_key, last=number == len(order) - 1)
+            tokens.append(jnp.tile(marks, (rows, 1)))
+        return continued_batch(batch, jnp.concatenate(tokens, axis=1), state.real, found)
+
+    def sample(
+        variables: Variables,
+        key: Array,
+        given: Batch,
+        *,
+        num: int,
+        temperature: float = 1.0,
+        sampling: Sampling,
+        on_step: OnStep | None = None,
+    ) -> Int[Array, "num H W C"]:
+        """An image of a document that begins with a text, or with nothing. `on_step` sees what is noised."""
+        tokens = given["tokens"] if "tokens" in given else jnp.full((num, 1), config.bos_id, jnp.int32)
+        begun = prompted(tokens, c.eos_id, images=(config.images, *images.image.shape))
+        settings: dict[str, Any] = {"temperature": temperature, "sampling": sampling, "on_step": on_step}
+        return generate(variables, key, begun, order=("image",), **settings)["image"][:, -1]
+
+    inputs = {
+        **language.inputs_of(c),
+        "image": images.image._replace(shape=(config.images, *images.image.shape)),
+        "image_at": Input((config.images,), "int32", c.context_length + 1, span=span),
+    }
+    density: dict[str, Any] = {"log_likelihood": log_likelihood, "count": count, "bound": "lower"}
+    return Model(
+        inputs=inputs,
+        init=init,
+        loss=loss,
+        rules=(
+            *(() if images.first is None else under(FIRST, images.first.rules)),
+            *(rule for name in ("reader", "writer") for rule in under(name, patch_rules(config.image.patches))),
+            *under("language", language.rules_of(c)),
+            *(() if masked_from is None else ((r"^mask$", (None,)),)),
+        ),
+        conditions={"tokens": Input((c.context_length - span,), "int32", c.vocab_size, contains=c.eos_id)},
+        sampling=Sampling() if isinstance(config.image, Latents) else Sampling(solver="heun", steps=50),
+        sample=sample,
+        generate=generate,
+        **(density if images.log_likelihood is not None else {}),
+    )

@@ -1,0 +1,126 @@
+"""Patches of noisy images as the tokens of a sequence, and what a sequence says of them as images (2408.11039)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vlm_jax.contract import Rule
+from vlm_jax.errors import UserError
+from vlm_jax.nn.conditioning import Conditioning, Image, Time, conditioning_rules
+from vlm_jax.nn.convolution import Downsample, GroupNorm, Upsample
+from vlm_jax.nn.unet import Sizes, UNetBlock
+from vlm_jax.nn.vision import patchify, unpatchify
+from vlm_jax.sharding import constrain
+
+TIME_FEATURES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearPatches:
+    """A linear layer each way; the time is added to a patch before it."""
+
+    patch_size: int
+    bottleneck: int | None = None
+    """Features between two linear layers on the way in, as JiT (2511.13720, section 4.2); None: there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvolutionalPatches(Sizes):
+    """The blocks of a U-Net's way down, and those of its way up, which see them: a patch is what the coarsest sees."""
+
+    epsilon: ClassVar[float] = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attention:
+            raise UserError(f"attention is {list(self.attention)}: that of patches is the decoder's, leave it out")
+
+    @property
+    def patch_size(self) -> int:
+        return 2 ** (len(self.widths) - 1)
+
+
+Patches = LinearPatches | ConvolutionalPatches
+
+
+class PatchReader(nn.Module):
+    """Noisy image and time -> a token for each patch, and what the way back sees of it."""
+
+    config: Patches
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Image, time: Time, *, train: bool = False) -> tuple[Float[Array, "B L D"], tuple[Array, ...]]:
+        c = self.config
+        if isinstance(c, LinearPatches):
+            x = patchify(x, c.patch_size)
+            time = Conditioning(x.shape[-1], TIME_FEATURES, False, dtype=self.dtype, name="conditioning")(time)
+            x = x + time[:, None]
+            if c.bottleneck is not None:
+                x = nn.Dense(c.bottleneck, use_bias=False, dtype=self.dtype, name="bottleneck")(x)
+            return nn.Dense(self.width, dtype=self.dtype, name="patch")(x), ()
+        condition = Conditioning(4 * c.widths[0], TIME_FEATURES, False, dtype=self.dtype, name="conditioning")(time)
+        x = constrain(nn.Conv(c.widths[0], (3, 3), dtype=c.dtype, name="first")(x), "batch", None, None, None)
+        skips = [x]
+        for level, width in enumerate(c.widths):
+            if level:
+                x = Downsample(c.widths[level - 1], c.dtype, name=f"down_{level}")(x)
+                skips.append(x)
+            for i in range(c.blocks):
+                x = UNetBlock(c, width, name=f"down_{level}_{i}")(x, condition, train=train)
+                skips.append(x)
+        batch, *_, channels = x.shape
+        tokens = nn.Dense(self.width, dtype=self.dtype, name="patch")(x.reshape(batch, -1, channels))
+        return tokens, (condition, *skips)
+
+
+class PatchWriter(nn.Module):
+    """What the sequence says of patches -> an image of `channels`; starts at zero."""
+
+    config: Patches
+    channels: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L D"], seen: tuple[Array, ...], *, train: bool = False
+    ) -> Float[Array, "B H W C"]:
+        c = self.config
+        if isinstance(c, LinearPatches):
+            p = c.patch_size
+            x = nn.Dense(p * p * self.channels, kernel_init=nn.initializers.zeros, name="last")(x.astype(jnp.float32))
+            return unpatchify(x, p, self.channels)
+        condition, *skips = seen
+        batch, height, width, channels = skips[-1].shape
+        x = nn.Dense(channels, dtype=c.dtype, name="tokens")(x).reshape(batch, height, width, channels)
+        for level, wide in reversed(list(enumerate(c.widths))):
+            for i in range(c.blocks + 1):
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = UNetBlock(c, wide, name=f"up_{level}_{i}")(x, condition, train=train)
+            if level:
+                x = Upsample(wide, c.dtype, name=f"up_{level}")(x)
+        x = nn.silu(GroupNorm(c.groups, c.dtype, c.epsilon, name="norm_out")(x)).astype(jnp.float32)
+        return nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros, name="last")(x)
+
+
+def patch_rules(config: Patches) -> tuple[Rule, ...]:
+    """Sharding rules of a `PatchReader` and a `PatchWriter`."""
+    if isinstance(config, LinearPatches):
+        return (
+            *conditioning_rules(None),
+            *(((r"bottleneck/kernel$", (None, None)),) if config.bottleneck is not None else ()),
+            (r"patch/kernel$", (None, "embed")),
+            (r"last/kernel$", ("embed", None)),
+            (r"(patch|last)/bias$", (None,)),
+        )
+    return (
+        *conditioning_rules(None),
+        (r"patch/kernel$", (None, "embed")),
+        (r"tokens/kernel$", ("embed", None)),
+        (r"last/kernel$", (None, None)),
+        (r"(first|conv|conv_in|conv_out|condition|skip)/kernel$", (None, "filters")),
+        (r"(bias|scale)$", (None,)),
+    )
