@@ -25,15 +25,18 @@ from vlm_jax.models import (
     tarflow,
     text_encoder,
     token_autoregressive,
+    transfusion,
     vae,
     vdm,
     vqvae,
 )
+from vlm_jax.models.parts.noised_images import Latents, Pixels
 from vlm_jax.nn.adversary import Adversarial
 from vlm_jax.nn.autoencoder import Pyramid
-from vlm_jax.nn.decoder import DecoderConfig, PostNormDecoderConfig
+from vlm_jax.nn.decoder import DecoderConfig, PostNormDecoderConfig, SeparateDecoderConfig
 from vlm_jax.nn.denoiser import Network
 from vlm_jax.nn.dit import DiT
+from vlm_jax.nn.image_patches import ConvolutionalPatches, LinearPatches
 from vlm_jax.nn.pixart import PixArt
 from vlm_jax.nn.quantize import EMA, FSQ, LFQ, Learned, Residual, SimVQ
 from vlm_jax.nn.t5 import T5
@@ -101,6 +104,15 @@ CHAMELEON = chameleon.Config(
     begin_id=5,
     end_id=6,
     code_at=7,
+    images=2,
+)
+
+TRANSFUSION = transfusion.Config(
+    image=Latents(first=AUTOENCODER, patches=LinearPatches(patch_size=1), timesteps=4, described_timesteps=2),
+    language=replace(CHAMELEON.language, vocab_size=7),
+    bos_id=1,
+    begin_id=5,
+    end_id=6,
     images=2,
 )
 
@@ -172,6 +184,14 @@ CONFIGS: dict[str, Any] = {
     ),
     "text encoder": text_encoder.Config(network=CLIP.text),
     "text encoder of T5": text_encoder.Config(network=T5_ENCODER),
+    "transfusion": TRANSFUSION,
+    "transfusion of pixels": replace(
+        TRANSFUSION,
+        image=Pixels(
+            **IMAGE, patches=ConvolutionalPatches(widths=(2, 4), blocks=1, groups=2, dropout=DROPOUT), masked_from=0
+        ),
+        language=replace(TRANSFUSION.language, decoder=SeparateDecoderConfig(**vars(DECODER))),
+    ),
     "vae": VAE,
     "vae of a learned prior": replace(VAE, pseudo_inputs=2),
     "vqvae": VQVAE,

@@ -41,7 +41,8 @@ DROPOUTS: dict[str, set[tuple[float, bool]]] = {
     **{
         name: {(DROPOUT, True), (DROPOUT, False)}
         for name, config in CONFIGS.items()
-        if hasattr(config, "first") or (hasattr(config, "network") and getattr(config, "text", None) is not None)
+        if any(hasattr(each, "first") for each in (config, getattr(config, "image", None)))
+        or (hasattr(config, "network") and getattr(config, "text", None) is not None)
     },
 }
 """Rates in training and whether they are drawn, where not all are the config's."""

@@ -23,7 +23,7 @@ from vlm_jax.models.language import Language
 from vlm_jax.models.parts.continuation import Decoding, State, continued_batch
 from vlm_jax.models.parts.noised_images import FIRST, Latents, Pixels, check_solving, masked_patches, noised
 from vlm_jax.nn.attention import Cache, empty_cache
-from vlm_jax.nn.image_patches import PatchReader, PatchWriter, patch_rules
+from vlm_jax.nn.image_patches import PatchReader, PatchWriter, reader_rules, writer_rules
 from vlm_jax.nn.joint_vocabulary import JointVocabulary, guided, planned, prompted, streams
 from vlm_jax.nn.sequence import (
     attention_mask,
@@ -197,7 +197,7 @@ def build(config: Config) -> Model:
 
     def still(shape: int | tuple[int, ...]) -> Float[Array, "*N"]:
         """The time of images without noise."""
-        return jnp.full(shape, path.time(jnp.zeros((), jnp.int32)), jnp.float32)
+        return jnp.full(shape, path.time(path.solved_times(1)[-1]), jnp.float32)
 
     def marked(batch: Batch) -> dict[str, Array]:
         """With the tokens around each image."""
@@ -377,13 +377,21 @@ def build(config: Config) -> Model:
         loss=loss,
         rules=(
             *(() if images.first is None else under(FIRST, images.first.rules)),
-            *(rule for name in ("reader", "writer") for rule in under(name, patch_rules(config.image.patches))),
+            *under("reader", reader_rules(config.image.patches)),
+            *under("writer", writer_rules(config.image.patches)),
             *under("language", language.rules_of(c)),
             *(() if masked_from is None else ((r"^mask$", (None,)),)),
         ),
         conditions={"tokens": Input((c.context_length - span,), "int32", c.vocab_size, contains=c.eos_id)},
-        sampling=Sampling() if isinstance(config.image, Latents) else Sampling(solver="heun", steps=50),
+        sampling=default_sampling(config.image),
         sample=sample,
         generate=generate,
         **(density if images.log_likelihood is not None else {}),
+    )
+
+
+def default_sampling(image: Latents | Pixels) -> Sampling:
+    """As many steps of a chain as the paper takes, or as there are; JiT's of a straight path."""
+    return (
+        Sampling(steps=min(250, image.timesteps)) if isinstance(image, Latents) else Sampling(solver="heun", steps=50)
     )

@@ -106,21 +106,23 @@ class PatchWriter(nn.Module):
         return nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros, name="last")(x)
 
 
-def patch_rules(config: Patches) -> tuple[Rule, ...]:
-    """Sharding rules of a `PatchReader` and a `PatchWriter`."""
-    if isinstance(config, LinearPatches):
-        return (
-            *conditioning_rules(None),
-            *(((r"bottleneck/kernel$", (None, None)),) if config.bottleneck is not None else ()),
-            (r"patch/kernel$", (None, "embed")),
-            (r"last/kernel$", ("embed", None)),
-            (r"(patch|last)/bias$", (None,)),
-        )
-    return (
-        *conditioning_rules(None),
-        (r"patch/kernel$", (None, "embed")),
-        (r"tokens/kernel$", ("embed", None)),
-        (r"last/kernel$", (None, None)),
-        (r"(first|conv|conv_in|conv_out|condition|skip)/kernel$", (None, "filters")),
-        (r"(bias|scale)$", (None,)),
-    )
+CONVOLUTIONS: tuple[Rule, ...] = (
+    (r"(first|conv|conv_in|conv_out|condition|skip)/kernel$", (None, "filters")),
+    (r"(bias|scale)$", (None,)),
+)
+
+
+def reader_rules(config: Patches) -> tuple[Rule, ...]:
+    """Sharding rules of a `PatchReader`."""
+    patch: tuple[Rule, ...] = (*conditioning_rules(None), (r"patch/kernel$", (None, "embed")))
+    if isinstance(config, ConvolutionalPatches):
+        return (*patch, *CONVOLUTIONS)
+    bottleneck: tuple[Rule, ...] = ((r"bottleneck/kernel$", (None, None)),) if config.bottleneck is not None else ()
+    return (*patch, *bottleneck, (r"patch/bias$", (None,)))
+
+
+def writer_rules(config: Patches) -> tuple[Rule, ...]:
+    """Sharding rules of a `PatchWriter`."""
+    if isinstance(config, ConvolutionalPatches):
+        return ((r"tokens/kernel$", ("embed", None)), (r"last/kernel$", (None, None)), *CONVOLUTIONS)
+    return ((r"last/kernel$", ("embed", None)), (r"last/bias$", (None,)))

@@ -10,10 +10,8 @@ from jaxtyping import Array, Float, Int, Num
 
 from vlm_jax.objectives.diffusion import (
     Level,
-    Parameterisation,
     discretised_gaussian_log_prob,
     divergence_of_gaussians,
-    from_data,
     posterior,
     prior_divergence,
     spread,
@@ -39,7 +37,7 @@ class Chain(NamedTuple):
 
     gammas: Float[Array, " T"]
     """-log SNR after each step."""
-    predict: Parameterisation
+    predict: Literal["eps", "x", "v"]
     variance: Literal["posterior", "forward", "learned"] = "posterior"
     levels: int | None = None
     """Of a sub-pixel; None: real vectors."""
@@ -110,8 +108,9 @@ class Chain(NamedTuple):
         t: Int[Array, " B"],
     ) -> Float[Array, "B H W C"]:
         """Of what the network predicts."""
-        x_t = self.noisy(x, t, eps)
-        return jnp.square(output - from_data(x, x_t, Level(*(spread(each, x) for each in self.level(t))), self.predict))
+        alpha, sigma = (spread(each, x) for each in self.level(t))
+        wanted = {"eps": eps, "x": x, "v": alpha * eps - sigma * x}[self.predict]
+        return jnp.square(output - wanted)
 
     def step_cost(
         self,

@@ -102,25 +102,32 @@ class StraightPath(NamedTuple):
         levels: int,
         key: Array,
     ) -> Float[Array, " B"]:
-        """Nats of -log p(image), in expectation at most, at one log SNR for all of them (2107.00630, equation 11).
-
-        KL(q(x_t | x) || N(0, t^2)) where the path ends, the integral of 1/2 SNR |x - data|^2 over log SNR, and the
-        levels' own cost where it begins, by Bayes' rule.
+        """Nats of -log p(image), in expectation at most (2107.00630, equation 11).
 
         Args:
           predict: `(x_t, t) -> x`, as `data` has it.
           x: the levels of `image` on [-1, 1].
         """
-        time_key, noise_key, last_key = jax.random.split(key, 3)
-        log_snr = LOG_SNR[0] + (LOG_SNR[1] - LOG_SNR[0]) * stratified(time_key, len(x))
-        t = time_of(log_snr)
-        x_t = self.noisy(x, t, jax.random.normal(noise_key, x.shape))
-        noise = 0.5 * jnp.exp(LOG_SNR[0]) * sum_squares(x)
-        slope = 0.5 * jnp.exp(log_snr) * sum_squares(x - predict(x_t, t))
+        path_key, last_key = jax.random.split(key)
         gamma = jnp.float32(-LOG_SNR[1])
         x_0 = x + jnp.exp(0.5 * gamma) * jax.random.normal(last_key, x.shape)
         last = level_log_prob(x_0 * variance_preserving(gamma).alpha, gamma, image, levels)
-        return noise + (LOG_SNR[1] - LOG_SNR[0]) * slope - last
+        return self.divergence(predict, x, path_key) - last
+
+    def divergence(
+        self, predict: Callable[[Array, Array], Array], x: Float[Array, "B H W C"], key: Array
+    ) -> Float[Array, " B"]:
+        """Nats of all that the path tells of x, in expectation, at one log SNR for all of them.
+
+        KL(q(x_t | x) || N(0, t^2)) where it begins, and the integral of 1/2 SNR |x - predict|^2 over log SNR.
+        """
+        time_key, noise_key = jax.random.split(key)
+        first, last = LOG_SNR
+        t = self.even_times(time_key, len(x))
+        snr = jnp.square((1 - t) / t)
+        x_t = self.noisy(x, t, jax.random.normal(noise_key, x.shape))
+        slope = 0.5 * snr * sum_squares(x - predict(x_t, t))
+        return 0.5 * jnp.exp(first) * sum_squares(x) + (last - first) * slope
 
 
 def time_of(log_snr: Float[Array, "*B"]) -> Float[Array, "*B"]:

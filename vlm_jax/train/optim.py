@@ -24,11 +24,13 @@ class Rates:
     learning_rate: float
     """The schedule's peak."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """After the warm-up: stay, or fall to zero along a line or a half cosine (1608.03983)."""
+    """After the warm-up: stay, or fall along a line or a half cosine (1608.03983)."""
+    final_share: float = 0.0
+    """Of the peak, to which a falling schedule falls."""
     warmup_steps: int = 0
     """Steps over which the rate rises linearly from zero."""
     decay_steps: int | None = None
-    """Step at which a falling schedule reaches zero; None: the last one. State it to train on past that."""
+    """Step at which a falling schedule has fallen; None: the last one. State it to train on past that."""
     multiples: tuple[tuple[str, float], ...] = ()
     """Regular expressions of paths, and by how much the rate is multiplied where one is found; the first counts. The
     layers of a scanned stack are one leaf: rates that differ from layer to layer take `scan=False`."""
@@ -41,6 +43,7 @@ class Rates:
 
     def __post_init__(self) -> None:
         self.require("learning_rate", 0 <= self.learning_rate < math.inf, "a finite rate, 0 or more")
+        self.require("final_share", 0 <= self.final_share <= 1, "a share, from 0 to 1")
         self.require("warmup_steps", self.warmup_steps >= 0, "0 steps or more")
         steps = self.decay_steps
         self.require("decay_steps", steps is None or steps > 0, "1 step or more, or None: all of them")
@@ -112,8 +115,8 @@ def learning_rate_schedule(config: Rates, steps: int) -> optax.Schedule:
     rest = max((config.decay_steps or steps) - config.warmup_steps, 1)
     after = {
         "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, config.final_share * peak, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest, config.final_share),
     }[config.schedule]
     if not config.warmup_steps:
         return after
