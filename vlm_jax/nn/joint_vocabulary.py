@@ -154,12 +154,14 @@ def streams(batch: Batch, span: int, guidance: float, image_guidance: float | No
     return [whole, begins, begins | (whole & (image >= 0))]
 
 
-def guided(logits: Sequence[Float[Array, "B V"]], guidance: float, image_guidance: float | None) -> Float[Array, "B V"]:
-    """From what is told nothing, by way of what is told images, to what is told all, of logits as `streams` has them.
+def guided(
+    outputs: Sequence[Float[Array, "B ..."]], guidance: float | Array, image_guidance: float | Array | None
+) -> Float[Array, "B ..."]:
+    """From what is told nothing, by way of what is told images, to what is told all, of outputs as `streams` has them.
 
     2207.12598; of both, 2211.09800, section 3.2.1.
     """
-    match logits:
+    match outputs:
         case [told]:
             return told
         case [told, nothing]:
@@ -167,4 +169,4 @@ def guided(logits: Sequence[Float[Array, "B V"]], guidance: float, image_guidanc
         case [told, nothing, images]:
             assert image_guidance is not None
             return nothing + image_guidance * (images - nothing) + guidance * (told - images)
-    raise AssertionError(len(logits))
+    raise AssertionError(len(outputs))
