@@ -114,6 +114,38 @@ def chameleon_parameters(width: int, depth: int, heads: int, kv_heads: int, mlp:
     return depth * (attention + 3 * width * mlp + 2 * width) + width + 2 * 65_536 * width + 68_718_467
 
 
+def transfusion_parameters(width: int, depth: int, mlp: int, *, image_mlps: int = 0) -> int:
+    """Of a Llama of 32,000 tokens and two that stand around images; perhaps with further feed-forward layers."""
+    layer = 4 * width**2 + 2 * width + 3 * width * mlp + image_mlps * (3 * width * mlp + width)
+    return depth * layer + width + 2 * 32_002 * width
+
+
+def linear_patches(width: int, patch: int, *, bottleneck: int | None = None) -> int:
+    """In, with a time of 256 features that is added to the patch, and out."""
+    time = (256 + 1) * patch + (patch + 1) * patch
+    into = (patch + 1) * width if bottleneck is None else patch * bottleneck + (bottleneck + 1) * width
+    return time + into + (width + 1) * patch
+
+
+def unet_patches(width: int, channels: int, wide: tuple[int, int]) -> int:
+    """Two blocks at each of two resolutions on the way in, three on the way out, which see all that the way in has."""
+    one, two = wide
+    condition = 4 * one
+
+    def block(inputs: int, outputs: int) -> int:
+        skip = 0 if inputs == outputs else (inputs + 1) * outputs
+        convolutions = 9 * outputs * (inputs + outputs) + 2 * outputs
+        return 2 * inputs + 2 * outputs + convolutions + (condition + 1) * outputs + skip
+
+    time = (256 + 1) * condition + (condition + 1) * condition
+    into = (9 * channels + 1) * one + 2 * block(one, one) + (9 * one + 1) * one + block(one, two) + block(two, two)
+    back = 2 * block(2 * two, two) + block(two + one, two) + (9 * two + 1) * two
+    back += block(two + one, one) + 2 * block(2 * one, one) + 2 * one + (9 * one + 1) * channels
+    return time + into + (two + 1) * width + (width + 1) * two + back
+
+
+LATENTS_OF_8 = 83_653_863 + (9 * 512 + 1) * 8 + (16**2 + 16 - 8**2 - 8) + (8**2 + 8 - 4**2 - 4) + 9 * 4 * 512
+"""Of Stable Diffusion's first stage, with twice the channels."""
 LOOK = 85_799_424 + (257 - 197) * 768 + critic_parameters((64, 128, 256, 512))
 """Who looks at copies of 256 pixels: the image tower of OpenAI's CLIP ViT-B/16, which has more patches here, and a
 critic."""
@@ -158,6 +190,12 @@ PARAMETERS = {
     "llamagen-l": llamagen_parameters(1024, 24) + 71_883_403,
     "llamagen-xl": llamagen_parameters(1280, 36) + 71_883_403,
     "chameleon-7b": chameleon_parameters(4096, 32, 32, 32, 11_008),
+    "transfusion-160m": transfusion_parameters(768, 16, 2048) + linear_patches(768, 32) + LATENTS_OF_8,
+    "transfusion-760m": transfusion_parameters(1536, 24, 4096) + linear_patches(1536, 32) + LATENTS_OF_8,
+    "transfusion-7b": transfusion_parameters(4096, 32, 11_008) + unet_patches(4096, 8, (640, 1280)) + LATENTS_OF_8,
+    "pixel-transfusion-760m": (
+        transfusion_parameters(1536, 24, 4096, image_mlps=1) + linear_patches(1536, 768, bottleneck=128)
+    ),
     "chameleon-34b": chameleon_parameters(8192, 48, 64, 8, 22_016),
     # Of diffusers' AutoencoderKL and VQModel of these settings, on PyTorch's meta device; f8 is Stable Diffusion's.
     "autoencoder-kl-f4": 55_312_063 + LOOK,
