@@ -34,8 +34,7 @@ READ = VisualCaption(template=ALONE)
 def tiny(image: Latents | Pixels, fields: tuple[Any, ...], **settings: Any) -> Experiment:
     """On emoji and their names, of images that are 64 patches."""
     sizes: dict[str, Any] = {"width": 192, "depth": 6, "heads": 6, "kv_heads": 6, "head_width": 32, "mlp": 512}
-    kind = DecoderConfig if isinstance(image, Latents) else SeparateDecoderConfig
-    decoder = kind(**sizes, qk_norm="rms", dropout=0.1)
+    decoder = DecoderConfig(**sizes, qk_norm="rms", dropout=0.1)
     return Experiment(
         model=transfusion.Config(
             image=image,
@@ -61,8 +60,8 @@ def transfusion_tiny() -> Experiment:
         LATENTS,
         (Interleaved(caption_first=0.8), READ),
         sampling=transfusion.Sampling(solver="ddim", steps=50, guidance=3.0),
-        start=(Start(workdir="runs/autoencoder-tiny", into="first"),),
-        frozen=(r"^first/",),
+        start=(Start(workdir="runs/autoencoder-tiny", into="image/first"),),
+        frozen=(r"^image/first/",),
     )
 
 
@@ -143,8 +142,8 @@ CONVOLUTIONAL = Latents(
 )
 STAGED: dict[str, Any] = {
     "sampling": transfusion.Sampling(guidance=3.0),
-    "start": (Start(workdir="runs/transfusion-autoencoder", into="first"),),
-    "frozen": (r"^first/",),
+    "start": (Start(workdir="runs/transfusion-autoencoder", into="image/first"),),
+    "frozen": (r"^image/first/",),
     "frozen_dtype": "bfloat16",
 }
 PIXELS_256 = Pixels(image_size=256, patches=LinearPatches(patch_size=16, bottleneck=128))

@@ -170,7 +170,7 @@ def test_gradients_reach_every_parameter(config: Any, model: Model, variables):
     last = config.vision.transformer.depth - 1 if family_of(config) == "llava" else None
     beyond = {path for path in sizes if re.match(rf"vision/transformer/(block_{last}|final_norm)/", path)}
     assert beyond <= unreached and (last is None or beyond)
-    beyond |= {path for path in sizes if path.startswith("first/")}
+    beyond |= {path for path in sizes if re.match(r"(image/)?first/", path)}
     assert beyond <= unreached
     assert not [path for path in unreached - beyond if not re.search(NO_GRADIENT, path)]
 

@@ -407,7 +407,7 @@ def test_gradients_reach_all_but_the_first_stage(kind, variables):
         variables["params"]
     )
     still = {path for path, leaf in leaves_by_path(gradient).items() if not np.abs(leaf).any()}
-    assert still == {path for path in leaves_by_path(gradient) if path.startswith("first/")}
+    assert still == {path for path in leaves_by_path(gradient) if path.startswith("image/first/")}
 
 
 @pytest.mark.parametrize(

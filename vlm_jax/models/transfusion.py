@@ -21,7 +21,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models import language
 from vlm_jax.models.language import Language
 from vlm_jax.models.parts.continuation import Decoding, State, continued_batch
-from vlm_jax.models.parts.noised_images import FIRST, Latents, Pixels, check_solving, masked_patches, noised
+from vlm_jax.models.parts.noised_images import FIRST, IMAGE, Latents, Pixels, check_solving, masked_patches, noised
 from vlm_jax.nn.attention import Cache, empty_cache
 from vlm_jax.nn.image_patches import PatchReader, PatchWriter, reader_rules, writer_rules
 from vlm_jax.nn.joint_vocabulary import JointVocabulary, guided, planned, prompted, streams
@@ -187,7 +187,9 @@ def build(config: Config) -> Model:
         own = module.init(own_key, batch, x, jnp.zeros(x.shape[:2]), masked)
         if images.first is None:
             return own
-        return merge(own, assembled({FIRST: images.first.init(first_key, {"image": batch["image"][:, 0]})}))
+        return merge(
+            own, assembled({IMAGE: assembled({FIRST: images.first.init(first_key, {"image": batch["image"][:, 0]})})})
+        )
 
     def read(
         variables: Variables, image: Int[Array, "B N H W C"], key: Array | None = None
@@ -376,7 +378,7 @@ def build(config: Config) -> Model:
         init=init,
         loss=loss,
         rules=(
-            *(() if images.first is None else under(FIRST, images.first.rules)),
+            *(() if images.first is None else under(f"{IMAGE}/{FIRST}", images.first.rules)),
             *under("reader", reader_rules(config.image.patches)),
             *under("writer", writer_rules(config.image.patches)),
             *under("language", language.rules_of(c)),

@@ -27,8 +27,9 @@ from vlm_jax.trees import part
 
 READ_NOISE = 0.1
 """The most noise of an image that is read (2604.24763)."""
-FIRST = "first"
-"""The part of the variables that is the first stage's; a `Start(workdir, into="first")` fills and `frozen` keeps it."""
+IMAGE, FIRST = "image", "first"
+"""The fields of the family's `Config` and of `Latents`, in whose subtree the variables of the first stage are: a
+`Start(workdir, into="image/first")` fills and `frozen` keeps them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,11 @@ def noised(config: Latents | Pixels) -> Noised:
     return found
 
 
+def own(variables: Variables) -> Variables:
+    """The first stage's."""
+    return part(part(variables, IMAGE), FIRST)
+
+
 def of_latents(config: Latents) -> Noised:
     first = models.build(config.first)
     spec, encode, decode = first.latents, first.encode, first.decode
@@ -121,7 +127,7 @@ def of_latents(config: Latents) -> Noised:
     path = Chain(discrete_gammas(cosine_betas(config.timesteps)), "eps")
 
     def read(variables: Variables, image: Int[Array, "R H W C"], key: Array | None = None) -> Float[Array, "R h w c"]:
-        return jax.lax.stop_gradient(encode(part(variables, FIRST), image, key))
+        return jax.lax.stop_gradient(encode(own(variables), image, key))
 
     def times(
         key: Array, target: Bool[Array, " R"], described: Bool[Array, " R"], *, train: bool
@@ -136,12 +142,12 @@ def of_latents(config: Latents) -> Noised:
     ) -> Float[Array, " R"]:
         """E_q[log p(image | z) - log q(z | image) + log p(z)] at one draw, by the chain's bound."""
         assert first.posterior is not None and first.log_likelihood_given is not None
-        own, (latent_key, chain_key) = part(variables, FIRST), jax.random.split(key)
-        mean, log_variance = first.posterior(own, image)
+        latent_key, chain_key = jax.random.split(key)
+        mean, log_variance = first.posterior(own(variables), image)
         z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(latent_key, mean.shape)
         log_posterior = jnp.sum(gaussian_log_density(z, mean, log_variance), axis=(1, 2, 3))
         nats = path.bound(lambda x_t, t: path.prediction(output(x_t, t), x_t, t), z, z, chain_key)
-        return first.log_likelihood_given(own, image, z) - log_posterior - nats
+        return first.log_likelihood_given(own(variables), image, z) - log_posterior - nats
 
     return Noised(
         image=first.inputs["image"],
@@ -149,7 +155,7 @@ def of_latents(config: Latents) -> Noised:
         path=path,
         first=first,
         read=read,
-        show=lambda variables, x: decode(part(variables, FIRST), x),
+        show=lambda variables, x: decode(own(variables), x),
         times=times,
         log_likelihood=log_likelihood if first.posterior and first.log_likelihood_given else None,
     )
