@@ -26,7 +26,7 @@ from vlm_jax.start import check_configs
 from vlm_jax.trees import count_parameters, partition
 
 PRESETS = {name: experiment for name, (_, experiment) in presets().items()}
-OURS = r"tiny|small|judge|fashion-mnist|llava-smollm2"
+OURS = r"tradeoff|tiny|small|judge|fashion-mnist|llava-smollm2"
 """Presets of sizes that nobody published."""
 PUBLISHED = {name: experiment for name, experiment in PRESETS.items() if not re.search(OURS, name)}
 CLIP = [name for name in PUBLISHED if re.match(r"clip|siglip", name)]

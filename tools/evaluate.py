@@ -6,11 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import tyro
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from tools.data import OtherData, choose_data
@@ -33,7 +35,7 @@ from vlm_jax.data import (
 )
 from vlm_jax.data.fields import Inputs
 from vlm_jax.errors import UserError, check_seed
-from vlm_jax.evals import EVALUATIONS, Evaluation, Labelled, Lessons, Subject, written
+from vlm_jax.evals import EVALUATIONS, Evaluation, Judge, Labelled, Lessons, Subject, written
 from vlm_jax.experiment import ZeroShot
 from vlm_jax.files import check_writable, parse_json, write_output
 from vlm_jax.paths import local_path
@@ -104,64 +106,22 @@ def evaluate(
         read = choose_data(loaded, data)
         split = split or read.test
         directory = local_path(data_dir or loaded.experiment.data_dir)
-        inputs = loaded.model.inputs
-        source = open_data(read, split, inputs, directory)
-        rows = rows_of(source, read, inputs, loaded.tokenizer)
         out = out or workdir / results_name(data.name, split)
         task = choose_task(workdir, loaded, zero_shot, changes)
-
-        def batches(rows: Source | Packed, data: Data, inputs: Inputs) -> Callable[[], Iterator[tuple[Batch, int]]]:
-            return lambda: on_device(rows, data, loaded, batch_size, inputs, batch_sharding(mesh))
-
-        def training() -> Iterator[tuple[Batch, int]]:
-            own = loaded.experiment.data
-            for source in open_training_data(own, inputs, directory):
-                yield from batches(rows_of(source, own, inputs, loaded.tokenizer), own, inputs)()
-
-        def training_texts() -> Iterator[str]:
-            for source in open_training_data(loaded.experiment.data, inputs, directory):
-                yield from source.texts()
-
-        asking = tuple(field for field in read.fields if not isinstance(field, Interleaved))
-        one_by_one = batches(source, replace(read, pack=False, fields=asking), inputs)
-        lessons = None
-        if loaded.model.encode is not None and (not only or "information" in only):
-            with suppress(UserError):  # of data that opened as they should: they have no such split
-                taught = open_data(read, read.train, inputs, directory)
-                images = replace(read, pack=False)
-                lessons = Lessons(batches(taught, images, {"image": inputs["image"]}), taught.strings)
-        labelled = None
+        judges = load_judges(judge, mesh, image_of(loaded) if judge else None)
+        subject, source = subject_of(loaded, read, split, directory, mesh, batch_size, seed=seed, judges=judges)
+        if only and "information" not in only:
+            subject = replace(subject, lessons=None)
         if task is not None and (not only or "zero_shot" in only):
             try:
-                classes = open_source(task.name, task.split, directory, label=task.label)
-                names = name_classes(classes, task)
-                seen = {"image": inputs["image"], "label": Input((), "int32", len(names))}
-                images = replace(read, fields=(*read.fields, Label()), pack=False)
-                labelled = Labelled(batches(classes, images, seen), names, task.prompts)
+                subject = replace(subject, labelled=labelled(loaded, task, read, directory, mesh, batch_size))
             except UserError as error:
                 if only or zero_shot or any(changes.values()):
                     raise
                 failures["zero_shot"] = error  # asked for by the run, not by the command: the rest is worth having
                 tell("zero_shot", error)
-        subject = Subject(
-            model=loaded.model,
-            variables=loaded.variables,
-            batches=batches(rows, read, inputs),
-            examples=len(rows),
-            key=jax.random.key(seed),
-            tokenizer=loaded.tokenizer,
-            records=source.strings,
-            **written(source.keys, inputs, one_by_one),
-            training_texts=None if loaded.experiment.data.name is None else training_texts,
-            training=None if loaded.experiment.data.name is None else training,
-            labelled=labelled,
-            lessons=lessons,
-            sampling=loaded.experiment.sampling,
-            pictures=pictures_of(loaded, source, read, directory, batch_size),
-            judges=load_judges(judge, mesh, image_of(loaded) if judge else None),
-        )
         chosen = choose(subject, only)
-        facts: Results = {"step": loaded.step, "split": split, "examples": len(rows), "seed": seed}
+        facts: Results = {"step": loaded.step, "split": split, "examples": subject.examples, "seed": seed}
         if data.name is not None:
             facts = {"data": source.full_name, **facts}
         if loaded.model.bound is not None:
@@ -192,6 +152,81 @@ def evaluate(
         told = "; ".join(f"{name}: {sentence(error)}" for name, error in failures.items())
         raise UserError(f"{told} (what is printed above holds)" if len(results) > len(facts) else told)
     return results
+
+
+def subject_of(
+    loaded: Loaded,
+    data: Data,
+    split: str,
+    data_dir: Path,
+    mesh: Mesh,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    judges: tuple[Judge, ...] | None = None,
+) -> tuple[Subject, Source]:
+    """What evaluations look at of a run on a split, and the split's records."""
+    model, own = loaded.model, loaded.experiment.data
+    inputs = model.inputs
+    source = open_data(data, split, inputs, data_dir)
+    rows = rows_of(source, data, inputs, loaded.tokenizer)
+    reading = partial(reader, loaded, batch_size, batch_sharding(mesh))
+
+    def training() -> Iterator[tuple[Batch, int]]:
+        for each in open_training_data(own, inputs, data_dir):
+            yield from reading(rows_of(each, own, inputs, loaded.tokenizer), own, inputs)()
+
+    def training_texts() -> Iterator[str]:
+        for each in open_training_data(own, inputs, data_dir):
+            yield from each.texts()
+
+    asking = tuple(field for field in data.fields if not isinstance(field, Interleaved))
+    one_by_one = reading(source, replace(data, pack=False, fields=asking), inputs)
+    lessons = None
+    if model.encode is not None:
+        with suppress(UserError):  # of data that opened as they should: they have no such split
+            taught = open_data(data, data.train, inputs, data_dir)
+            images = replace(data, pack=False)
+            lessons = Lessons(reading(taught, images, {"image": inputs["image"]}), taught.strings)
+    told: dict[str, Any] = dict(written(source.keys, inputs, one_by_one))
+    found = Subject(
+        model=model,
+        variables=loaded.variables,
+        batches=reading(rows, data, inputs),
+        examples=len(rows),
+        key=jax.random.key(seed),
+        tokenizer=loaded.tokenizer,
+        records=source.strings,
+        **told,
+        training_texts=None if own.name is None else training_texts,
+        training=None if own.name is None else training,
+        lessons=lessons,
+        sampling=loaded.experiment.sampling,
+        pictures=pictures_of(loaded, source, data, data_dir, batch_size),
+        judges=judges,
+    )
+    return found, source
+
+
+def reader(
+    loaded: Loaded,
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
+    rows: Source | Packed,
+    data: Data,
+    inputs: Inputs,
+) -> Callable[[], Iterator[tuple[Batch, int]]]:
+    """As `Subject.batches`."""
+    return lambda: on_device(rows, data, loaded, batch_size, inputs, sharding)
+
+
+def labelled(loaded: Loaded, task: ZeroShot, data: Data, data_dir: Path, mesh: Mesh, batch_size: int) -> Labelled:
+    """What is classified without training on it."""
+    classes = open_source(task.name, task.split, data_dir, label=task.label)
+    names = name_classes(classes, task)
+    seen = {"image": loaded.model.inputs["image"], "label": Input((), "int32", len(names))}
+    images = replace(data, fields=(*data.fields, Label()), pack=False)
+    return Labelled(reader(loaded, batch_size, batch_sharding(mesh), classes, images, seen), names, task.prompts)
 
 
 def results_name(name: str | None, split: str) -> str:

@@ -20,9 +20,9 @@ from scipy.stats import multivariate_normal
 
 from experiments.presets import presets, unknown_preset
 from experiments.run import run
+from tools.compute import complete, step_flops
 from tools.evaluate import evaluate, sentence, tell
 from vlm_jax.commandline import command, require_one_process
-from vlm_jax.contract import abstract_batch
 from vlm_jax.data import example, named, open_source
 from vlm_jax.data.find import find_data_set, full_name
 from vlm_jax.errors import UserError, check_seed
@@ -31,10 +31,8 @@ from vlm_jax.experiment import Experiment, from_record
 from vlm_jax.files import check_writable, write_output
 from vlm_jax.models import build, family_of
 from vlm_jax.paths import local_path
-from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.train.flops import model_flops
 from vlm_jax.trees import count_parameters
-from vlm_jax.workdir import CHECKPOINTS, Loaded, has_checkpoints, load, read_record
+from vlm_jax.workdir import Loaded, has_checkpoints, load, read_record
 
 SHOWN = 8
 """Samples of each model in the figure."""
@@ -182,14 +180,6 @@ def held_out(experiment: Experiment, data_dir: str | None) -> str:
     return f"{name}, split {data.test}, shape {image.shape}, {image.limit} levels"
 
 
-def complete(path: Path, experiment: Experiment) -> bool:
-    """Whether the run's last checkpoint is there; such a run is measured wherever it was trained."""
-    if not has_checkpoints(path):
-        return False
-    with Checkpoints(path / CHECKPOINTS, read_only=True) as checkpoints:
-        return max(checkpoints.steps()) >= experiment.training.steps
-
-
 def on_data(experiment: Experiment, data: str) -> bool:
     """Whether a preset belongs in the ledger of a data set."""
     return experiment.data.name == data and has_likelihood(experiment)
@@ -231,17 +221,10 @@ def measure(
         given=str(results.get("given", "")),
         dequantisation=model.dequantisation or "none",
         parameters=count_parameters(loaded.variables["params"]),
-        training_flops=training_flops(loaded),
+        training_flops=loaded.step * step_flops(experiment),
         evaluate_seconds=evaluate_seconds / len(records),
         sample_seconds=None if sample_seconds is None else sample_seconds / TIMED,
     )
-
-
-def training_flops(loaded: Loaded) -> float:
-    """FLOPs of the steps that led to the checkpoint."""
-    experiment = loaded.experiment
-    batch = abstract_batch(loaded.model.inputs, experiment.training.batch_size)
-    return float(loaded.step * model_flops(loaded.model, loaded.variables, batch, experiment.frozen))
 
 
 def timed(call: Callable[[], jax.Array]) -> tuple[np.ndarray, float]:

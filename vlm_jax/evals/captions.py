@@ -1,14 +1,16 @@
 """Captions that a model writes: how many are right, by how new they are to it, and how near the others come."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from vlm_jax.evals.cider import Words, cider, words
 from vlm_jax.evals.likelihood import ratio_and_error
 from vlm_jax.evals.subject import Evaluation, Subject
-from vlm_jax.evals.writing import Metrics, by_group, texts
+from vlm_jax.evals.writing import Metrics, Text, by_group, texts
 
 NEAR = 4
 """Words of a caption, at least, that is a near-duplicate where it is one of training but for one word."""
@@ -44,8 +46,8 @@ def without_a_word(text: Words) -> Iterator[tuple[int, Words]]:
     return ((place, text[:place] + text[place + 1 :]) for place in range(len(text)))
 
 
-def nats_a_token(subject: Subject) -> Metrics:
-    """The negative log-likelihood of each record's first caption, and its standard error over captions."""
+def caption_nats(subject: Subject) -> tuple[Float[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+    """The negative log-likelihood of each record's first caption, and of how many tokens it is."""
     assert subject.captions is not None and subject.model.log_likelihood is not None
     assert subject.model.count is not None
     log_likelihood, count = jax.jit(subject.model.log_likelihood), jax.jit(subject.model.count)
@@ -53,26 +55,42 @@ def nats_a_token(subject: Subject) -> Metrics:
     for batch, valid in subject.captions():
         nats.append(-np.asarray(log_likelihood(subject.variables, batch, jax.random.key(0)), np.float64)[:valid])
         counts.append(np.asarray(count(batch))[:valid])
-    mean, error = ratio_and_error(np.concatenate(nats), np.concatenate(counts))
-    return {"nats_a_token": mean, "nats_a_token_standard_error": error}
+    return np.concatenate(nats), np.concatenate(counts)
+
+
+class Captions(NamedTuple):
+    """Of each record."""
+
+    written: list[Text]
+    references: list[Sequence[str]]
+    right: Bool[np.ndarray, " N"]
+    """Whether what is written is one of them, word for word."""
+    groups: list[str]
+    """How new the first of them is."""
+
+
+def captioned(subject: Subject) -> Captions:
+    """By greedy decoding."""
+    assert subject.captions is not None and subject.records is not None and subject.training_texts is not None
+    written = texts(subject, subject.captions, room=ROOM)
+    references = [record["captions"] for record, _ in zip(subject.records(), written, strict=False)]
+    right = [words(text.written) in map(words, each) for text, each in zip(written, references, strict=True)]
+    new = novelty(subject.training_texts())
+    return Captions(written, references, np.array(right), [new(each[0]) for each in references])
 
 
 def run(subject: Subject) -> Metrics:
     """Of captions by greedy decoding: exact match with any of the image's, in all and by how new its first one is, and
     CIDEr-D with the captions of the whole split; and of the first captions the nats a token.
     """
-    assert subject.captions is not None and subject.records is not None and subject.training_texts is not None
-    written = texts(subject, subject.captions, room=ROOM)
-    references = [record["captions"] for record, _ in zip(subject.records(), written, strict=False)]
-    right = [words(text.written) in map(words, each) for text, each in zip(written, references, strict=True)]
-    new = novelty(subject.training_texts())
-    groups = [new(each[0]) for each in references]
+    written, references, right, groups = captioned(subject)
     pictures = np.array([text.picture for text in written])
     scores = cider([text.written for text in written], references)
+    mean, error = ratio_and_error(*caption_nats(subject))
     return {
-        **by_group("exact_match", np.array(right), groups, pictures),
+        **by_group("exact_match", right, groups, pictures),
         "cider": float(scores.mean()),
-        **nats_a_token(subject),
+        **{"nats_a_token": mean, "nats_a_token_standard_error": error},
         **{f"captions_{group}": float(groups.count(group)) for group in sorted(set(groups))},
     }
 

@@ -9,10 +9,10 @@ had without drawing; all of them in all, and by how new the first caption is to 
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from vlm_jax.evals.captions import novelty
 from vlm_jax.evals.cider import words
@@ -20,7 +20,7 @@ from vlm_jax.evals.drawn import captions_due, parts, seen
 from vlm_jax.evals.frechet import frechet_distance
 from vlm_jax.evals.judge import Judge, by_each
 from vlm_jax.evals.pixels import border_contrast, psnr_of_nearest
-from vlm_jax.evals.retrieval import RANKS, alike, chance, gallery, recall_at
+from vlm_jax.evals.retrieval import RANKS, alike, chance, gallery, ranks
 from vlm_jax.evals.subject import Evaluation, Subject
 from vlm_jax.evals.writing import Metrics, members
 
@@ -44,39 +44,63 @@ def run(subject: Subject) -> Metrics:
     pictures = subject.pictures
     assert pictures is not None and pictures.training is not None
     assert subject.judges is not None and subject.training_texts is not None
-    captions = captions_due(subject)[:IMAGES]
-    asked = [each[0] for each in captions]
-    beside = parts(subject, IMAGES)
-    together = len(beside[0].real)
-    real, drawn = (np.concatenate(images)[:IMAGES] for images in zip(*beside, strict=True))
+    asked, real, drawn = shown(subject)
     new = novelty(subject.training_texts())
     groups = [new(caption) for caption in asked]
-    sets = {"": drawn, "real_": real, "nearest_caption_": images_of_nearest(asked, pictures.training())}
 
     def judged(judge: Judge) -> Metrics:
         if not judge.reads:
             return {}
-        texts, belongs = gallery(judge, captions, alike(image.tobytes() for image in real))
-        both = seen(subject, judge, IMAGES)
-        nearest = np.split(sets["nearest_caption_"], range(together, len(asked), together))
-        vectors = {"": both.drawn, "real_": both.real, "nearest_caption_": judge.embeddings(nearest, pictures.levels)}
+        looked = ranked(subject, judge)
         found: Metrics = {}
-        for name, each in vectors.items():
-            similarity = each @ texts.vectors.T
+        for name, each in looked.ranks.items():
             for k, (group, those) in itertools.product(RANKS, members(groups, len(groups)).items()):
-                found[f"{name}recall@{k}{group}"] = recall_at(similarity[those], belongs[those], k)
-        found |= {f"chance_recall@{k}": chance(belongs, k) for k in RANKS}
-        return found | {"distance_of_embeddings": frechet_distance(vectors["real_"], vectors[""])}
+                found[f"{name}recall@{k}{group}"] = float(np.mean(each[those] < k))
+        found |= {f"chance_recall@{k}": chance(looked.belongs, k) for k in RANKS}
+        both = seen(subject, judge, IMAGES)
+        return found | {"distance_of_embeddings": frechet_distance(both.real, both.drawn)}
 
     found = by_each(subject.judges, judged)
     both = np.concatenate([drawn, real])
     decibels = psnr_of_nearest(both, (image for _, image in pictures.training()), pictures.levels)
-    for name, nearest in zip(("", "real_"), np.split(decibels, 2), strict=True):
+    for name, images, nearest in zip(("", "real_"), (drawn, real), np.split(decibels, 2), strict=True):
         found[f"{name}near_copies"] = float(np.mean(nearest > NEAR_COPY))
         found[f"{name}psnr_of_nearest"] = float(np.median(nearest))
-        found |= {f"{name}borders_of_{side}": border_contrast(sets[name], side) for side in GRIDS}
+        found |= {f"{name}borders_of_{side}": border_contrast(images, side) for side in GRIDS}
     counts = {f"captions_{group}": float(groups.count(group)) for group in sorted(set(groups))}
     return {**found, "captions": float(len(groups)), **counts}
+
+
+class Ranked(NamedTuple):
+    """What a judge makes of pictures."""
+
+    ranks: dict[str, Int[np.ndarray, " N"]]
+    """`retrieval.ranks` of what was drawn (""), of the images themselves ("real_") and of the image that training has
+    of the nearest caption ("nearest_caption_")."""
+    belongs: Bool[np.ndarray, "N M"]
+
+
+def shown(subject: Subject) -> tuple[list[str], UInt8[np.ndarray, "N H W C"], UInt8[np.ndarray, "N H W C"]]:
+    """The captions that are asked for, their images, and what is drawn of them."""
+    asked = [each[0] for each in captions_due(subject)[:IMAGES]]
+    real, drawn = (np.concatenate(images)[:IMAGES] for images in zip(*parts(subject, IMAGES), strict=True))
+    return asked, real, drawn
+
+
+def ranked(subject: Subject, judge: Judge) -> Ranked:
+    """By one judge that reads."""
+    pictures = subject.pictures
+    assert pictures is not None and pictures.training is not None
+    asked, real, _ = shown(subject)
+    if "nearest" not in subject.shared:
+        subject.shared["nearest"] = images_of_nearest(asked, pictures.training())
+    nearest: np.ndarray = subject.shared["nearest"]
+    together = len(parts(subject, IMAGES)[0].real)
+    texts, belongs = gallery(judge, captions_due(subject)[:IMAGES], alike(image.tobytes() for image in real))
+    both = seen(subject, judge, IMAGES)
+    batches = np.split(nearest, range(together, len(asked), together))
+    vectors = {"": both.drawn, "real_": both.real, "nearest_caption_": judge.embeddings(batches, pictures.levels)}
+    return Ranked({name: ranks(each @ texts.vectors.T, belongs) for name, each in vectors.items()}, belongs)
 
 
 def images_of_nearest(

@@ -87,14 +87,18 @@ def gallery(
     return texts, belonging(image_of, image_ids, texts.ids)
 
 
-def recall_at(similarity: Float[np.ndarray, "N M"], belongs: Bool[np.ndarray, "N M"], k: int) -> float:
-    """The share of rows of which a column that belongs to it is among the `k` most similar.
+def ranks(similarity: Float[np.ndarray, "N M"], belongs: Bool[np.ndarray, "N M"]) -> Int[np.ndarray, " N"]:
+    """How many columns that do not belong to a row are more similar to it than all that do.
 
     A tie with a column that does not belong counts against the row, as does what cannot be compared.
     """
     best = np.max(similarity, axis=1, where=belongs, initial=-np.inf, keepdims=True)
-    better = np.sum(~belongs & ~(similarity < best), axis=1)
-    return float(np.mean(better < k))
+    return np.sum(~belongs & ~(similarity < best), axis=1)
+
+
+def recall_at(similarity: Float[np.ndarray, "N M"], belongs: Bool[np.ndarray, "N M"], k: int) -> float:
+    """The share of rows of which a column that belongs to it is among the `k` most similar, by `ranks`."""
+    return float(np.mean(ranks(similarity, belongs) < k))
 
 
 def chance(belongs: Bool[np.ndarray, "N M"], k: int) -> float:

@@ -1,0 +1,120 @@
+"""The arms of `tools.tradeoff`: a decoder that reads and draws by codes, by latents or by pixels, and one that reads.
+
+All see the same records: emoji and coloured shapes with their captions, and questions about shapes and mosaics. What
+draws has of each caption and its image a document in either order; what only reads has the image first. How many steps
+each takes is the command's business, which counts FLOPs.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from experiments.autoencoder import autoencoder_tiny
+from experiments.clip import clip_small
+from experiments.data import TINY, TINY_OPTIMIZER
+from experiments.vqvae import vqvae_tiny
+from vlm_jax.data import Data, Interleaved, Text, VisualCaption, VisualQuestion
+from vlm_jax.data.conversation import ALONE, LINE
+from vlm_jax.experiment import Experiment
+from vlm_jax.models import chameleon, language, llava, transfusion
+from vlm_jax.models.parts.noised_images import Latents, Pixels
+from vlm_jax.nn.decoder import DecoderConfig
+from vlm_jax.nn.image_patches import ConvolutionalPatches
+from vlm_jax.start import Start
+
+WORDS, CODES = 1024, 512
+"""Tokens of texts, and of `vqvae-tiny`'s images."""
+DECODER = DecoderConfig(width=192, depth=6, heads=6, kv_heads=6, head_width=32, mlp=512, qk_norm="layer", dropout=0.1)
+MARKS: dict[str, Any] = {"bos_id": 1, "begin_id": WORDS, "end_id": WORDS + 1}
+ASKED = (VisualQuestion(template=LINE), VisualCaption(template=ALONE))
+
+
+def text(tokens: int) -> language.Config:
+    """The decoder of all, with a vocabulary of so many."""
+    return language.Config(vocab_size=tokens, context_length=104, eos_id=2, decoder=DECODER)
+
+
+def arm(model: Any, *, draws: bool, **settings: Any) -> Experiment:
+    """A model on the records that all arms see."""
+    return Experiment(
+        model=model,
+        data=Data(
+            name="openmoji",
+            mixture=(("easy_vqa/captions", 0.5), ("easy_vqa", 1.0), ("mosaic", 1.0)),
+            train="train[:95%]",
+            validation="train[95%:]",
+            fields=(Interleaved(), *ASKED) if draws else ASKED,
+            text=Text(vocab_size=WORDS),
+        ),
+        training=replace(
+            TINY,
+            optimizer=replace(TINY_OPTIMIZER, learning_rate=1e-3, warmup_steps=50, weight_decay=0.1, b2=0.95),
+            ema_decay=0.99,
+            steps=600,
+            batch_size=64,
+            checkpoint_every=100,
+            keep_last=8,
+        ),
+        **settings,
+    )
+
+
+def tradeoff_reader() -> Experiment:
+    """A decoder that reads what the image tower of `clip-small` sees, which is needed, as LLaVA does; draws nothing."""
+    return arm(
+        llava.Config(
+            vision=replace(clip_small().model.image, features=1), language=replace(text(WORDS), context_length=104)
+        ),
+        draws=False,
+        start=(Start(workdir="runs/clip-small", take="image", into="vision"),),
+        frozen=(r"^vision/",),
+    )
+
+
+def tradeoff_chameleon() -> Experiment:
+    """A decoder that reads and draws the codes of `vqvae-tiny`, which is needed."""
+    return arm(
+        chameleon.Config(first=vqvae_tiny().model, language=text(WORDS + 2 + CODES), code_at=WORDS + 2, **MARKS),
+        draws=True,
+        sampling=chameleon.Sampling(guidance=3.0),
+        start=(Start(workdir="runs/vqvae-tiny", into="first"),),
+        frozen=(r"^first/",),
+    )
+
+
+def tradeoff_transfusion() -> Experiment:
+    """A decoder that reads and draws the latents of `autoencoder-tiny`, which is needed."""
+    patches = ConvolutionalPatches(widths=(32, 64), blocks=1, groups=8, dropout=0.1)
+    return arm(
+        transfusion.Config(
+            image=Latents(first=autoencoder_tiny().model, patches=patches), language=text(WORDS + 2), **MARKS
+        ),
+        draws=True,
+        sampling=transfusion.Sampling(solver="ddim", steps=50, guidance=3.0),
+        start=(Start(workdir="runs/autoencoder-tiny", into="image/first"),),
+        frozen=(r"^image/first/",),
+    )
+
+
+PIXELS = Pixels(
+    image_size=64,
+    patches=ConvolutionalPatches(widths=(8, 16, 32, 64), blocks=1, groups=8, dropout=0.1),
+    shift=0.5,
+    masked_from=360,
+)
+
+
+def tradeoff_pixels() -> Experiment:
+    """A decoder that reads pixels and predicts them from noisy ones, and needs no other model."""
+    return arm(
+        transfusion.Config(image=PIXELS, language=text(WORDS + 2), **MARKS),
+        draws=True,
+        sampling=transfusion.Sampling(solver="heun", steps=25, guidance=3.0),
+    )
+
+
+def tradeoff_encoder_free() -> Experiment:
+    """The same model, which only reads: a reader without an encoder of images."""
+    return arm(transfusion.Config(image=PIXELS, language=text(WORDS + 2), **MARKS), draws=False)
+
+
+PRESETS = (tradeoff_reader, tradeoff_encoder_free, tradeoff_chameleon, tradeoff_transfusion, tradeoff_pixels)
