@@ -15,7 +15,12 @@ from vlm_jax.train.plan import Training
 
 
 def token_autoregressive_tiny() -> Experiment:
-    """Emoji of their names, 64x64: the codes of `vqvae-tiny`, told by `clip-small`; needs both runs."""
+    """Emoji of their names, 64x64: the codes of `vqvae-tiny`, told by `clip-small`; needs both runs.
+
+    45 minutes on two CPU cores, with tests beside; step 600 is the best by validation. `python -m tools.evaluate
+    runs/token-autoregressive-tiny --judge runs/clip-judge-a runs/clip-judge-b`: of 400 held-out captions 19.5% and
+    18.5% are among the ten nearest to their drawing, where they are among those of the real one for 35.5% and 37.0%.
+    """
     decoder = DecoderConfig(width=192, depth=6, heads=6, kv_heads=6, head_width=32, mlp=512, dropout=0.1)
     return Experiment(
         model=token_autoregressive.Config(first=vqvae_tiny().model, decoder=decoder, text=READER),

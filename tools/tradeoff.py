@@ -51,7 +51,7 @@ ARMS = (*READERS, *TWO_STAGES, *ONE_STAGE)
 QUESTIONS = {"easy_vqa": "test[:2000]", "mosaic": "test[:2000]"}
 """The data sets that are asked about, and how much of them."""
 RANK = 10
-BATCH = 100
+BATCH = 128
 Items = dict[str, np.ndarray]
 """Of each test item, by name; what has one value an arm is an array of one."""
 
@@ -184,11 +184,11 @@ def train(
 def measure(path: Path, judges: tuple[Judge, ...], mesh: Mesh, data_dir: str | None, *, seed: int) -> Items:
     """Of an arm: its captions, its answers with the image and without, and its drawings."""
     loaded = load(path, mesh=mesh)
-    own = loaded.experiment.data
+    own, together = loaded.experiment.data, -(-BATCH // mesh.size) * mesh.size
     directory = local_path(data_dir or loaded.experiment.data_dir)
 
     def subject(loaded: Loaded, data: Data, split: str) -> Subject:
-        return subject_of(loaded, data, split, directory, mesh, BATCH, seed=seed, judges=judges or None)[0]
+        return subject_of(loaded, data, split, directory, mesh, together, seed=seed, judges=judges or None)[0]
 
     emoji = subject(loaded, own, "test")
     nats, counts = caption_nats(emoji)
