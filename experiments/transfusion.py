@@ -93,8 +93,8 @@ def published(
     """A published size and schedule (2408.11039, table 1 and section 4.1) on captioned images that TFDS has prepared.
 
     AdamW of (0.9, 0.95), decay 0.1, gradients clipped at 1, 3e-4 to 1.5e-5 by a cosine after 4,000 steps of warm-up.
-    Rows of 4,096 tokens hold as many documents as there is room for, each caption before its image and after it, where
-    the paper has four before for each one after. Latents are 32x32 of 8 channels, as those of its own first stage.
+    Rows of 4,096 tokens hold as many documents as there is room for, four of five with the caption first. Latents are
+    32x32 of 8 channels, as those of its own first stage.
     """
     kind = DecoderConfig if isinstance(image, Latents) else SeparateDecoderConfig
     decoder = kind(

@@ -65,10 +65,20 @@ def test_evaluation_documents_have_the_first_caption_and_an_image_to_predict(rec
     np.testing.assert_array_equal(example["image"][0], own)
 
 
-def test_packed_rows_hold_each_caption_in_both_orders(record):
-    documents = Interleaved().documents(record, INPUTS, TOKENIZER)
-    found = [parts_of(row([each], INPUTS, 0)) for each in documents]
-    assert found == [part for ids in WORDS.values() for part in ([1, *ids, None, 2], [1, None, *ids, 2])]
+def test_packed_rows_hold_a_document_of_each_caption_in_the_shares_that_are_asked_for(record):
+    """Always the same of a record, whatever process reads it."""
+    field, kinds, names = Interleaved(caption_first=0.8, caption_dropout=0.25), dict[str, int](), 1000
+    for number in range(names):
+        named = {**record, "record": f"record {number}"}
+        documents = [parts_of(row([each], INPUTS, 0)) for each in field.documents(named, INPUTS, TOKENIZER)]
+        assert documents == [parts_of(row([each], INPUTS, 0)) for each in field.documents(named, INPUTS, TOKENIZER)]
+        assert len(documents) == 2
+        for ids, kind in zip(WORDS.values(), documents, strict=True):
+            assert kind in ([1, *ids, None, 2], [1, None, *ids, 2], [1, None, 2])
+            order = "none" if len(kind) == 3 else "first" if kind[1] is not None else "after"
+            kinds[order] = kinds.get(order, 0) + 1
+    for order, share in {"none": 0.8 * 0.25, "first": 0.8 * 0.75, "after": 0.2}.items():
+        assert abs(kinds[order] / (2 * names) - share) < 5 * np.sqrt(share * (1 - share) / (2 * names))
 
 
 def test_what_the_smallest_model_reads_is_filled(record):

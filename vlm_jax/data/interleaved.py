@@ -1,5 +1,6 @@
 """Documents of images and texts that a model reads and writes alike."""
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,8 @@ class Interleaved(ImageReader):
     """An image and its caption as one document, in either order, all of which is to be predicted.
 
     In rows of their own, training examples have one of the captions, in an order that is drawn; evaluation examples the
-    first, and after it the image, which alone is to be predicted there. Packed rows (`Data.pack`) hold each caption in
-    both orders.
+    first, and after it the image, which alone is to be predicted there. Packed rows (`Data.pack`) hold a document of
+    each caption, whose order is drawn once for all epochs.
     """
 
     takes = ("image", "text")
@@ -34,12 +35,16 @@ class Interleaved(ImageReader):
                 raise UserError(f"{name} is {share}: a share lies in [0, 1]")
 
     def documents(self, record: Record, inputs: Inputs, tokenizer: Tokenizer) -> list[Tokens]:
-        """Of each caption, before the image and after it."""
-        return [
-            document(text, caption_first=first, span=span_of(inputs), tokenizer=tokenizer)
-            for text in record["text"]
-            for first in (True, False)
-        ]
+        """Of each caption, by its record's name and number."""
+        names = (f"{record['record']}/{number}".encode() for number in range(len(record["text"])))
+        draws = (np.random.default_rng(zlib.crc32(name)) for name in names)
+        return [self.arranged(text, inputs, tokenizer, rng) for text, rng in zip(record["text"], draws, strict=True)]
+
+    def arranged(self, text: str, inputs: Inputs, tokenizer: Tokenizer, rng: Rng) -> Tokens:
+        """In an order that is drawn, perhaps without the caption; without `rng` the caption first."""
+        first = rng is None or rng.random() < self.caption_first
+        dropped = first and rng is not None and rng.random() < self.caption_dropout
+        return document(None if dropped else text, caption_first=first, span=span_of(inputs), tokenizer=tokenizer)
 
     def parts(self, document: Tokens, length: int, record: Record) -> list[Tokens]:
         """The whole of it: half an image is none."""
@@ -52,11 +57,7 @@ class Interleaved(ImageReader):
 
     def read(self, record: Record, inputs: Inputs, tokenizer: Tokenizer | None, rng: Rng) -> Example:
         tokenizer = known(tokenizer)
-        text = one_of(record["text"], record, rng)
-        first = rng is None or rng.random() < self.caption_first
-        if first and rng is not None and rng.random() < self.caption_dropout:
-            text = None
-        found = document(text, caption_first=first, span=span_of(inputs), tokenizer=tokenizer)
+        found = self.arranged(one_of(record["text"], record, rng), inputs, tokenizer, rng)
         if rng is None:
             places = np.arange(len(found.tokens)) - found.image_at
             found = found._replace(target=found.target & (places >= 0) & (places < span_of(inputs)))
