@@ -16,7 +16,8 @@ from vlm_jax.data import Data, Interleaved, Text, VisualCaption, VisualQuestion
 from vlm_jax.data.conversation import ALONE, LINE
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import chameleon, language, llava, transfusion
-from vlm_jax.models.parts.noised_images import Latents, Pixels
+from vlm_jax.models.parts.noised_images import CodedPixels, Latents, Pixels
+from vlm_jax.models.parts.own_codes import OwnCodes
 from vlm_jax.nn.decoder import DecoderConfig
 from vlm_jax.nn.image_patches import ConvolutionalPatches
 from vlm_jax.start import Start
@@ -28,9 +29,9 @@ MARKS: dict[str, Any] = {"bos_id": 1, "begin_id": WORDS, "end_id": WORDS + 1}
 ASKED = (VisualQuestion(template=LINE), VisualCaption(template=ALONE))
 
 
-def text(tokens: int) -> language.Config:
+def text(tokens: int, context_length: int = 104) -> language.Config:
     """The decoder of all, with a vocabulary of so many."""
-    return language.Config(vocab_size=tokens, context_length=104, eos_id=2, decoder=DECODER)
+    return language.Config(vocab_size=tokens, context_length=context_length, eos_id=2, decoder=DECODER)
 
 
 def arm(model: Any, *, draws: bool, **settings: Any) -> Experiment:
@@ -61,9 +62,7 @@ def arm(model: Any, *, draws: bool, **settings: Any) -> Experiment:
 def tradeoff_reader() -> Experiment:
     """A decoder that reads what the image tower of `clip-small` sees, which is needed, as LLaVA does; draws nothing."""
     return arm(
-        llava.Config(
-            vision=replace(clip_small().model.image, features=1), language=replace(text(WORDS), context_length=104)
-        ),
+        llava.Config(vision=replace(clip_small().model.image, features=1), language=text(WORDS)),
         draws=False,
         start=(Start(workdir="runs/clip-small", take="image", into="vision"),),
         frozen=(r"^vision/",),
@@ -117,4 +116,22 @@ def tradeoff_encoder_free() -> Experiment:
     return arm(transfusion.Config(image=PIXELS, language=text(WORDS + 2), **MARKS), draws=False)
 
 
-PRESETS = (tradeoff_reader, tradeoff_encoder_free, tradeoff_chameleon, tradeoff_transfusion, tradeoff_pixels)
+def tradeoff_coded_pixels() -> Experiment:
+    """A decoder that names 16 codes of its own making before it draws pixels, and needs no other model either."""
+    codes = OwnCodes(code_at=WORDS + 2, size=256)
+    image = CodedPixels(**vars(PIXELS), codes=codes)
+    return arm(
+        transfusion.Config(image=image, language=text(codes.untold + 1, context_length=120), **MARKS),
+        draws=True,
+        sampling=transfusion.Sampling(solver="heun", steps=25, guidance=3.0),
+    )
+
+
+PRESETS = (
+    tradeoff_reader,
+    tradeoff_encoder_free,
+    tradeoff_chameleon,
+    tradeoff_transfusion,
+    tradeoff_pixels,
+    tradeoff_coded_pixels,
+)

@@ -30,7 +30,8 @@ from vlm_jax.models import (
     vdm,
     vqvae,
 )
-from vlm_jax.models.parts.noised_images import Latents, Pixels
+from vlm_jax.models.parts.noised_images import CodedPixels, Latents, Pixels
+from vlm_jax.models.parts.own_codes import OwnCodes
 from vlm_jax.nn.adversary import Adversarial
 from vlm_jax.nn.autoencoder import Pyramid
 from vlm_jax.nn.decoder import DecoderConfig, PostNormDecoderConfig, SeparateDecoderConfig
@@ -191,6 +192,11 @@ CONFIGS: dict[str, Any] = {
             **IMAGE, patches=ConvolutionalPatches(widths=(2, 4), blocks=1, groups=2, dropout=DROPOUT), masked_from=0
         ),
         language=replace(TRANSFUSION.language, decoder=SeparateDecoderConfig(**vars(DECODER))),
+    ),
+    "transfusion of codes": replace(
+        TRANSFUSION,
+        image=CodedPixels(**IMAGE, patches=LinearPatches(patch_size=2), codes=OwnCodes(code_at=7, size=3, pool=1)),
+        language=replace(TRANSFUSION.language, vocab_size=11, context_length=10),
     ),
     "vae": VAE,
     "vae of a learned prior": replace(VAE, pseudo_inputs=2),

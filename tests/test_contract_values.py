@@ -37,11 +37,11 @@ DROPOUTS: dict[str, set[tuple[float, bool]]] = {
     "kde of densities": set(),
     "ladder vae": {(DROPOUT, True), (0.0, False)},  # the encoder has none
     "vae of a learned prior": {(DROPOUT, True), (DROPOUT, False)},  # the prior's pass through the encoder has none
-    # Nor have first stages, and readers of texts.
+    # Nor have first stages, readers of texts, and a slow copy of the model.
     **{
         name: {(DROPOUT, True), (DROPOUT, False)}
         for name, config in CONFIGS.items()
-        if any(hasattr(each, "first") for each in (config, getattr(config, "image", None)))
+        if any(hasattr(config.image if hasattr(config, "image") else config, name) for name in ("first", "codes"))
         or (hasattr(config, "network") and getattr(config, "text", None) is not None)
     },
 }

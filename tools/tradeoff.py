@@ -46,7 +46,7 @@ from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.workdir import CHECKPOINTS, Loaded, has_checkpoints, load, read_record
 
-READERS, TWO_STAGES, ONE_STAGE = ("reader", "encoder-free"), ("chameleon", "transfusion"), ("pixels",)
+READERS, TWO_STAGES, ONE_STAGE = ("reader", "encoder-free"), ("chameleon", "transfusion"), ("pixels", "coded-pixels")
 ARMS = (*READERS, *TWO_STAGES, *ONE_STAGE)
 QUESTIONS = {"easy_vqa": "test[:2000]", "mosaic": "test[:2000]"}
 """The data sets that are asked about, and how much of them."""

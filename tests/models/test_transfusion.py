@@ -1,7 +1,7 @@
 """Transfusion: who sees whom against a double loop, what is drawn against everything read anew, losses by hand."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,10 @@ from vlm_jax.contract import abstract_batch
 from vlm_jax.data.fields import Tokens, left_padded, row
 from vlm_jax.errors import UserError
 from vlm_jax.models import language, transfusion
-from vlm_jax.models.parts.noised_images import Latents, Pixels, masked_patches, noised
-from vlm_jax.models.transfusion import Config, Sampling, Transfusion
+from vlm_jax.models.parts.mixed_network import MixedNetwork
+from vlm_jax.models.parts.noised_images import CodedPixels, Latents, Pixels, masked_patches, noised
+from vlm_jax.models.parts.own_codes import OwnCodes, balanced, moved, nearest, pooled
+from vlm_jax.models.transfusion import Config, Sampling
 from vlm_jax.nn.decoder import SeparateDecoderConfig
 from vlm_jax.nn.image_patches import ConvolutionalPatches, LinearPatches
 from vlm_jax.nn.joint_vocabulary import guided
@@ -31,7 +33,9 @@ from vlm_jax.trees import leaves_by_path, map_with_path
 
 KEY = jax.random.key(0)
 PAD, BOS, EOS, A, B, BEGIN, END = range(7)
-VOCABULARY, LENGTH, SPAN, CONTEXT = END + 1, 4, 6, 16
+VOCABULARY, LENGTH, CONTEXT = END + 1, 4, 20
+CODE, CODES, UNTOLD = VOCABULARY, 3, VOCABULARY + 3
+"""Tokens of codes, of the model that names them: four of three for each image."""
 PIXELS = Pixels(
     image_size=4, channels=1, levels=3, patches=LinearPatches(patch_size=2, bottleneck=3), read_noise_share=0.0
 )
@@ -54,7 +58,18 @@ LATENTS = replace(
     ),
     language=replace(CONFIG.language, decoder=SeparateDecoderConfig(**(vars(SHALLOW) | {"qk_norm": "rms"}))),
 )
-CONFIGS = {"pixels": CONFIG, "latents": LATENTS}
+CODED = replace(
+    CONFIG,
+    image=CodedPixels(
+        **{field.name: getattr(PIXELS, field.name) for field in fields(PIXELS)},
+        codes=OwnCodes(code_at=CODE, size=CODES, pool=1),
+    ),
+    language=replace(CONFIG.language, vocab_size=UNTOLD + 1, context_length=28),
+)
+CONFIGS = {"pixels": CONFIG, "latents": LATENTS, "coded": CODED}
+NAMED = {"pixels": 0, "latents": 0, "coded": 4}
+"""Codes of an image."""
+SPAN = {name: 2 + codes + LENGTH for name, codes in NAMED.items()}
 MODELS = {name: build(config) for name, config in CONFIGS.items()}
 PLAIN = {name: models.build(config) for name, config in CONFIGS.items()}
 IMAGES = {
@@ -73,36 +88,39 @@ def variables(kind: str) -> Any:
     model = PLAIN[kind]
     shapes = jax.eval_shape(model.init, KEY, abstract_batch(model.inputs, 1))
     params = jax.tree.map(jnp.asarray, random_params({"params": shapes["params"]}, scale=0.7))
-    rest = {name: tree for name, tree in shapes.items() if name != "params"}
-    return params | jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), rest)
+    rest = {name: tree for name, tree in shapes.items() if name not in ("params", "teacher")}
+    found = params | jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), rest)
+    if "teacher" in shapes:
+        found["teacher"] = jax.tree.map(jnp.asarray, random_params(shapes["teacher"], scale=0.7, seed=1))
+    return found
 
 
-def laid(document: list[Any]) -> tuple[Tokens, list[np.ndarray]]:
+def laid(kind: str, document: list[Any]) -> tuple[Tokens, list[np.ndarray]]:
     """Tokens and images, of which all is to be predicted but the first token."""
     tokens, places, images = list[int](), list[int](), list[np.ndarray]()
     for each in document:
         if isinstance(each, np.ndarray):
             places.append(len(tokens))
             images.append(each)
-        tokens += [PAD] * SPAN if isinstance(each, np.ndarray) else [each]
+        tokens += [PAD] * SPAN[kind] if isinstance(each, np.ndarray) else [each]
     return Tokens(np.array(tokens, np.int32), np.arange(len(tokens)) > 0, np.array(places, np.int32)), images
 
 
 def rows(kind: str, *documents: list[Any]) -> dict[str, np.ndarray]:
     found = []
-    for tokens, images in map(laid, documents):
+    for tokens, images in (laid(kind, each) for each in documents):
         image = np.zeros(MODELS[kind].inputs["image"].shape, np.uint8)
         image[: len(images)] = images if images else 0
         found.append(row([tokens], MODELS[kind].inputs, PAD) | {"image": image})
     return {name: np.stack([each[name] for each in found]) for name in found[0]}
 
 
-class Reader(Transfusion):
+class Reader(MixedNetwork):
     """All that is said of a row, without a cache."""
 
     def everything(self, batch: Any, x: Any, time: Any) -> tuple[Any, Any]:
         _, output = self(batch, x, time)
-        tokens, first = batch["tokens"], batch["image_at"] + 1
+        tokens, first = batch["tokens"], batch["image_at"] + 1 + self.codes
         read, _ = self.patches(x.reshape(-1, *x.shape[2:]), time.reshape(-1))
         inside = image_numbers(first, LENGTH, tokens.shape[1])
         y = place_images(self.embed(tokens), read.reshape(*first.shape, *read.shape[1:]), first)
@@ -111,8 +129,13 @@ class Reader(Transfusion):
         return token_logits(y, self.language.outputs()), output
 
 
+def network(kind: str, config: language.Config) -> Any:
+    image = CONFIGS[kind].image
+    return Reader(config, image.patches, noised(image).shape[-1], LENGTH, NAMED[kind])
+
+
 READ = {
-    name: program(partial(Reader(config, noised(config.image).shape[-1], LENGTH).apply, method="everything"))
+    name: program(partial(network(name, config.language).apply, method="everything"))
     for name, config in CONFIGS.items()
 }
 
@@ -122,13 +145,14 @@ def still(kind: str, *shape: int) -> jax.Array:
     return jnp.full(shape, path.time(path.solved_times(1)[-1]), jnp.float32)
 
 
-def marked(batch: Any) -> dict[str, Any]:
-    """With what begins and ends each image."""
+def marked(kind: str, batch: Any, told: Any = None) -> dict[str, Any]:
+    """With what begins and ends each image, and its codes, or what stands for none."""
     tokens = np.array(batch["tokens"])
-    for each, places in zip(tokens, batch["image_at"], strict=True):
-        for place in places:
+    for number, (each, places) in enumerate(zip(tokens, batch["image_at"], strict=True)):
+        for image, place in enumerate(places):
             if place < len(each):
-                each[place], each[place + 1 : place + 1 + LENGTH], each[place + SPAN - 1] = BEGIN, 0, END
+                own = [UNTOLD] * NAMED[kind] if told is None else [*told[number][image]]
+                each[place : place + SPAN[kind]] = [BEGIN, *own, *[0] * LENGTH, END]
     return {**batch, "tokens": tokens}
 
 
@@ -143,16 +167,16 @@ def test_who_sees_whom_is_as_a_double_loop_says(kind, variables):
     """Of one layer, through which a place says something of exactly those that it attends to. Two documents in a row,
     the first of two images with a text after them."""
     one, two = IMAGES[kind][:2]
-    config = replace(CONFIGS[kind], language=replace(CONFIGS[kind].language, context_length=24))
+    config = replace(CONFIGS[kind], language=replace(CONFIGS[kind].language, context_length=40))
     model = models.build(config)
-    (first, images), (second, _) = laid([BOS, one, A, two, B, EOS]), laid([BOS, B, A, EOS])
+    (first, images), (second, _) = laid(kind, [BOS, one, A, two, B, EOS]), laid(kind, [BOS, B, A, EOS])
     batch = {name: value[None] for name, value in row([first, second], model.inputs, PAD).items()}
-    batch = marked(batch | {"image": np.stack(images)[None]})
+    batch = marked(kind, batch | {"image": np.stack(images)[None]})
     # Queries of next to nothing attend to all that they see alike, and small patches do not drown what they see.
     small = r"query|reader/patch"
     variables = map_with_path(lambda path, leaf: 1e-4 * leaf if re.search(small, path) else leaf, variables)
-    x, length = read(kind, variables, batch), 24
-    module: Any = Reader(config, x.shape[-1], LENGTH)
+    x, length = read(kind, variables, batch), 40
+    module = network(kind, config.language)
     said = jax.jit(
         lambda tokens, x: module.apply(
             variables, {**batch, "tokens": tokens}, x, still(kind, 1, 2), method="everything"
@@ -160,7 +184,7 @@ def test_who_sees_whom_is_as_a_double_loop_says(kind, variables):
     )
     patches = np.full(length, -1)
     for number, place in enumerate(batch["image_at"][0]):
-        patches[place + 1 : place + 1 + LENGTH] = number
+        patches[place + SPAN[kind] - 1 - LENGTH : place + SPAN[kind] - 1] = number
     before = said(batch["tokens"], x)
     for j in range(length):
         if patches[j] >= 0:  # every patch of an image sees all of it, and its blocks may look over the edges
@@ -181,21 +205,23 @@ def test_texts_are_learned_by_their_likelihood_and_images_by_their_squared_error
     """A mean over tokens and patches; what begins an image is a token, and what ends it is not."""
     one, two = IMAGES[kind][:2]
     batch = rows(kind, [BOS, A, one, EOS], [BOS, B, A, EOS], [BOS, two, B, EOS])
-    batch["target"][2, 1 : 1 + SPAN] = False  # read, not drawn
+    batch["target"][2, 1 : 1 + SPAN[kind]] = False  # read, not drawn
     loss, aux = MODELS[kind].loss(variables, batch, KEY, 0, train=False)
-    tokens = (2 + 1) + 3 + 2
+    tokens = (2 + 1) + 3 + 2 + NAMED[kind]
     assert aux.weight == tokens + LENGTH
     np.testing.assert_allclose(aux.metrics["text_share"], tokens / (tokens + LENGTH), rtol=1e-6)
     np.testing.assert_allclose(loss, aux.metrics["text"] + aux.metrics["image"], rtol=1e-6)
     if kind == "latents":
         return  # the image that is read is a draw of its latents
-    logits, _ = READ[kind](variables, marked(batch), read(kind, variables, batch), still(kind, 3, 2))
+    logits, _ = READ[kind](variables, marked(kind, batch), read(kind, variables, batch), still(kind, 3, 2))
     said = np.asarray(jax.nn.log_softmax(logits))
     known = said[0, 0, A] + said[0, 1, BEGIN] + said[1, 0, B] + said[1, 1, A] + said[1, 2, EOS]
-    known += said[2, SPAN, B] + said[2, SPAN + 1, EOS]
+    known += said[2, SPAN[kind], B] + said[2, SPAN[kind] + 1, EOS]
+    if kind == "coded":
+        return  # its codes are of an image that has noise after them: the likelihood tells them apart
     rest = -float(aux.metrics["text"]) * float(aux.weight) - known
     assert rest < 0  # the end of the first, after an image that has noise
-    batch["target"][0, 2 + SPAN :] = False
+    batch["target"][0, 2 + SPAN[kind] :] = False
     _, aux = MODELS[kind].loss(variables, batch, KEY, 0, train=False)
     np.testing.assert_allclose(-float(aux.metrics["text"]) * float(aux.weight), known, rtol=1e-5)
 
@@ -216,7 +242,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_parts_by_their_weights(kind, var
     one = IMAGES[kind][0]
     documents = [[BOS, A, B, A, EOS], [BOS, EOS], [BOS, one, B, EOS], [BOS, B, EOS]]
     batch = rows(kind, *documents)
-    batch["target"][2, 1 : 1 + SPAN] = False
+    batch["target"][2, 1 : 1 + SPAN[kind]] = False
     whole, aux = MODELS[kind].loss(variables, batch, KEY, 0, train=False)
     parts = [
         MODELS[kind].loss(variables, {name: value[n : n + 1] for name, value in batch.items()}, KEY, 0, train=False)
@@ -230,16 +256,16 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_parts_by_their_weights(kind, var
 def test_the_likelihood_of_texts_is_exact_whatever_images_are_drawn_beside(kind, variables):
     one = IMAGES[kind][0]
     batch = rows(kind, [BOS, one, A, EOS], [BOS, B, A, EOS])
-    batch["target"][0, 1 : 1 + SPAN] = False
+    batch["target"][0, 1 : 1 + SPAN[kind]] = False
     found = np.asarray(MODELS[kind].log_likelihood(variables, batch, KEY), np.float64)
-    logits, _ = READ[kind](variables, marked(batch), read(kind, variables, batch), still(kind, 2, 2))
+    logits, _ = READ[kind](variables, marked(kind, batch), read(kind, variables, batch), still(kind, 2, 2))
     log_probs = np.asarray(logits, np.float64) - scipy.special.logsumexp(
         np.asarray(logits, np.float64), axis=-1, keepdims=True
     )
-    np.testing.assert_allclose(found[0], log_probs[0, SPAN, A] + log_probs[0, SPAN + 1, EOS], rtol=1e-4)
+    np.testing.assert_allclose(found[0], log_probs[0, SPAN[kind], A] + log_probs[0, SPAN[kind] + 1, EOS], rtol=1e-4)
     np.testing.assert_allclose(found[1], log_probs[1, 0, B] + log_probs[1, 1, A] + log_probs[1, 2, EOS], rtol=1e-4)
     assert np.asarray(MODELS[kind].count(batch)).tolist() == [2, 3]
-    batch["target"][0, 1 : 1 + SPAN] = True
+    batch["target"][0, 1 : 1 + SPAN[kind]] = True
     drawn = float(MODELS[kind].log_likelihood(variables, batch, KEY)[0])
     assert drawn < found[0]
     assert int(MODELS[kind].count(batch)[0]) == 2 + one.size
@@ -271,8 +297,72 @@ def test_half_of_the_images_lose_up_to_half_of_their_patches():
     assert abs(shares.mean() - 0.125) < 0.01
 
 
+@pytest.mark.parametrize("kind", ["coded"], indirect=True)
+def test_the_likelihood_of_an_image_is_of_its_codes_and_of_its_pixels_given_them(kind, variables):
+    one, two = IMAGES[kind][:2]
+    batch = rows(kind, [BOS, A, one, EOS], [BOS, two, B, EOS])
+    found = np.asarray(MODELS[kind].log_likelihood(variables, batch, KEY), np.float64)
+    x, images = read(kind, variables, batch), noised(CONFIGS[kind].image)
+    teacher = network(kind, CODED.language).apply(
+        {"params": variables["teacher"]["params"]}, x[:, 0], still(kind, 2), method="look"
+    )
+    codes = CODE + np.asarray(nearest(pooled(teacher, 1), variables["teacher"]["prototypes"]))
+    told = np.stack([codes, np.full_like(codes, UNTOLD)], axis=1)
+
+    def likely(batch: dict[str, Any]) -> np.ndarray:
+        """Of the token after each place."""
+        logits, _ = READ[kind](variables, batch, x, still(kind, 2, 2))
+        log_probs = jax.nn.log_softmax(logits)
+        return np.asarray(jnp.take_along_axis(log_probs, jnp.roll(batch["tokens"], -1, axis=1)[..., None], axis=-1))[
+            ..., 0
+        ]
+
+    def output(x_t: Any, t: Any) -> Any:
+        time = still(kind, 2, 2).at[:, 0].set(images.path.time(t))
+        return READ[kind](variables, marked(kind, batch, told), x.at[:, 0].set(x_t), time)[1][:, 0]
+
+    plain, named = likely(marked(kind, batch)), likely(marked(kind, batch, told))
+    pixels = images.log_likelihood(variables, batch["image"][:, 0], output, jax.random.fold_in(KEY, 0))
+    texts = [plain[0, [0, 1, 1 + SPAN[kind]]].sum(), plain[1, [0, SPAN[kind], 1 + SPAN[kind]]].sum()]
+    own = [named[0, 2 : 2 + NAMED[kind]].sum(), named[1, 1 : 1 + NAMED[kind]].sum()]
+    np.testing.assert_allclose(found, np.array(texts) + np.array(own) + np.asarray(pixels), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["coded"], indirect=True)
+def test_the_copy_and_the_prototypes_move_in_training_alone_and_have_no_gradient(kind, variables):
+    batch = rows(kind, [BOS, A, IMAGES[kind][0], EOS], [BOS, IMAGES[kind][1], B, EOS])
+    _, trained = MODELS[kind].loss(variables, batch, KEY, 0, train=True)
+    _, evaluated = MODELS[kind].loss(variables, batch, KEY, 0, train=False)
+    before = leaves_by_path(variables["teacher"])
+    after, still_there = (leaves_by_path(aux.state["teacher"]) for aux in (trained, evaluated))
+    own = leaves_by_path({"params": variables["params"]})
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(still_there[path], leaf)
+        if path != "prototypes":
+            np.testing.assert_allclose(after[path], 0.996 * leaf + 0.004 * own[path], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(after["prototypes"], axis=1), 1, rtol=1e-5)
+
+
+def test_prototypes_have_equal_shares_and_follow_what_is_theirs():
+    similarity = jax.random.uniform(KEY, (600, 4), minval=-0.2, maxval=0.2)
+    similarity = similarity.at[:, 0].add(0.1)  # which without balance would take most
+    real = jnp.arange(600) < 400
+    shares = np.asarray(balanced(similarity, real))
+    np.testing.assert_allclose(shares.sum(axis=1), np.where(real, 1, 0), rtol=1e-4)
+    np.testing.assert_allclose(shares.sum(axis=0), 100, rtol=0.1)
+    config = OwnCodes(code_at=0, size=2, prototype_decay=0.5)
+    params = {"reader": jnp.ones(1), "language": {"decoder": jnp.ones(1)}}
+    teacher = {"params": params, "prototypes": jnp.float32([[1, 0], [0, 1]])}
+    features = jnp.float32([[[0.8, 0.6]], [[0.6, 0.8]]])
+    near = moved(teacher, params, features, jnp.array([True, True]), config)["prototypes"]
+    share = float(balanced(features[:, 0] @ teacher["prototypes"].T, jnp.array([True, True]))[0, 0])
+    mean = np.float32([0.8, 0.6]) * share + np.float32([0.6, 0.8]) * (1 - share)
+    expected = np.float32([1, 0]) + mean / np.linalg.norm(mean)
+    np.testing.assert_allclose(near[0], expected / np.linalg.norm(expected), rtol=1e-4)
+
+
 def prompt(kind: str, documents: list[list[Any]]) -> dict[str, np.ndarray]:
-    tokens, images = zip(*map(laid, documents), strict=True)
+    tokens, images = zip(*(laid(kind, each) for each in documents), strict=True)
     stated = [each._replace(target=np.zeros(len(each.tokens), bool)) for each in tokens]
     image = np.zeros((len(documents), *MODELS[kind].inputs["image"].shape), np.uint8)
     for place, each in zip(image, images, strict=True):
@@ -285,13 +375,16 @@ class Document:
 
     def __init__(self, kind: str, variables: Any, parts: list[Any]) -> None:
         self.kind, self.variables = kind, variables
-        tokens, images = laid(parts)
+        tokens, images = laid(kind, parts)
         self.tokens, self.at = tokens.tokens.tolist(), tokens.image_at.tolist()
         self.x = [np.asarray(noised(CONFIGS[kind].image).read(variables, each[None])[0]) for each in images]
 
-    def said(self, x: list[Any], places: list[int], tokens: list[int], times: list[Any]) -> tuple[Any, Any]:
-        room = 40
-        batch = {
+    def said(
+        self, x: list[Any], places: list[int], tokens: list[int], times: list[Any], told: Any = None
+    ) -> tuple[Any, Any]:
+        """Of which the last image is told codes, as far as there are some."""
+        room = 60
+        batch: dict[str, Any] = {
             "tokens": np.int32([tokens + [0] * (room - len(tokens))]),
             "segment": np.int32([[1] * len(tokens) + [0] * (room - len(tokens))]),
             "image_at": np.int32([places + [room] * (4 - len(places))]),
@@ -299,31 +392,50 @@ class Document:
         blank = np.zeros(noised(CONFIGS[self.kind].image).shape, np.float32)
         images = jnp.stack([*map(jnp.asarray, x), *[blank] * (4 - len(x))])[None]
         time = jnp.concatenate([*(jnp.reshape(each, 1) for each in times), still(self.kind, 4 - len(x))])[None]
-        return READ[self.kind](self.variables, marked(batch), images, time)
+        batch = marked(self.kind, batch)
+        if told is not None:
+            batch["tokens"][0, places[-1] + 1 : places[-1] + 1 + len(told)] = told
+        return READ[self.kind](self.variables, batch, images, time)
 
     def next_logits(self) -> np.ndarray:
         logits, _ = self.said(self.x, self.at, self.tokens, [still(self.kind)] * len(self.x))
         return np.asarray(logits[0, len(self.tokens) - 1])
 
-    def output(self, x_t: Any, time: Any, shown: str) -> Any:
-        """Of an image that comes next, told all, images alone or nothing of what is before it."""
-        tokens, at = list(self.tokens), list(self.at)
-        x = list(self.x)
+    def next_image(self, x_t: Any, time: Any, shown: str, told: Any) -> tuple[Any, Any, int]:
+        """What is said where an image comes next, told all, images alone or nothing of what is before it."""
+        tokens, at, x = list(self.tokens), list(self.at), list(self.x)
         if shown != "all":
-            x = x if shown == "images" else []
-            tokens, at = [BOS, *[PAD] * (SPAN * len(x))], [1 + SPAN * n for n in range(len(x))]
-        at, tokens = [*at, len(tokens)], [*tokens, *[PAD] * SPAN]
-        _, output = self.said([*x, x_t], at, tokens, [*[still(self.kind)] * len(x), time])
-        return output[0, len(x)]
+            x, span = x if shown == "images" else [], SPAN[self.kind]
+            tokens, at = [BOS, *[PAD] * (span * len(x))], [1 + span * n for n in range(len(x))]
+        at, tokens = [*at, len(tokens)], [*tokens, *[PAD] * SPAN[self.kind]]
+        logits, output = self.said([*x, x_t], at, tokens, [*[still(self.kind)] * len(x), time], told)
+        return logits[0], output[0, len(x)], at[-1]
+
+    def codes(self, ways: list[str], sampling: Sampling) -> list[int]:
+        """The likeliest, one after the other."""
+        found: list[int] = []
+        blank = np.zeros(noised(CONFIGS[self.kind].image).shape, np.float32)
+        for _ in range(NAMED[self.kind]):
+            said = []
+            for each in ways:
+                logits, _, at = self.next_image(blank, still(self.kind), each, found)
+                said.append(logits[at + len(found)][None])
+            mixed = guided(said, sampling.code_guidance, sampling.image_guidance)[0]
+            found.append(CODE + int(jnp.argmax(mixed[CODE : CODE + CODES])))
+        return found
 
     def draw(self, noise: Any, sampling: Sampling) -> np.ndarray:
         images = noised(CONFIGS[self.kind].image)
         path = images.path
 
+        ways = ["all", "nothing"][: 1 if sampling.guidance == 1 and self.kind != "coded" else 2]
+        ways += ["images"] if sampling.image_guidance is not None else []
+        named = self.codes(ways, sampling)
+
         def denoise(x: Any, t: Any) -> Denoised:
-            shown = ["all", "nothing"][: 1 if sampling.guidance == 1 else 2]
-            shown += ["images"] if sampling.image_guidance is not None else []
-            outputs = [self.output(x[0], path.time(t).astype(jnp.float32), each)[None] for each in shown]
+            time = path.time(t).astype(jnp.float32)
+            told = [named if each == "all" else [] for each in ways]
+            outputs = [self.next_image(x[0], time, *each)[1][None] for each in zip(ways, told, strict=True)]
             data = [path.data(each, x, jnp.reshape(t, 1)) for each in outputs]
             return Denoised(guided(data, sampling.guidance, sampling.image_guidance))
 
@@ -331,8 +443,8 @@ class Document:
         x = solve(denoise, path.level, path.solved_times(sampling.steps), noise[None], KEY)
         image = images.show(self.variables, x)
         self.at.append(len(self.tokens))
-        self.tokens += [BEGIN, *[0] * LENGTH, END]
-        self.x.append(np.asarray((images.read(self.variables, image) if self.kind == "pixels" else x)[0]))
+        self.tokens += [PAD] * SPAN[self.kind]
+        self.x.append(np.asarray((x if self.kind == "latents" else images.read(self.variables, image))[0]))
         return np.asarray(image[0])
 
 
@@ -352,7 +464,7 @@ def test_the_cache_draws_what_everything_read_anew_says(kind, variables, documen
     named = {"one": IMAGES[kind][0], "two": IMAGES[kind][1]}
     documents = [[named.get(part, part) if isinstance(part, str) else part for part in each] for each in documents]
     sampling = replace(sampling, solver="ddim", steps=3)
-    room = replace(CONFIGS[kind], language=replace(CONFIGS[kind].language, context_length=40))
+    room = replace(CONFIGS[kind], language=replace(CONFIGS[kind].language, context_length=60))
     generate = jax.jit(partial(models.build(room).generate, order=order, temperature=0.0, sampling=sampling))
     # Without noise there would be no image: the temperature is that of the tokens alone.
     found = jax.tree.map(np.asarray, generate(variables, KEY, prompt(kind, documents)))
@@ -375,7 +487,7 @@ def test_the_cache_draws_what_everything_read_anew_says(kind, variables, documen
         segment = found["segment"][number] > 0
         assert (
             found["tokens"][number][segment].tolist()
-            == marked({"tokens": np.int32([document.tokens]), "image_at": np.int32([document.at])})["tokens"][
+            == marked(kind, {"tokens": np.int32([document.tokens]), "image_at": np.int32([document.at])})["tokens"][
                 0
             ].tolist()
         )
@@ -443,6 +555,10 @@ def test_a_model_that_cannot_be_is_refused(change: dict[str, Any], message: str)
             "described_timesteps is 21: it must be above 1 and at most",
         ),
         (lambda: Sampling(image_guidance=-1.0), "sampling.image_guidance is -1.0: it must be a number, at least 0"),
+        (lambda: OwnCodes(code_at=0, size=2, pool=0), "codes.pool is 0: it must be at least 1"),
+        (lambda: OwnCodes(code_at=0, size=2, decay=1.0), "codes.decay is 1.0: it must be at least 0 and less than 1"),
+        (lambda: OwnCodes(code_at=0, size=2, pool=3).of(16), "4 patches a side cannot be pooled in squares of 3"),
+        (lambda: Sampling(code_guidance=-1.0), "sampling.code_guidance is -1.0: it must be a number, at least 0"),
         (lambda: Sampling(steps=0), "sampling.steps is 0: it must be at least 1"),
         (lambda: Sampling(length=0), "sampling.length is 0: at least 1 token must be drawn"),
         (
@@ -468,8 +584,8 @@ def test_settings_that_cannot_be_are_refused(make: Any, message: str):
         (Sampling(steps=2), ("text", "text"), "two texts in a row are one: name it once"),
         (
             Sampling(steps=2),
-            ("image",) * 3,
-            "the model's context_length is 16: shorten the prompts, or sampling.length",
+            ("image",) * 4,
+            "the model's context_length is 20: shorten the prompts, or sampling.length",
         ),
     ],
 )

@@ -56,6 +56,7 @@ def all_arms(pixels: Items) -> dict[str, Items]:
         "chameleon": arm(2.2, 0.85, 0.3, seed=3),
         "transfusion": arm(2.2, 0.85, 0.4, seed=4),
         "pixels": pixels,
+        "coded-pixels": arm(2.5, 0.5, 0.3, seed=6),
     }
 
 

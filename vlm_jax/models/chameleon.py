@@ -223,8 +223,7 @@ def build(config: Config) -> Model:
 
         def drawn(state: State, start: int, key: Array) -> tuple[State, Int[Array, "B S"]]:
             """After an image, and its tokens."""
-            places = jnp.arange(len(plan.kind))
-            state = state._replace(real=state.real | ((places >= start) & (places < start + span)))
+            state = state.holding(start, span)
             begin, end = (jnp.full(rows, mark, jnp.int32) for mark in (config.begin_id, config.end_id))
 
             def step(state: State, place: Array) -> tuple[State, Array]:

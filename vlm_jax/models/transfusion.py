@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -19,24 +18,31 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.models import language
-from vlm_jax.models.language import Language
-from vlm_jax.models.parts.continuation import Decoding, State, continued_batch
-from vlm_jax.models.parts.noised_images import FIRST, IMAGE, Latents, Pixels, check_solving, masked_patches, noised
-from vlm_jax.nn.attention import Cache, empty_cache
-from vlm_jax.nn.image_patches import PatchReader, PatchWriter, reader_rules, writer_rules
-from vlm_jax.nn.joint_vocabulary import JointVocabulary, guided, planned, prompted, streams
+from vlm_jax.models.parts.continuation import Decoding, State, continued_batch, drawn_token
+from vlm_jax.models.parts.mixed_network import MixedNetwork
+from vlm_jax.models.parts.noised_images import (
+    FIRST,
+    IMAGE,
+    CodedPixels,
+    Latents,
+    Pixels,
+    check_solving,
+    masked_patches,
+    noised,
+)
+from vlm_jax.models.parts.own_codes import TEACHER, begun, moved, nearest, pooled
+from vlm_jax.nn.attention import empty_cache
+from vlm_jax.nn.image_patches import reader_rules, writer_rules
+from vlm_jax.nn.joint_vocabulary import CODE, JointVocabulary, guided, planned, prompted, streams
 from vlm_jax.nn.sequence import (
     attention_mask,
     followed_images,
     image_numbers,
     next_tokens,
     place_images,
-    positions,
-    take_images,
     target_images,
 )
 from vlm_jax.nn.stack import unrolled
-from vlm_jax.objectives.language import Scores
 from vlm_jax.sampling.diffusion import SOLVERS, Denoised, OnStep, Solving
 from vlm_jax.sharding import under
 from vlm_jax.trees import assembled, merge
@@ -46,7 +52,7 @@ from vlm_jax.trees import assembled, merge
 class Config:
     """A language model, how it sees and draws images, and the tokens between which they stand."""
 
-    image: Latents | Pixels
+    image: Latents | Pixels | CodedPixels
     language: language.Config
     bos_id: int
     """The token that begins a document."""
@@ -76,120 +82,59 @@ class Sampling(language.Sampling, Solving):
     image_guidance: float | None = None
     """Guidance of what the images before it say, from which `guidance` then goes on to what the texts say (2211.09800,
     section 3.2.1); None: one guidance for both."""
+    code_guidance: float = 2.0
+    """Of a model that names codes before it draws: of these, away from those of an image that is told nothing. The
+    other guidance is then away from neither text nor codes (2605.31604)."""
 
     def __post_init__(self) -> None:
         language.Sampling.__post_init__(self)
         Solving.__post_init__(self)
-        if self.image_guidance is not None and not 0 <= self.image_guidance < math.inf:
-            raise UserError(f"sampling.image_guidance is {self.image_guidance}: it must be a number, at least 0")
+        for name in ("image_guidance", "code_guidance"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
+                raise UserError(f"sampling.{name} is {value}: it must be a number, at least 0")
         if self.guidance_rescale:
             raise UserError("sampling.guidance_rescale is of models of images alone: leave it at 0")
 
     def guidances_at(self, level: tuple[Array, Array]) -> tuple[Any, Any]:
         """Of texts and of images, at a level of noise."""
-        images = self.image_guidance
-        of_images = None if images is None else replace(self, guidance=images).guidance_at(level)
-        return self.guidance_at(level), of_images
-
-
-class Transfusion(nn.Module):
-    """A row of tokens and noisy images -> a distribution of each token, and an output for each image."""
-
-    config: Config
-    channels: int
-    """Of what is noised."""
-    length: int
-    """Patches of an image."""
-
-    def setup(self) -> None:
-        c = self.config
-        decoder = c.language.decoder
-        self.reader = PatchReader(c.image.patches, decoder.width, decoder.dtype)
-        self.writer = PatchWriter(c.image.patches, self.channels)
-        self.language = Language(c.language)
-        if isinstance(c.image, Pixels) and c.image.masked_from is not None:
-            self.mask = self.param("mask", nn.initializers.normal(0.02), (decoder.width,))
-
-    def patches(
-        self, x: Float[Array, "R h w c"], time: Float[Array, " R"], *, train: bool = False
-    ) -> tuple[Float[Array, "R L D"], tuple[Array, ...]]:
-        """Tokens of images, and what `image` sees of them."""
-        return self.reader(x, time, train=train)
-
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.language.embed(tokens)
-
-    def image(
-        self, hidden: Float[Array, "R L D"], seen: tuple[Array, ...], *, train: bool = False
-    ) -> Float[Array, "R h w c"]:
-        """The output of what the decoder makes of an image's patches."""
-        return self.writer(hidden, seen, train=train)
-
-    def __call__(
-        self,
-        batch: Batch,
-        x: Float[Array, "B N h w c"],
-        time: Float[Array, "B N"],
-        masked: Bool[Array, "B N L"] | None = None,
-        *,
-        train: bool = False,
-    ) -> tuple[Scores, Float[Array, "B N h w c"]]:
-        """Of the token that follows each place, and of each image.
-
-        Args:
-          masked: patches in whose place a learned vector stands.
-        """
-        tokens, segment, first = batch["tokens"], batch["segment"], batch["image_at"] + 1
-        rows, images = first.shape
-        read, seen = self.patches(x.reshape(rows * images, *x.shape[2:]), time.reshape(-1), train=train)
-        read = read.reshape(rows, images, *read.shape[1:])
-        if masked is not None:
-            read = jnp.where(masked[..., None], self.mask.astype(read.dtype), read)
-        inside = image_numbers(first, self.length, tokens.shape[1])
-        told = positions(segment), attention_mask(segment, inside)
-        y = place_images(self.embed(tokens), read, first)
-        y, _ = self.language.decoder(y, *told, image=inside >= 0, train=train)
-        output = self.image(
-            take_images(y, first, self.length).reshape(rows * images, self.length, -1), seen, train=train
-        )
-        return self.language.scored(y, jnp.roll(tokens, -1, axis=1)), output.reshape(x.shape)
-
-    def feed(self, *args: Any) -> tuple[Float[Array, "B n D"], tuple[Cache, ...]]:
-        """As `Language.feed`."""
-        return self.language.feed(*args)
-
-    def logits(self, y: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        """Of what follows one place."""
-        return self.language.logits(y)
+        of = self.image_guidance
+        return self.guidance_at(level), None if of is None else replace(self, guidance=of).guidance_at(level)
 
 
 def build(config: Config) -> Model:
     """A density over the target tokens of a row, and a bound on that of its target images where there is one."""
     c, images = config.language, noised(config.image)
-    path, patch_size = images.path, config.image.patches.patch_size
-    length = (images.shape[0] // patch_size) ** 2
-    span = length + 2
-    vocabulary = JointVocabulary(c.vocab_size, c.vocab_size, 0, config.bos_id, c.eos_id, config.begin_id, config.end_id)
+    path, patches = images.path, config.image.patches
+    length = (images.shape[0] // patches.patch_size) ** 2
+    coder = config.image.codes if isinstance(config.image, CodedPixels) else None
+    codes, named = (0, (c.vocab_size, 0)) if coder is None else (coder.of(length), (coder.code_at, coder.size + 1))
+    span = 1 + codes + length + 1
+    vocabulary = JointVocabulary(c.vocab_size, *named, config.bos_id, c.eos_id, config.begin_id, config.end_id)
     vocabulary.check()
     if span + 2 >= c.context_length:
         raise UserError(
             f"an image takes {span} places and the context_length is {c.context_length}: choose a longer one, or "
             f"larger patches"
         )
-    marks = jnp.zeros(span, jnp.int32).at[0].set(config.begin_id).at[-1].set(config.end_id)
-    module: Any = Transfusion(config, images.shape[-1], length)  # linen types what `apply` returns as a union
-    masked_from = config.image.masked_from if isinstance(config.image, Pixels) else None
+    marks = jnp.zeros(span, jnp.int32).at[1 : 1 + codes].set(0 if coder is None else coder.untold)
+    marks = marks.at[0].set(config.begin_id).at[-1].set(config.end_id)
+    masked_from = math.inf
+    if isinstance(config.image, Pixels) and config.image.masked_from is not None:
+        masked_from = config.image.masked_from
+    # linen types what `apply` returns as a union
+    module: Any = MixedNetwork(c, patches, images.shape[-1], length, codes, masked_from < math.inf)
 
     def init(key: Array, batch: Batch) -> Variables:
         first_key, own_key = jax.random.split(key)
         x = jnp.zeros((*batch["image_at"].shape, *images.shape))
-        masked = None if masked_from is None else jnp.zeros((*x.shape[:2], length), bool)
+        masked = jnp.zeros((*x.shape[:2], length), bool) if module.masks else None
         own = module.init(own_key, batch, x, jnp.zeros(x.shape[:2]), masked)
+        if coder is not None:
+            own = {**own, TEACHER: begun(first_key, own["params"], coder.size, c.decoder.width)}
         if images.first is None:
             return own
-        return merge(
-            own, assembled({IMAGE: assembled({FIRST: images.first.init(first_key, {"image": batch["image"][:, 0]})})})
-        )
+        first = images.first.init(first_key, {"image": batch["image"][:, 0]})
+        return merge(own, assembled({IMAGE: assembled({FIRST: first})}))
 
     def read(
         variables: Variables, image: Int[Array, "B N H W C"], key: Array | None = None
@@ -201,15 +146,30 @@ def build(config: Config) -> Model:
         """The time of images without noise."""
         return jnp.full(shape, path.time(path.solved_times(1)[-1]), jnp.float32)
 
-    def marked(batch: Batch) -> dict[str, Array]:
-        """With the tokens around each image."""
-        own = jnp.tile(marks[:, None], (*batch["image_at"].shape, 1, 1))
-        return {**batch, "tokens": place_images(batch["tokens"][..., None], own, batch["image_at"])[..., 0]}
+    def marked(batch: Batch, told: Int[Array, "B N M"] | None = None) -> dict[str, Array]:
+        """With the tokens around each image, and those of its codes."""
+        own = jnp.tile(marks, (*batch["image_at"].shape, 1))
+        if told is not None:
+            own = own.at[..., 1 : 1 + codes].set(told)
+        tokens = place_images(batch["tokens"][..., None], own[..., None], batch["image_at"])
+        return {**batch, "tokens": tokens[..., 0]}
 
-    def predicted(batch: Batch) -> Bool[Array, "B T"]:
-        """Places whose next token is a target: of a text, or what begins an image."""
-        inside = image_numbers(batch["image_at"] + 1, span - 1, batch["tokens"].shape[1])
-        return next_tokens(batch["tokens"], batch["target"] & (inside < 0), batch["segment"])[1]
+    def predicted(batch: Batch, named: Bool[Array, "B N"] | None = None) -> Bool[Array, "B T"]:
+        """Places whose next token is a target: of a text, what begins an image, or a code of images that are named."""
+        places = batch["tokens"].shape[1]
+        target = batch["target"] & (image_numbers(batch["image_at"] + 1, span - 1, places) < 0)
+        if named is not None:
+            image = image_numbers(batch["image_at"] + 1, codes, places)
+            target |= jnp.take_along_axis(named, jnp.maximum(image, 0), axis=1) & (image >= 0)
+        return next_tokens(batch["tokens"], target, batch["segment"])[1]
+
+    def own_codes(variables: Variables, x: Float[Array, "B N h w c"]) -> tuple[Int[Array, "B N M"], Array]:
+        """Tokens of what the copy sees in images, and its pooled features."""
+        assert coder is not None
+        teacher, flat = variables[TEACHER], x.reshape(-1, *images.shape)
+        seen = module.apply({"params": teacher["params"]}, flat, still(len(flat)), method="look")
+        seen = jax.lax.stop_gradient(pooled(seen, coder.pool))
+        return coder.code_at + nearest(seen, teacher["prototypes"]).reshape(*x.shape[:2], codes), seen
 
     def described(batch: Batch) -> Bool[Array, "B N"]:
         """Images that target tokens of a text follow, beside its end."""
@@ -224,25 +184,32 @@ def build(config: Config) -> Model:
 
         Among the metrics are its two parts, and the share of what it is a mean over that are tokens.
         """
-        batch = marked(batch)
-        latent_key, time_key, noise_key, mask_key, dropout_key = jax.random.split(key, 5)
+        latent_key, time_key, noise_key, mask_key, code_key, dropout_key = jax.random.split(key, 6)
         x = read(variables, batch["image"], latent_key)
         rows, flat = x.shape[:2], x.reshape(-1, *images.shape)
         t, learned = images.times(time_key, target_images(batch).reshape(-1), described(batch).reshape(-1), train=train)
         eps, learned = jax.random.normal(noise_key, flat.shape), learned.reshape(rows)
         x_t, time = path.noisy(flat, t, eps).reshape(x.shape), path.time(t).reshape(rows)
-        masked = None
-        if masked_from is not None and train:
-            masked = masked_patches(mask_key, learned & (step >= masked_from), length)
+        hidden = learned & (step >= masked_from)
+        masked = masked_patches(mask_key, hidden, length) if module.masks and train else None
+        state = {collection: tree for collection, tree in variables.items() if collection != "params"}
+        told, named = None, None
+        if coder is not None:
+            own, features = own_codes(variables, x)
+            named = learned & ~jax.random.bernoulli(code_key, coder.dropout if train else 0.0, rows)
+            told = jnp.where(named[..., None], own, coder.untold)
+            if train:
+                there = (batch["image_at"] < batch["tokens"].shape[1]).reshape(-1)
+                state[TEACHER] = moved(variables[TEACHER], variables["params"], features, there, coder)
+        batch = marked(batch, told)
         found, output = module.apply(variables, batch, x_t, time, masked, train=train, rngs={"dropout": dropout_key})
         error = jnp.mean(path.squared_error(output.reshape(flat.shape), flat, eps, t), axis=(1, 2, 3)).reshape(rows)
-        texts = predicted(batch)
-        tokens, patches = jnp.sum(texts, dtype=jnp.float32), length * jnp.sum(learned, dtype=jnp.float32)
-        weight = tokens + patches
+        texts = predicted(batch, named)
+        tokens = jnp.sum(texts, dtype=jnp.float32)
+        weight = tokens + length * jnp.sum(learned, dtype=jnp.float32)
         divisor = jnp.where(weight > 0, weight, 1)
         text = -jnp.sum(jnp.where(texts, found.log_prob, 0)) / divisor
         image = config.image_weight * length * jnp.sum(jnp.where(learned, error, 0)) / divisor
-        state = {collection: tree for collection, tree in variables.items() if collection != "params"}
         return text + image, Aux({"text": text, "image": image, "text_share": tokens / divisor}, weight, state)
 
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
@@ -251,14 +218,20 @@ def build(config: Config) -> Model:
         Images that are given have no noise, so that each that is a target takes passes of its own.
         """
         assert images.log_likelihood is not None
-        batch = marked(batch)
+        blank = batch = marked(batch)
         x, target = read(variables, batch["image"]), target_images(batch)
-        clean = still(x.shape[:2])
+        clean, everything = still(x.shape[:2]), predicted(batch)
+        mine = None if coder is None else own_codes(variables, x)[0]
         found, _ = module.apply(variables, batch, x, clean)
-        total = jnp.sum(jnp.where(predicted(batch), found.log_prob, 0), axis=1)
+        total = jnp.sum(jnp.where(everything, found.log_prob, 0), axis=1)
         for n in range(config.images):
+            if coder is not None and mine is not None:
+                named = target & (jnp.arange(config.images) == n)
+                batch = marked(blank, jnp.where(named[..., None], mine, coder.untold))
+                found, _ = module.apply(variables, batch, x, clean)
+                total += jnp.sum(jnp.where(predicted(batch, named) & ~everything, found.log_prob, 0), axis=1)
 
-            def output(x_t: Array, t: Array, n: int = n) -> Array:
+            def output(x_t: Array, t: Array, n: int = n, batch: Batch = batch) -> Array:
                 noisy, time = x.at[:, n].set(x_t), clean.at[:, n].set(path.time(t))
                 return module.apply(variables, batch, noisy, time)[1][:, n]
 
@@ -289,14 +262,15 @@ def build(config: Config) -> Model:
         begins. What is drawn is the target; it follows the prompt without gaps, and padding follows it. Images that
         are drawn are the last ones of `image`; `on_step` sees what is noised of them.
         """
-        check_solving(config.image, sampling)
-        plan = planned(batch, order, context=c.context_length, length=sampling.length, codes=length)
+        plan = planned(batch, order, context=c.context_length, length=sampling.length, codes=codes + length)
+        if plan.images:
+            check_solving(config.image, sampling)
         batch, rows = marked(batch), len(batch["tokens"])
-        scales = sampling.guidance, sampling.image_guidance
-        seen = streams(batch, span, *scales)[: None if plan.images else 1]
+        away = sampling.code_guidance if coder is not None and sampling.guidance == 1 else sampling.guidance
+        seen = streams(batch, span, away, sampling.image_guidance)[: None if plan.images else 1]
         params = variables["params"]
         d, stack = unrolled(c.decoder, params["language"]["decoder"])
-        unstacked: Any = module.clone(config=replace(config, language=replace(c, decoder=d)))
+        unstacked: Any = module.clone(config=replace(c, decoder=d))
         own = {"params": {**params, "language": {**params["language"], "decoder": stack}}}
 
         def call(method: str, *args: Any) -> Any:
@@ -305,16 +279,41 @@ def build(config: Config) -> Model:
         embed, feed, logits = (partial(call, method) for method in ("embed", "feed", "logits"))
         decoding = Decoding(embed, feed, logits, seen, plan, vocabulary)
 
+        def untold(state: State, place: Array) -> tuple[State, None]:
+            return decoding.told(state, jnp.full(rows, marks[1]), place), None
+
+        def coded(state: State, start: int, key: Array) -> State:
+            """After an image's codes, which what is told nothing is not told either."""
+            assert coder is not None
+            legal = vocabulary.legal()[CODE] & (jnp.arange(c.vocab_size) != coder.untold)
+            places = start + jnp.arange(codes)
+
+            def name(state: State, place: Array) -> tuple[State, Array]:
+                logits = guided(jnp.split(state.logits, len(seen)), sampling.code_guidance, sampling.image_guidance)
+                own = jax.random.fold_in(key, place)
+                code = drawn_token(own, logits, legal[None], temperature=temperature, sampling=sampling)
+                return decoding.told(state, code, place), code
+
+            def hide(state: State, told: tuple[Array, Array]) -> tuple[State, None]:
+                place, code = told
+                hidden = jnp.full(rows * (len(seen) - 1), coder.untold, jnp.int32)
+                return decoding.told(state, jnp.concatenate([code, hidden]), place), None
+
+            state, named = jax.lax.scan(name, state, places)
+            return state if len(seen) == 1 else jax.lax.scan(hide, state, (places, named))[0]
+
         def drawn(state: State, start: int, key: Array, *, last: bool) -> tuple[State, Array]:
             """After an image, and the image."""
-            noise_key, solver_key = jax.random.split(key)
-            places = (jnp.arange(len(plan.kind)) >= start) & (jnp.arange(len(plan.kind)) < start + span)
-            state = state._replace(real=state.real | places)
+            noise_key, solver_key, code_key = jax.random.split(key, 3)
+            state = state.holding(start, span)
             state = decoding.told(state, jnp.full(rows, config.begin_id, jnp.int32), start)
+            first = start + 1 + codes
+            if coder is not None:
+                state = coded(state, start + 1, code_key)
 
             def denoise(x: Array, t: Array) -> Denoised:
                 y, sight = call("patches", x, jnp.full(rows, path.time(t), jnp.float32))
-                hidden, _ = decoding.fed(state, y, start + 1, inside=True)
+                hidden, _ = decoding.fed(state, y, first, inside=True)
                 outputs = [call("image", each, sight) for each in jnp.split(hidden, len(seen))]
                 data = [path.data(output, x, jnp.broadcast_to(t, (rows,))) for output in outputs]
                 return Denoised(guided(data, *sampling.guidances_at(path.level(t))))
@@ -327,12 +326,14 @@ def build(config: Config) -> Model:
                 return state, image
             # Pixels are read as they are given out, latents as they were drawn.
             x = images.read(variables, image) if images.first is None else x
-            _, cache = decoding.fed(state, call("patches", x, still(rows))[0], start + 1, inside=True)
+            if coder is not None:  # what is read is told none
+                state, _ = jax.lax.scan(untold, state, start + 1 + jnp.arange(codes))
+            _, cache = decoding.fed(state, call("patches", x, still(rows))[0], first, inside=True)
             state = state._replace(cache=cache)
             return decoding.told(state, jnp.full(rows, config.end_id, jnp.int32), start + span - 1), image
 
         x = read(variables, batch["image"])
-        at = batch["image_at"] + 1
+        at = batch["image_at"] + 1 + codes
         y, _ = call("patches", x.reshape(-1, *images.shape), still(at.size))
         inside = image_numbers(at, length, batch["tokens"].shape[1])
         y = place_images(call("embed", batch["tokens"]), y.reshape(*at.shape, *y.shape[1:]), at)
@@ -382,7 +383,7 @@ def build(config: Config) -> Model:
             *under("reader", reader_rules(config.image.patches)),
             *under("writer", writer_rules(config.image.patches)),
             *under("language", language.rules_of(c)),
-            *(() if masked_from is None else ((r"^mask$", (None,)),)),
+            *(((r"^mask$", (None,)),) if module.masks else ()),
         ),
         conditions={"tokens": Input((c.context_length - span,), "int32", c.vocab_size, contains=c.eos_id)},
         sampling=default_sampling(config.image),

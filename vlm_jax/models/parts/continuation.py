@@ -23,6 +23,10 @@ class State(NamedTuple):
     logits: Float[Array, "R V"]
     """Of the token at the next place, of every stream."""
 
+    def holding(self, start: int, length: int) -> "State":
+        """With something in so many places."""
+        return self._replace(real=self.real.at[:, start : start + length].set(True))
+
 
 class Decoding(NamedTuple):
     """Functions of a model, its parameters among them. R rows are those of the batch, once for each of `streams`."""
@@ -60,11 +64,15 @@ class Decoding(NamedTuple):
         return State(cache, jnp.zeros((len(prompt) // count, more), bool), self.logits(hidden[:, -1]))
 
     def fed(
-        self, state: State, y: Float[Array, "B n D"], place: Int[Array, ""] | int, *, inside: bool = False
+        self, state: State, y: Float[Array, "_ n D"], place: Int[Array, ""] | int, *, inside: bool = False
     ) -> tuple[Float[Array, "R n D"], tuple[Cache, ...]]:
-        """What the model makes of what stands from a place on, whose parts attend to one another."""
+        """What the model makes of what stands from a place on, whose parts attend to one another.
+
+        Args:
+          y: the same for all streams, or of each.
+        """
         count, n = len(self.seen), y.shape[1]
-        y = jnp.tile(y, (count, 1, 1))
+        y = jnp.tile(y, (count * len(state.real) // len(y), 1, 1))
         segment, slot = jnp.asarray(self.plan.segment), self.given + place
         in_image = jnp.array([each >= BEGIN for each in self.plan.kind])
         kept = (state.real, state.real & (segment == segment[place]), state.real & in_image)
@@ -76,8 +84,8 @@ class Decoding(NamedTuple):
         mask = jnp.broadcast_to(mask[:, None, None], (len(y), 1, n, keys.shape[1]))
         return self.feed(y, at, mask, state.cache, slot, jnp.full(y.shape[:2], inside))
 
-    def told(self, state: State, token: Int[Array, " B"], place: Int[Array, ""] | int) -> State:
-        """After a token at a place."""
+    def told(self, state: State, token: Int[Array, " _"], place: Int[Array, ""] | int) -> State:
+        """After a token at a place, the same for all streams, or one of each."""
         hidden, cache = self.fed(state, self.embed(token[:, None]), place)
         return State(cache, state.real, self.logits(hidden[:, 0]))
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from vlm_jax import models
 from vlm_jax.contract import Input, Model, Variables
 from vlm_jax.errors import UserError
+from vlm_jax.models.parts.own_codes import OwnCodes
 from vlm_jax.nn.image_patches import Patches
 from vlm_jax.nn.images import Images
 from vlm_jax.nn.vision import check_patches
@@ -81,6 +82,13 @@ class Pixels(Images):
             raise UserError(f"shift is {self.shift}: it must be above 0, and 1 is for none")
         if self.logit_normal is not None and not self.logit_normal[1] > 0:
             raise UserError(f"logit_normal is {self.logit_normal}: its deviation must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedPixels(Pixels):
+    """Pixels, before which codes of the image are named that the model has made itself."""
+
+    codes: OwnCodes
 
 
 class Noised(NamedTuple):
