@@ -142,7 +142,10 @@ def diffusion_vdm_cifar10() -> Experiment:
 def text_to_image_tiny() -> Experiment:
     """Emoji of their names, 64x64, in pixels: a rectified flow whose network predicts the image, told by `clip-small`.
 
-    Needs that run; an hour on two CPU cores. A U-Net, thin where it is fine, paints no borders of patches.
+    Needs that run; 65 minutes on two CPU cores, with tests beside. A U-Net, thin where it is fine, paints no borders of
+    patches. `python -m tools.evaluate runs/text-to-image-tiny --judge runs/clip-judge-a runs/clip-judge-b`: of 400
+    held-out captions 19.8% and 17.0% are among the ten nearest to their drawing, where they are among those of the real
+    one for 35.5% and 37.0%.
     """
     backbone = LatentUNet(widths=(16, 32, 96, 192), blocks=1, attention=(8,), heads=4, groups=8, dropout=0.1)
     return Experiment(

@@ -30,8 +30,8 @@ ASKED = (VisualQuestion(template=LINE), VisualCaption(template=ALONE))
 
 
 def text(tokens: int, context_length: int = 104) -> language.Config:
-    """The decoder of all, with a vocabulary of so many."""
-    return language.Config(vocab_size=tokens, context_length=context_length, eos_id=2, decoder=DECODER)
+    """The decoder of all, with a vocabulary of so many, and room up to a multiple of eight."""
+    return language.Config(vocab_size=-(-tokens // 8) * 8, context_length=context_length, eos_id=2, decoder=DECODER)
 
 
 def arm(model: Any, *, draws: bool, **settings: Any) -> Experiment:

@@ -19,12 +19,12 @@ from PIL import Image
 import vlm_jax
 from experiments.presets import presets
 from experiments.run import run
-from tools.evaluate import evaluate, print_table
+from tools.evaluate import evaluate, labelled, print_table
 from tools.sample import Options, main, sample, told
 from vlm_jax.contract import Input
 from vlm_jax.data import open_source
 from vlm_jax.errors import UserError
-from vlm_jax.evals import Evaluation, Subject
+from vlm_jax.evals import Evaluation, Labelled
 from vlm_jax.models import diffusion, vdm
 from vlm_jax.nn.unet import UNet
 
@@ -135,8 +135,12 @@ def test_results_say_what_was_classified_and_how(clip_run: Path, tmp_path: Path)
 
 def test_prompts_replace_those_of_the_runs_own_task(clip_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    subject = Subject
-    monkeypatch.setattr("tools.evaluate.Subject", lambda **fields: seen.append(fields["labelled"]) or subject(**fields))
+
+    def looked(*told: Any) -> Labelled:
+        seen.append(labelled(*told))
+        return seen[-1]
+
+    monkeypatch.setattr("tools.evaluate.labelled", looked)
     evaluate(clip_run, only=("zero_shot",), prompts=("one {}",))
     assert seen[0].prompts == ("one {}",) and len(seen[0].label_names) == 8
 
