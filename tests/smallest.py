@@ -195,7 +195,12 @@ CONFIGS: dict[str, Any] = {
     ),
     "transfusion of codes": replace(
         TRANSFUSION,
-        image=CodedPixels(**IMAGE, patches=LinearPatches(patch_size=2), codes=OwnCodes(code_at=7, size=3, pool=1)),
+        image=CodedPixels(
+            **IMAGE,
+            patches=LinearPatches(patch_size=2),
+            codes=OwnCodes(code_at=7, size=3, pool=1),
+            masked_from=0,
+        ),
         language=replace(TRANSFUSION.language, vocab_size=11, context_length=10),
     ),
     "vae": VAE,

@@ -119,7 +119,7 @@ def shrunk(name: str, experiment: Experiment, known: dict[str, Experiment]) -> E
             model = replace(model, image=replace(model.image, first=known["autoencoder-tiny"].model))
         else:
             model = replace(model, image=replace(model.image, image_size=32, masked_from=1))
-    data = replace(experiment.data, train="train[:4%]", validation=None, test="test[:5%]")
+    data = replace(experiment.data, train="train[:4%]", validation=None, test="test[:2%]")
     training = replace(experiment.training, steps=2, batch_size=16, checkpoint_every=1)
     sampling = experiment.sampling
     if hasattr(sampling, "steps"):
@@ -147,6 +147,8 @@ def test_every_arm_trains_reads_and_draws(
     name: str, small: Any, runs: Path, data_dir: Path, clip_run: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """For two steps of a budget, with what it begins with; the same command again trains nothing."""
+    monkeypatch.setattr(tradeoff, "BATCH", 16)
+    monkeypatch.setattr("vlm_jax.evals.likelihood.NOISE_DRAWS", 16)
     monkeypatch.setattr(tradeoff, "QUESTIONS", {"easy_vqa": "test[:12]", "mosaic": "test[:12]"})
     path, preset = runs / f"tradeoff-{name}-0", f"tradeoff-{name}"
     for start in small[preset].start:

@@ -64,8 +64,9 @@ class OwnCodes:
 
 
 def copied(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a model's parameters those by which it sees: its reader of patches and its decoder."""
-    return {"reader": params["reader"], "language": {"decoder": params["language"]["decoder"]}}
+    """Of a model's parameters those by which it sees: its reader of patches, with what masks some, and its decoder."""
+    read = {name: params[name] for name in ("reader", "mask") if name in params}
+    return {**read, "language": {"decoder": params["language"]["decoder"]}}
 
 
 def begun(key: Array, params: Mapping[str, Any], size: int, width: int) -> dict[str, Any]:
