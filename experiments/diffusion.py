@@ -175,8 +175,8 @@ def diffusion_tiny_patches() -> Experiment:
 
     To be compared with `--model.predict velocity` and `eps`, and all three with those of patches of 16
     (`--model.network.backbone.patch-size 16`), which have six times as many numbers as the network is wide. After 400
-    steps the Fréchet distances by `clip-judge-a` and `-b` are 0.22 and 0.23 of the image, 0.35 and 0.44 of the velocity,
-    0.54 and 0.60 of the noise; in patches of 16 0.46 and 0.43, 1.32 and 1.38, 1.56 and 1.66.
+    steps the Fréchet distances by `clip-judge-a` and `-b` are 0.22 and 0.23 of the image, 0.35 and 0.44 of the
+    velocity, 0.54 and 0.60 of the noise; in patches of 16 0.46 and 0.43, 1.32 and 1.38, 1.56 and 1.66.
     """
     transformer = Transformer(width=128, depth=4, heads=4, mlp=512)
     return Experiment(
