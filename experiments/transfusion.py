@@ -165,8 +165,7 @@ def transfusion_760m() -> Experiment:
 def transfusion_7b() -> Experiment:
     """Transfusion-7B with the blocks of a U-Net for patches (2408.11039, section 4.4), 2 trillion tokens.
 
-    Needs --mesh.fsdp; else as 0.16B. How wide these blocks are the paper does not say: its have 0.27B parameters, ours
-    0.30B.
+    Needs --mesh.fsdp; else as 0.16B. How wide these blocks are is ours: they have 0.30B parameters.
     """
     return published(
         CONVOLUTIONAL, width=4096, depth=32, heads=32, mlp=11_008, steps=500_000, batch_size=1024, **STAGED
