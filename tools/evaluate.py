@@ -109,9 +109,8 @@ def evaluate(
         out = out or workdir / results_name(data.name, split)
         task = choose_task(workdir, loaded, zero_shot, changes)
         judges = load_judges(judge, mesh, image_of(loaded) if judge else None)
-        subject, source = subject_of(loaded, read, split, directory, mesh, batch_size, seed=seed, judges=judges)
-        if only and "information" not in only:
-            subject = replace(subject, lessons=None)
+        wanted: dict[str, Any] = {"seed": seed, "judges": judges, "probed": not only or "information" in only}
+        subject, source = subject_of(loaded, read, split, directory, mesh, batch_size, **wanted)
         if task is not None and (not only or "zero_shot" in only):
             try:
                 subject = replace(subject, labelled=labelled(loaded, task, read, directory, mesh, batch_size))
@@ -164,8 +163,13 @@ def subject_of(
     *,
     seed: int = 0,
     judges: tuple[Judge, ...] | None = None,
+    probed: bool = False,
 ) -> tuple[Subject, Source]:
-    """What evaluations look at of a run on a split, and the split's records."""
+    """What evaluations look at of a run on a split, and the split's records.
+
+    Args:
+      probed: with the training split of the same data, for probes of what the model makes of images.
+    """
     model, own = loaded.model, loaded.experiment.data
     inputs = model.inputs
     source = open_data(data, split, inputs, data_dir)
@@ -183,7 +187,7 @@ def subject_of(
     asking = tuple(field for field in data.fields if not isinstance(field, Interleaved))
     one_by_one = reading(source, replace(data, pack=False, fields=asking), inputs)
     lessons = None
-    if model.encode is not None:
+    if probed and model.encode is not None:
         with suppress(UserError):  # of data that opened as they should: they have no such split
             taught = open_data(data, data.train, inputs, data_dir)
             images = replace(data, pack=False)

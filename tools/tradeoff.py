@@ -44,7 +44,7 @@ from vlm_jax.files import check_writable, write_output
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.train.checkpoint import Checkpoints
-from vlm_jax.workdir import CHECKPOINTS, Loaded, has_checkpoints, load, read_record
+from vlm_jax.workdir import CHECKPOINTS, has_checkpoints, load, read_record
 
 READERS, TWO_STAGES, ONE_STAGE = ("reader", "encoder-free"), ("chameleon", "transfusion"), ("pixels", "coded-pixels")
 ARMS = (*READERS, *TWO_STAGES, *ONE_STAGE)
@@ -187,10 +187,10 @@ def measure(path: Path, judges: tuple[Judge, ...], mesh: Mesh, data_dir: str | N
     own, together = loaded.experiment.data, -(-BATCH // mesh.size) * mesh.size
     directory = local_path(data_dir or loaded.experiment.data_dir)
 
-    def subject(loaded: Loaded, data: Data, split: str) -> Subject:
+    def subject(data: Data, split: str) -> Subject:
         return subject_of(loaded, data, split, directory, mesh, together, seed=seed, judges=judges or None)[0]
 
-    emoji = subject(loaded, own, "test")
+    emoji = subject(own, "test")
     nats, counts = caption_nats(emoji)
     written = captioned(emoji)
     found: Items = {
@@ -203,16 +203,17 @@ def measure(path: Path, judges: tuple[Judge, ...], mesh: Mesh, data_dir: str | N
     }
     for name, split in QUESTIONS.items():
         data = replace(own, name=name, mixture=())
-        asked = subject(loaded, data, split)
+        asked = subject(data, split)
         assert asked.questions is not None
         for way, blind in (("", False), ("_blind", True)):
             answers = texts(asked, asked.questions, blind=blind)
             found[f"{name}{way}_right"] = exact(answers)
             found[f"{name}_open"] = np.array([kind(answer.truth) != "yes_no" for answer in answers])
-    curve = [(step, *caption_nats(subject(load(path, step=step, mesh=mesh), own, "test"))) for step in steps_of(path)]
-    own_flops = step_flops(loaded.experiment)
-    found["curve_flops"] = np.array([found["first_stage_flops"][0] + step * own_flops for step, *_ in curve])
-    found["curve_nats"] = np.array([each.sum() / tokens.sum() for _, each, tokens in curve])
+    steps, own_flops = steps_of(path), step_flops(loaded.experiment)
+    # Of one subject, so that what it does is compiled once.
+    curve = (caption_nats(replace(emoji, variables=load(path, step=step, mesh=mesh).variables)) for step in steps)
+    found["curve_flops"] = found["first_stage_flops"][0] + own_flops * np.array(steps, float)
+    found["curve_nats"] = np.array([each.sum() / tokens.sum() for each, tokens in curve])
     draws = any(isinstance(field, Interleaved) for field in own.fields)
     return found | drawn_items(emoji, judges) if draws else found
 

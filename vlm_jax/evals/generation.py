@@ -44,9 +44,10 @@ def run(subject: Subject) -> Metrics:
     pictures = subject.pictures
     assert pictures is not None and pictures.training is not None
     assert subject.judges is not None and subject.training_texts is not None
-    asked, real, drawn = shown(subject)
+    looked_at = shown(subject)
+    real, drawn = looked_at.real, looked_at.drawn
     new = novelty(subject.training_texts())
-    groups = [new(caption) for caption in asked]
+    groups = [new(caption) for caption in looked_at.asked]
 
     def judged(judge: Judge) -> Metrics:
         if not judge.reads:
@@ -71,6 +72,19 @@ def run(subject: Subject) -> Metrics:
     return {**found, "captions": float(len(groups)), **counts}
 
 
+class Shown(NamedTuple):
+    """What is looked at."""
+
+    captions: list[Sequence[str]]
+    """Of each image, of which the first is asked for."""
+    real: UInt8[np.ndarray, "N H W C"]
+    drawn: UInt8[np.ndarray, "N H W C"]
+
+    @property
+    def asked(self) -> list[str]:
+        return [each[0] for each in self.captions]
+
+
 class Ranked(NamedTuple):
     """What a judge makes of pictures."""
 
@@ -80,27 +94,32 @@ class Ranked(NamedTuple):
     belongs: Bool[np.ndarray, "N M"]
 
 
-def shown(subject: Subject) -> tuple[list[str], UInt8[np.ndarray, "N H W C"], UInt8[np.ndarray, "N H W C"]]:
-    """The captions that are asked for, their images, and what is drawn of them."""
-    asked = [each[0] for each in captions_due(subject)[:IMAGES]]
-    real, drawn = (np.concatenate(images)[:IMAGES] for images in zip(*parts(subject, IMAGES), strict=True))
-    return asked, real, drawn
+def shown(subject: Subject) -> Shown:
+    """The images, and what is drawn of their captions."""
+    if "shown" not in subject.shared:
+        captions = captions_due(subject)[:IMAGES]
+        images = zip(*parts(subject, IMAGES), strict=True)
+        subject.shared["shown"] = Shown(captions, *(np.concatenate(each)[:IMAGES] for each in images))
+    kept: Shown = subject.shared["shown"]
+    return kept
 
 
 def ranked(subject: Subject, judge: Judge) -> Ranked:
     """By one judge that reads."""
-    pictures = subject.pictures
+    name, pictures, looked = f"ranked by {judge.name}", subject.pictures, shown(subject)
     assert pictures is not None and pictures.training is not None
-    asked, real, _ = shown(subject)
     if "nearest" not in subject.shared:
-        subject.shared["nearest"] = images_of_nearest(asked, pictures.training())
-    nearest: np.ndarray = subject.shared["nearest"]
-    together = len(parts(subject, IMAGES)[0].real)
-    texts, belongs = gallery(judge, captions_due(subject)[:IMAGES], alike(image.tobytes() for image in real))
-    both = seen(subject, judge, IMAGES)
-    batches = np.split(nearest, range(together, len(asked), together))
-    vectors = {"": both.drawn, "real_": both.real, "nearest_caption_": judge.embeddings(batches, pictures.levels)}
-    return Ranked({name: ranks(each @ texts.vectors.T, belongs) for name, each in vectors.items()}, belongs)
+        subject.shared["nearest"] = images_of_nearest(looked.asked, pictures.training())
+    if name not in subject.shared:
+        together = len(parts(subject, IMAGES)[0].real)
+        nearest = np.split(subject.shared["nearest"], range(together, len(looked.real), together))
+        texts, belongs = gallery(judge, looked.captions, alike(image.tobytes() for image in looked.real))
+        both = seen(subject, judge, IMAGES)
+        vectors = {"": both.drawn, "real_": both.real, "nearest_caption_": judge.embeddings(nearest, pictures.levels)}
+        found = {kind: ranks(each @ texts.vectors.T, belongs) for kind, each in vectors.items()}
+        subject.shared[name] = Ranked(found, belongs)
+    kept: Ranked = subject.shared[name]
+    return kept
 
 
 def images_of_nearest(

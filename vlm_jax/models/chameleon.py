@@ -19,9 +19,8 @@ from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.models import language
 from vlm_jax.models.language import Language
-from vlm_jax.models.parts.continuation import Decoding, State, continued_batch, drawn_token
+from vlm_jax.models.parts.continuation import Decoding, State, drawn_token
 from vlm_jax.models.token_autoregressive import check_first
-from vlm_jax.nn.attention import empty_cache
 from vlm_jax.nn.decoder import DecoderConfig, PostNormDecoderConfig
 from vlm_jax.nn.joint_vocabulary import (
     CODE,
@@ -210,7 +209,7 @@ def build(config: Config) -> Model:
         last ones of `image`.
         """
         plan = planned(batch, order, context=c.context_length, length=sampling.length, codes=side * side)
-        given, rows = batch["tokens"].shape[1], len(batch["tokens"])
+        rows = len(batch["tokens"])
         d, stack = unrolled(c.decoder, variables["params"]["language"]["decoder"])
         writer: Any = Language(replace(c, decoder=d))
         own = {"params": {**variables["params"]["language"], "decoder": stack}}
@@ -221,8 +220,8 @@ def build(config: Config) -> Model:
         settings: dict[str, Any] = {"temperature": temperature, "sampling": sampling}
         legal = vocabulary.legal()[CODE][None]
 
-        def drawn(state: State, start: int, key: Array) -> tuple[State, Int[Array, "B S"]]:
-            """After an image, and its tokens."""
+        def drawn(state: State, start: int, key: Array) -> tuple[State, Int[Array, "B S"], Int[Array, "B H W C"]]:
+            """After an image, its tokens, and the image."""
             state = state.holding(start, span)
             begin, end = (jnp.full(rows, mark, jnp.int32) for mark in (config.begin_id, config.end_id))
 
@@ -234,26 +233,13 @@ def build(config: Config) -> Model:
             state = decoding.told(state, begin, start)
             state, codes = jax.lax.scan(step, state, start + 1 + jnp.arange(side * side))
             state = decoding.told(state, end, start + span - 1)
-            return state, jnp.concatenate([begin[:, None], codes.T, end[:, None]], axis=1)
+            image = decode_codes(part(variables, "first"), codes.T.reshape(-1, side, side) - config.code_at)
+            return state, jnp.concatenate([begin[:, None], codes.T, end[:, None]], axis=1), image
 
         tokens = written(batch["tokens"], codes_of(variables, batch["image"]), batch["image_at"])
-        room = empty_cache(
-            rows * len(seen), given + len(plan.kind), d.kv_heads, d.head_width, layers=d.depth, dtype=d.dtype
-        )
-        image = image_numbers(batch["image_at"], span, given) >= 0
-        state = decoding.begun(decoding.embed(tokens), attention_mask(batch["segment"]), image, room)
-        found, images = [], dict[int, Array]()
-        for number, kind in enumerate(order):
-            start, own_key = plan.segment.index(number), jax.random.fold_in(key, number)
-            if kind == "text":
-                state, text = decoding.written(state, start, own_key, **settings)
-                found.append(text)
-                continue
-            state, drawn_tokens = drawn(state, start, own_key)
-            codes = drawn_tokens[:, 1:-1].reshape(-1, side, side) - config.code_at
-            images[start] = decode_codes(part(variables, "first"), codes)
-            found.append(drawn_tokens)
-        return continued_batch({**batch, "tokens": tokens}, jnp.concatenate(found, axis=1), state.real, images)
+        image = image_numbers(batch["image_at"], span, tokens.shape[1]) >= 0
+        state = decoding.begun(decoding.embed(tokens), attention_mask(batch["segment"]), image, d)
+        return decoding.continued(state, {**batch, "tokens": tokens}, order, drawn, key, **settings)
 
     def sample(
         variables: Variables,
@@ -270,15 +256,9 @@ def build(config: Config) -> Model:
         settings: dict[str, Any] = {"temperature": temperature, "sampling": sampling}
         return generate(variables, key, begun, order=("image",), **settings)["image"][:, -1]
 
-    image = first.inputs["image"]
-    inputs = {
-        **language.inputs_of(c),
-        "image": image._replace(shape=(config.images, *image.shape)),
-        "image_at": Input((config.images,), "int32", c.context_length + 1, span=span),
-    }
     density: dict[str, Any] = {"log_likelihood": log_likelihood, "count": count, "bound": "lower"}
     return Model(
-        inputs=inputs,
+        inputs=language.inputs_with_images(c, first.inputs["image"], config.images, span),
         init=init,
         loss=loss,
         rules=(*under("first", first.rules), *under("language", language.rules_of(c))),

@@ -219,6 +219,20 @@ def inputs_of(config: Config) -> dict[str, Input]:
     }
 
 
+def inputs_with_images(config: Config, image: Input, images: int, span: int) -> dict[str, Input]:
+    """The fields of a sequence in which up to so many images stand.
+
+    Args:
+      image: the field of one.
+      span: places that an image takes.
+    """
+    return {
+        **inputs_of(config),
+        "image": image._replace(shape=(images, *image.shape)),
+        "image_at": Input((images,), "int32", config.context_length + 1, span=span),
+    }
+
+
 def rules_of(config: Config) -> tuple[Rule, ...]:
     """Sharding rules of a `Language`."""
     return (*vocabulary_rules(tied=config.tied), *decoder_rules(config.decoder))

@@ -5,7 +5,6 @@ predicts the answers. With attention "prefix" it is trained as PaliGemma is (240
 takes as few places as in SmolVLM (2504.05299).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -210,15 +209,10 @@ def build(config: Config) -> Model:
         places = jnp.where(batch["image_at"] < given, batch["image_at"], given + more)
         return {**text, "image": batch["image"], "image_at": places}
 
-    vision, sequence = config.vision, language.inputs_of(config.language)
-    side, places = vision.image_size, config.language.context_length + 1
-    inputs: Mapping[str, Input] = {
-        **sequence,
-        "image": Input((config.images, side, side, vision.channels), "uint8", 256),
-        "image_at": Input((config.images,), "int32", places, span=config.image_tokens),
-    }
+    vision = config.vision
+    image = Input((vision.image_size, vision.image_size, vision.channels), "uint8", 256)
     return Model(
-        inputs=inputs,
+        inputs=language.inputs_with_images(config.language, image, config.images, config.image_tokens),
         init=init,
         loss=loss,
         rules=(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax.contract import Aux, Batch, Input, Model, Variables
 from vlm_jax.errors import UserError
 from vlm_jax.models import language
-from vlm_jax.models.parts.continuation import Decoding, State, continued_batch, drawn_token
+from vlm_jax.models.parts.continuation import Decoding, State, drawn_token
 from vlm_jax.models.parts.mixed_network import MixedNetwork
 from vlm_jax.models.parts.noised_images import (
     FIRST,
@@ -31,7 +31,6 @@ from vlm_jax.models.parts.noised_images import (
     noised,
 )
 from vlm_jax.models.parts.own_codes import TEACHER, begun, moved, nearest, pooled
-from vlm_jax.nn.attention import empty_cache
 from vlm_jax.nn.image_patches import reader_rules, writer_rules
 from vlm_jax.nn.joint_vocabulary import CODE, JointVocabulary, guided, planned, prompted, streams
 from vlm_jax.nn.sequence import (
@@ -302,8 +301,8 @@ def build(config: Config) -> Model:
             state, named = jax.lax.scan(name, state, places)
             return state if len(seen) == 1 else jax.lax.scan(hide, state, (places, named))[0]
 
-        def drawn(state: State, start: int, key: Array, *, last: bool) -> tuple[State, Array]:
-            """After an image, and the image."""
+        def drawn(state: State, start: int, key: Array) -> tuple[State, Int[Array, "B S"], Array]:
+            """After an image, its tokens, and the image."""
             noise_key, solver_key, code_key = jax.random.split(key, 3)
             state = state.holding(start, span)
             state = decoding.told(state, jnp.full(rows, config.begin_id, jnp.int32), start)
@@ -322,35 +321,24 @@ def build(config: Config) -> Model:
             solve, at = SOLVERS[sampling.solver], path.solved_times(sampling.steps)
             x = solve(denoise, path.level, at, x, solver_key, temperature=temperature, on_step=on_step)
             image = images.show(variables, x)
-            if last:
-                return state, image
+            tokens = jnp.tile(marks, (rows, 1))
+            if start + span == len(plan.kind):
+                return state, tokens, image
             # Pixels are read as they are given out, latents as they were drawn.
             x = images.read(variables, image) if images.first is None else x
             if coder is not None:  # what is read is told none
                 state, _ = jax.lax.scan(untold, state, start + 1 + jnp.arange(codes))
             _, cache = decoding.fed(state, call("patches", x, still(rows))[0], first, inside=True)
             state = state._replace(cache=cache)
-            return decoding.told(state, jnp.full(rows, config.end_id, jnp.int32), start + span - 1), image
+            return decoding.told(state, tokens[:, -1], start + span - 1), tokens, image
 
         x = read(variables, batch["image"])
         at = batch["image_at"] + 1 + codes
         y, _ = call("patches", x.reshape(-1, *images.shape), still(at.size))
         inside = image_numbers(at, length, batch["tokens"].shape[1])
         y = place_images(call("embed", batch["tokens"]), y.reshape(*at.shape, *y.shape[1:]), at)
-        room = empty_cache(
-            rows * len(seen), y.shape[1] + len(plan.kind), d.kv_heads, d.head_width, layers=d.depth, dtype=d.dtype
-        )
-        state = decoding.begun(y, attention_mask(batch["segment"], inside), inside >= 0, room)
-        tokens, found = [], {}
-        for number, kind in enumerate(order):
-            start, own_key = plan.segment.index(number), jax.random.fold_in(key, number)
-            if kind == "text":
-                state, text = decoding.written(state, start, own_key, temperature=temperature, sampling=sampling)
-                tokens.append(text)
-                continue
-            state, found[start] = drawn(state, start, own_key, last=number == len(order) - 1)
-            tokens.append(jnp.tile(marks, (rows, 1)))
-        return continued_batch(batch, jnp.concatenate(tokens, axis=1), state.real, found)
+        state = decoding.begun(y, attention_mask(batch["segment"], inside), inside >= 0, d)
+        return decoding.continued(state, batch, order, drawn, key, temperature=temperature, sampling=sampling)
 
     def sample(
         variables: Variables,
@@ -368,14 +356,9 @@ def build(config: Config) -> Model:
         settings: dict[str, Any] = {"temperature": temperature, "sampling": sampling, "on_step": on_step}
         return generate(variables, key, begun, order=("image",), **settings)["image"][:, -1]
 
-    inputs = {
-        **language.inputs_of(c),
-        "image": images.image._replace(shape=(config.images, *images.image.shape)),
-        "image_at": Input((config.images,), "int32", c.context_length + 1, span=span),
-    }
     density: dict[str, Any] = {"log_likelihood": log_likelihood, "count": count, "bound": "lower"}
     return Model(
-        inputs=inputs,
+        inputs=language.inputs_with_images(c, images.image, config.images, span),
         init=init,
         loss=loss,
         rules=(

@@ -10,10 +10,8 @@ from jaxtyping import Array, Float
 from vlm_jax.contract import Rule
 from vlm_jax.errors import UserError
 from vlm_jax.nn.conditioning import Conditioning, Image, Time, conditioning_rules
-from vlm_jax.nn.convolution import Downsample, GroupNorm, Upsample
-from vlm_jax.nn.unet import Sizes, UNetBlock
+from vlm_jax.nn.unet import Sizes, UNetBlock, way_down, way_up
 from vlm_jax.nn.vision import patchify, unpatchify
-from vlm_jax.sharding import constrain
 
 TIME_FEATURES = 256
 
@@ -64,17 +62,13 @@ class PatchReader(nn.Module):
                 x = nn.Dense(c.bottleneck, use_bias=False, dtype=self.dtype, name="bottleneck")(x)
             return nn.Dense(self.width, dtype=self.dtype, name="patch")(x), ()
         condition = Conditioning(4 * c.widths[0], TIME_FEATURES, False, dtype=self.dtype, name="conditioning")(time)
-        x = constrain(nn.Conv(c.widths[0], (3, 3), dtype=c.dtype, name="first")(x), "batch", None, None, None)
-        skips = [x]
-        for level, width in enumerate(c.widths):
-            if level:
-                x = Downsample(c.widths[level - 1], c.dtype, name=f"down_{level}")(x)
-                skips.append(x)
-            for i in range(c.blocks):
-                x = UNetBlock(c, width, name=f"down_{level}_{i}")(x, condition, train=train)
-                skips.append(x)
-        batch, *_, channels = x.shape
-        tokens = nn.Dense(self.width, dtype=self.dtype, name="patch")(x.reshape(batch, -1, channels))
+
+        def block(x: Array, width: int, name: str) -> Array:
+            return UNetBlock(c, width, name=name)(x, condition, train=train)
+
+        skips = way_down(x, c, block)
+        batch, *_, channels = skips[-1].shape
+        tokens = nn.Dense(self.width, dtype=self.dtype, name="patch")(skips[-1].reshape(batch, -1, channels))
         return tokens, (condition, *skips)
 
 
@@ -96,14 +90,11 @@ class PatchWriter(nn.Module):
         condition, *skips = seen
         batch, height, width, channels = skips[-1].shape
         x = nn.Dense(channels, dtype=c.dtype, name="tokens")(x).reshape(batch, height, width, channels)
-        for level, wide in reversed(list(enumerate(c.widths))):
-            for i in range(c.blocks + 1):
-                x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = UNetBlock(c, wide, name=f"up_{level}_{i}")(x, condition, train=train)
-            if level:
-                x = Upsample(wide, c.dtype, name=f"up_{level}")(x)
-        x = nn.silu(GroupNorm(c.groups, c.dtype, c.epsilon, name="norm_out")(x)).astype(jnp.float32)
-        return nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros, name="last")(x)
+
+        def block(x: Array, width: int, name: str) -> Array:
+            return UNetBlock(c, width, name=name)(x, condition, train=train)
+
+        return way_up(x, skips, c, block, self.channels)
 
 
 CONVOLUTIONS: tuple[Rule, ...] = (

@@ -71,20 +71,6 @@ class Plan(NamedTuple):
         """The places where they begin."""
         return [place for place, kind in enumerate(self.kind) if kind == BEGIN]
 
-    def held(self, drawn: Int[Array, "B S"], vocabulary: JointVocabulary) -> Bool[Array, "B S"]:
-        """Which of the places hold a token: all of images, of a text those before its end, and the last text's end."""
-        found = []
-        for number in range(self.segment[-1] + 1):
-            start = self.segment.index(number)
-            tokens, kind = drawn[:, start : start + self.segment.count(number)], self.kind[start]
-            if kind == TEXT:
-                found.append(up_to_end(tokens, vocabulary.begin_id) & (tokens != vocabulary.begin_id))
-            elif kind == LAST_TEXT:
-                found.append(up_to_end(tokens, vocabulary.eos_id))
-            else:
-                found.append(jnp.ones_like(tokens, bool))
-        return jnp.concatenate(found, axis=1)
-
 
 def planned(batch: Batch, order: tuple[str, ...], *, context: int, length: int | None, codes: int) -> Plan:
     """The places of the order's segments.

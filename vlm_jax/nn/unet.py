@@ -1,5 +1,6 @@
 """The U-Nets of DDPM (Ho et al. 2020, 2006.11239) and of latent diffusion (Rombach et al. 2021, 2112.10752)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,6 +22,8 @@ class Sizes:
 
     epsilon: ClassVar[float]
     """Of the group norms."""
+    padding: ClassVar[Literal["SAME"] | int] = "SAME"
+    """Of the strided convolutions."""
 
     widths: tuple[int, ...]
     """Channels at each resolution, the finest first; each next has half the height and width."""
@@ -51,8 +54,6 @@ class UNet(Sizes):
     epsilon: ClassVar[float] = 1e-6
     last_frequency: ClassVar[bool] = True
     """Of the time: whether 1/10000 is one."""
-    padding: ClassVar[Literal["SAME"] | int] = "SAME"
-    """Of the strided convolutions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,26 +119,47 @@ class UNetTower(nn.Module):
             x = UNetBlock(c, width, name=name)(x, condition, train=train)
             return attend(x, f"{name}_attention") if x.shape[1] in c.attention else x
 
-        x = constrain(nn.Conv(c.widths[0], (3, 3), dtype=c.dtype, name="first")(x), "batch", None, None, None)
-        skips = [x]
-        for level, width in enumerate(c.widths):
-            if level:
-                x = Downsample(c.widths[level - 1], c.dtype, c.padding, name=f"down_{level}")(x)
-                skips.append(x)
-            for i in range(c.blocks):
-                x = block(x, width, f"down_{level}_{i}")
-                skips.append(x)
+        skips = way_down(x, c, block)
+        x = skips[-1]
         x = UNetBlock(c, c.widths[-1], name="middle_0")(x, condition, train=train)
         x = attend(x, "middle_attention")
         x = UNetBlock(c, c.widths[-1], name="middle_1")(x, condition, train=train)
-        for level, width in reversed(list(enumerate(c.widths))):
-            for i in range(c.blocks + 1):
-                x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = block(x, width, f"up_{level}_{i}")
-            if level:
-                x = Upsample(width, c.dtype, name=f"up_{level}")(x)
-        x = nn.silu(GroupNorm(c.groups, c.dtype, c.epsilon, name="norm_out")(x)).astype(jnp.float32)
-        return nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros, name="last")(x)
+        return way_up(x, skips, c, block, self.channels)
+
+
+def way_down(x: Image, sizes: Sizes, block: Callable[[Array, int, str], Array]) -> list[Array]:
+    """What the way up sees of an image, [B, h, w, D] each, the coarsest last, by layers of the module that calls it.
+
+    Args:
+      block: `(x, width, name) -> x`
+    """
+    x = nn.Conv(sizes.widths[0], (3, 3), dtype=sizes.dtype, name="first")(x)
+    skips = [constrain(x, "batch", None, None, None)]
+    for level, width in enumerate(sizes.widths):
+        if level:
+            down = Downsample(sizes.widths[level - 1], sizes.dtype, sizes.padding, name=f"down_{level}")
+            skips.append(down(skips[-1]))
+        for i in range(sizes.blocks):
+            skips.append(block(skips[-1], width, f"down_{level}_{i}"))
+    return skips
+
+
+def way_up(
+    x: Float[Array, "B h w D"],
+    skips: Sequence[Array],
+    sizes: Sizes,
+    block: Callable[[Array, int, str], Array],
+    channels: int,
+) -> Float[Array, "B H W O"]:
+    """An image of `channels` by layers of the module that calls it; starts at zero."""
+    left = list(skips)
+    for level, width in reversed(list(enumerate(sizes.widths))):
+        for i in range(sizes.blocks + 1):
+            x = block(jnp.concatenate([x, left.pop()], axis=-1), width, f"up_{level}_{i}")
+        if level:
+            x = Upsample(width, sizes.dtype, name=f"up_{level}")(x)
+    x = nn.silu(GroupNorm(sizes.groups, sizes.dtype, sizes.epsilon, name="norm_out")(x)).astype(jnp.float32)
+    return nn.Conv(channels, (3, 3), kernel_init=nn.initializers.zeros, name="last")(x)
 
 
 def unet_rules(config: UNet | LatentUNet, classes: int | None) -> tuple[Rule, ...]:

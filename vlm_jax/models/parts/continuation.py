@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.contract import Batch
 from vlm_jax.models.language import Sampling
-from vlm_jax.nn.attention import Cache
+from vlm_jax.nn.attention import Cache, empty_cache
+from vlm_jax.nn.decoder import DecoderConfig
 from vlm_jax.nn.joint_vocabulary import BEGIN, JointVocabulary, Plan
 from vlm_jax.sampling.autoregressive import draw_token
 
@@ -46,7 +47,7 @@ class Decoding(NamedTuple):
         return self.seen[0].shape[1]
 
     def begun(
-        self, y: Float[Array, "B T D"], mask: Bool[Array, "B 1 T T"], inside: Bool[Array, "B T"], cache: Any
+        self, y: Float[Array, "B T D"], mask: Bool[Array, "B 1 T T"], inside: Bool[Array, "B T"], sizes: DecoderConfig
     ) -> State:
         """After the prompt.
 
@@ -54,7 +55,9 @@ class Decoding(NamedTuple):
           y: what stands in its places.
           mask: which of them attend to which.
         """
-        count, more = len(self.seen), len(self.plan.kind)
+        count, more, d = len(self.seen), len(self.plan.kind), sizes
+        room = count * len(y), self.given + more, d.kv_heads, d.head_width
+        cache = empty_cache(*room, layers=d.depth, dtype=d.dtype)
         prompt = jnp.concatenate(self.seen)
         mask = jnp.tile(mask, (count, 1, 1, 1)) & prompt[:, None, None]
         at = jnp.maximum(jnp.cumsum(prompt, axis=1, dtype=jnp.int32) - 1, 0)
@@ -108,6 +111,32 @@ class Decoding(NamedTuple):
 
         (state, _), tokens = jax.lax.scan(step, (state, jnp.zeros(rows, bool)), start + jnp.arange(count))
         return state, tokens.T
+
+    def continued(
+        self,
+        state: State,
+        batch: Batch,
+        order: tuple[str, ...],
+        draw: Callable[[State, int, Array], tuple[State, Int[Array, "B S"], Array]],
+        key: Array,
+        *,
+        temperature: float,
+        sampling: Sampling,
+    ) -> dict[str, Array]:
+        """The rows with a segment of each modality that the order names.
+
+        Args:
+          draw: `(state, start, key) -> (state, tokens, image)`: after the image that begins at `start`.
+        """
+        found, images = [], dict[int, Array]()
+        for number, kind in enumerate(order):
+            start, own = self.plan.segment.index(number), jax.random.fold_in(key, number)
+            if kind == "text":
+                state, tokens = self.written(state, start, own, temperature=temperature, sampling=sampling)
+            else:
+                state, tokens, images[start] = draw(state, start, own)
+            found.append(tokens)
+        return continued_batch(batch, jnp.concatenate(found, axis=1), state.real, images)
 
 
 def drawn_token(
