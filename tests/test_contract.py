@@ -61,7 +61,8 @@ def random_batch(model: Model, size: int = BATCH) -> dict[str, np.ndarray]:
         shape = (size, *spec.shape)
         values = random.normal(size=shape) if spec.limit is None else random.integers(0, spec.limit, shape)
         if name == "segment":
-            values = np.sort(values % 3)  # documents of several tokens, for there to be something to attend to
+            values = 1 + np.sort(values % 2)  # documents of several tokens, for there to be something to attend to
+            values[:, -1] = 0
         if spec.span is not None:
             values[:] = spec.span * np.arange(*spec.shape)  # one after the other
         batch[name] = values.astype(spec.dtype)
@@ -160,7 +161,8 @@ def test_gradients_reach_every_parameter(config: Any, model: Model, variables):
     rest = {collection: tree for collection, tree in variables.items() if collection != "params"}
 
     def loss(params: Any) -> jax.Array:
-        return model.loss({"params": params, **rest}, random_batch(model), KEY, jnp.zeros((), jnp.int32), train=True)[0]
+        late = jnp.full((), 10_000)  # when all parts of a loss that come in one after the other are there
+        return model.loss({"params": params, **rest}, random_batch(model), KEY, late, train=True)[0]
 
     gradients = jax.jit(jax.grad(loss))(variables["params"])
     sizes = {path: float(jnp.abs(leaf).max()) for path, leaf in leaves_by_path(gradients).items()}

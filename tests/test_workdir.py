@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ import numpy as np
 import pytest
 
 import vlm_jax
+from experiments.presets import presets
 from vlm_jax.data import train_tokenizer
 from vlm_jax.errors import UserError
+from vlm_jax.experiment import from_record, to_record
 from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.trees import leaves_by_path
-from vlm_jax.workdir import claimed_workdir, read_record, write_tokenizer
+from vlm_jax.workdir import claimed_workdir, read_identity, read_record, write_tokenizer
 
-RECORD = {"preset": "vae-tiny", "seed": 0, "model": {"latent": 4}}
+PRESET = presets()["vae-tiny"][1]
+RECORD = to_record("vae-tiny", PRESET, {"train": 4})
+OTHER = to_record("vae-tiny", replace(PRESET, training=replace(PRESET.training, seed=1)), {"train": 4})
 
 
 def saved(workdir: Path, item: str, step: int) -> dict[str, np.ndarray]:
@@ -158,16 +163,32 @@ def test_an_address_elsewhere_is_no_directory(address: str | Path) -> None:
 
 
 def test_a_directory_belongs_to_a_configuration_from_its_first_checkpoint_on(tmp_path: Path) -> None:
-    other = RECORD | {"seed": 1}
-    for claim in (RECORD, other, RECORD):
+    for claim in (RECORD, OTHER, RECORD):
         with claimed_workdir(tmp_path, claim):
             assert read_record(tmp_path) == claim
     (tmp_path / "checkpoints" / "100").mkdir(parents=True)
-    belongs = r"belongs to another configuration \(seed: 0 -> 1\).*another --workdir"
-    with pytest.raises(UserError, match=belongs), claimed_workdir(tmp_path, other):
+    belongs = r"belongs to another configuration \(training\.seed: 0 -> 1\).*another --workdir"
+    with pytest.raises(UserError, match=belongs), claimed_workdir(tmp_path, OTHER):
         pass
     assert read_record(tmp_path) == RECORD
     with claimed_workdir(tmp_path, RECORD):  # the refusal left no lock behind
+        pass
+
+
+def test_a_run_of_a_version_without_a_field_goes_on_where_that_has_its_default(tmp_path: Path) -> None:
+    """Its checkpoints name the facts that it knew, and those that are saved from now on name the same."""
+    before = json.loads(json.dumps(RECORD))
+    del before["training"]["optimizer"]["final_share"], before["lora"]
+    begun, arrays = {"params": {"w": np.zeros(2, np.float32)}}, tmp_path / "checkpoints"
+    for step, claim in enumerate((before, RECORD, RECORD)):
+        with claimed_workdir(tmp_path, claim), Checkpoints(arrays, identity=read_identity(tmp_path)) as checkpoints:
+            checkpoints.save(step, begun)
+    assert read_record(tmp_path) == before
+    assert from_record(before) == from_record(RECORD)
+    optimizer = replace(PRESET.training.optimizer, final_share=0.1)
+    other = to_record("vae-tiny", replace(PRESET, training=replace(PRESET.training, optimizer=optimizer)), {"train": 4})
+    belongs = r"another configuration \(training\.optimizer\.final_share: 0\.0 -> 0\.1\)"
+    with pytest.raises(UserError, match=belongs), claimed_workdir(tmp_path, other):
         pass
 
 
@@ -303,7 +324,7 @@ def test_a_disk_that_is_full_costs_no_record(tmp_path: Path, monkeypatch: pytest
         pass
     monkeypatch.setattr(os, "fsync", full)
     message = rf"^{tmp_path} cannot be written \(No space left on device\)"
-    with pytest.raises(UserError, match=message), claimed_workdir(tmp_path, RECORD | {"seed": 1}):
+    with pytest.raises(UserError, match=message), claimed_workdir(tmp_path, OTHER):
         pass
     assert read_record(tmp_path) == RECORD
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json"]

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 RUN_FIELDS = (
@@ -46,6 +46,17 @@ def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     ]
 
 
+def as_begun(record: Any, absent: Collection[str], prefix: str = "") -> Any:
+    """A record without the facts of these paths: those that the version which began the run did not know."""
+    if isinstance(record, list):
+        return [as_begun(each, absent, _join(prefix, str(index))) for index, each in enumerate(record)]
+    if not isinstance(record, Mapping):
+        return record
+    branches = {name: (each, _join(prefix, name)) for name, each in record.items()}
+    kept = {name: as_begun(each, absent, path) for name, (each, path) in branches.items() if path not in absent}
+    return {name: each for name, each in kept.items() if each != {} or record[name] == {}}
+
+
 def listed(items: Sequence[str], most: int = 5) -> str:
     """The first of them in a sentence, and how many more there are."""
     return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
@@ -59,5 +70,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
         return {prefix: json.dumps(value)}
     leaves: dict[str, str] = {}
     for name, branch in value.items():
-        leaves |= flatten(branch, f"{prefix}.{name}" if prefix else name)
+        leaves |= flatten(branch, _join(prefix, name))
     return leaves
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -21,11 +21,12 @@ from vlm_jax.data.tokenizer import files_of
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment, from_record, model_of
 from vlm_jax.files import parse_json, replace_file
-from vlm_jax.identity import changes, identity, listed
+from vlm_jax.identity import as_begun, changes, identity, listed
 from vlm_jax.locks import exclusive
 from vlm_jax.lora import merged, without_adapters
 from vlm_jax.models import build
 from vlm_jax.paths import local_path
+from vlm_jax.records import to_json
 from vlm_jax.sharding import MeshShape, make_mesh
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.train.checksums import MANIFEST
@@ -215,7 +216,9 @@ def has_checkpoints(workdir: Path) -> bool:
 def claimed_workdir(workdir: Path, record: dict[str, Any]) -> Iterator[None]:
     """Makes `workdir` this run's for as long as the context lasts, and writes the record into it.
 
-    The directory belongs to a configuration from the first checkpoint on: before it there is nothing to lose.
+    The directory belongs to a configuration from the first checkpoint on: before it there is nothing to lose. Of a run
+    that an earlier version began, the record stays without the fields that it did not know, as the manifests of its
+    checkpoints are; here they must have their defaults.
 
     Raises:
       UserError: another process is writing there, or the directory belongs to another configuration, which the
@@ -232,12 +235,14 @@ def claimed_workdir(workdir: Path, record: dict[str, Any]) -> Iterator[None]:
                     f"another process is writing to {workdir} (it holds {error.lock_file}): wait for it, stop it, or "
                     f"choose another --workdir"
                 ) from error
-            found = changes(identity(read_record(workdir)), identity(record)) if has_checkpoints(workdir) else []
-            if found:
-                raise UserError(
-                    f"{workdir} belongs to another configuration ({listed(found)}): choose another --workdir, or give "
-                    f"these the values that they had"
-                )
+            if has_checkpoints(workdir):
+                begun = read_record(workdir)
+                if found := changes(identity(begun | to_json(from_record(begun))), identity(record)):
+                    raise UserError(
+                        f"{workdir} belongs to another configuration ({listed(found)}): choose another --workdir, or "
+                        f"give these the values that they had"
+                    )
+                record = as_begun(record, identity(record).keys() - identity(begun).keys())
             text = json.dumps(record, indent=2) + "\n"
             replace_file(workdir / CONFIG, lambda temporary: temporary.write_text(text))
         yield
