@@ -26,6 +26,8 @@ WORDS, CODES = 1024, 512
 """Tokens of texts, and of `vqvae-tiny`'s images."""
 DECODER = DecoderConfig(width=192, depth=6, heads=6, kv_heads=6, head_width=32, mlp=512, qk_norm="layer", dropout=0.1)
 MARKS: dict[str, Any] = {"bos_id": 1, "begin_id": WORDS, "end_id": WORDS + 1}
+DRAWN: dict[str, Any] = {**MARKS, "image_weight": 0.65}
+"""5 times the 0.13 target tokens that there are for a patch (see `transfusion.Config`)."""
 ASKED = (VisualQuestion(template=LINE), VisualCaption(template=ALONE))
 
 
@@ -85,7 +87,7 @@ def tradeoff_transfusion() -> Experiment:
     patches = ConvolutionalPatches(widths=(32, 64), blocks=1, groups=8, dropout=0.1)
     return arm(
         transfusion.Config(
-            image=Latents(first=autoencoder_tiny().model, patches=patches), language=text(WORDS + 2), **MARKS
+            image=Latents(first=autoencoder_tiny().model, patches=patches), language=text(WORDS + 2), **DRAWN
         ),
         draws=True,
         sampling=transfusion.Sampling(solver="ddim", steps=50, guidance=3.0),
@@ -105,7 +107,7 @@ PIXELS = Pixels(
 def tradeoff_pixels() -> Experiment:
     """A decoder that reads pixels and predicts them from noisy ones, and needs no other model."""
     return arm(
-        transfusion.Config(image=PIXELS, language=text(WORDS + 2), **MARKS),
+        transfusion.Config(image=PIXELS, language=text(WORDS + 2), **DRAWN),
         draws=True,
         sampling=transfusion.Sampling(solver="heun", steps=25, guidance=3.0),
     )
@@ -121,7 +123,7 @@ def tradeoff_coded_pixels() -> Experiment:
     codes = OwnCodes(code_at=WORDS + 2, size=256)
     image = CodedPixels(**vars(PIXELS), codes=codes)
     return arm(
-        transfusion.Config(image=image, language=text(codes.untold + 1, context_length=120), **MARKS),
+        transfusion.Config(image=image, language=text(codes.untold + 1, context_length=120), **DRAWN),
         draws=True,
         sampling=transfusion.Sampling(solver="heun", steps=25, guidance=3.0),
     )

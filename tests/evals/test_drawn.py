@@ -46,8 +46,8 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     plain = drawn.painter
 
-    def counting(subject: Subject, together: int) -> Callable[[int], np.ndarray]:
-        draw = plain(subject, together)
+    def counting(subject: Subject, captions: Any, together: int) -> Callable[[int], np.ndarray]:
+        draw = plain(subject, captions, together)
         return lambda index: found.append(index) or draw(index)  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(drawn, "painter", counting)
@@ -92,8 +92,8 @@ def test_more_are_drawn_when_more_are_asked_for_and_are_the_same(draws: list[int
 def test_what_failed_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     broken, plain = subject(), drawn.painter
 
-    def failing(subject: Subject, together: int) -> Callable[[int], np.ndarray]:
-        draw = plain(subject, together)
+    def failing(subject: Subject, captions: Any, together: int) -> Callable[[int], np.ndarray]:
+        draw = plain(subject, captions, together)
         return lambda index: draw(index) if index < 2 else 1 / 0  # type: ignore[return-value]
 
     with monkeypatch.context() as context:

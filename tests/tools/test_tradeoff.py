@@ -20,7 +20,7 @@ from vlm_jax.sharding import MeshShape, make_mesh
 N = 400
 
 
-def arm(nats: float, answers: float, recall: float | None = None, seed: int = 0) -> Items:
+def arm(nats: float, answers: float, recall: float | None = None, seed: int = 0, shapes: float = 0.5) -> Items:
     """Items of known means: nats a token, the share of open answers, and that of drawings that find their caption."""
     rng = np.random.default_rng(seed)
 
@@ -45,16 +45,17 @@ def arm(nats: float, answers: float, recall: float | None = None, seed: int = 0)
     if recall is not None:
         items |= {f"found_by_{judge}": share(recall) for judge in "ab"}
         items |= {f"{kind}_found_by_{judge}": share(0.1) for kind in ("nearest_caption", "real") for judge in "ab"}
+        items |= {f"{kind}shapes_found_by_{judge}": share(shapes) for kind in ("", "real_") for judge in "ab"}
         items |= {"near_copies": np.array([0.0]), "bits_per_dim": np.array([1.5, 0.1]), "bound": np.array(["lower"])}
     return items
 
 
-def all_arms(pixels: Items) -> dict[str, Items]:
+def all_arms(pixels: Items, recall: float = 0.4) -> dict[str, Items]:
     return {
         "reader": arm(2.0, 0.9, seed=1),
         "encoder-free": arm(2.5, 0.8, seed=2),
         "chameleon": arm(2.2, 0.85, 0.3, seed=3),
-        "transfusion": arm(2.2, 0.85, 0.4, seed=4),
+        "transfusion": arm(2.2, 0.85, recall, seed=4),
         "pixels": pixels,
         "coded-pixels": arm(2.5, 0.5, 0.3, seed=6),
     }
@@ -63,16 +64,30 @@ def all_arms(pixels: Items) -> dict[str, Items]:
 @pytest.mark.parametrize(
     ("pixels", "expected"),
     [
-        (arm(1.9, 0.95, 0.5, seed=5), "Closed: pixels"),
-        (arm(2.0, 0.9, 0.4, seed=5), "Closed: pixels"),
-        (arm(2.1, 0.95, 0.5, seed=5), "Open: no one-stage arm"),
-        (arm(1.9, 0.7, 0.5, seed=5), "Open: no one-stage arm"),
-        (arm(1.9, 0.95, 0.3, seed=5), "Open: no one-stage arm .* of transfusion in drawing"),
-        (arm(1.9, 0.95, 0.12, seed=5), r"Undecided: the R@10 of pixels is within two standard errors"),
+        (arm(1.9, 0.95, 0.5, seed=5), "Closed, by R@10: pixels reads"),
+        (arm(2.0, 0.9, 0.4, seed=5), "Closed, by R@10: pixels reads"),
+        (arm(2.1, 0.95, 0.5, seed=5), "Open, by R@10: no one-stage arm"),
+        (arm(1.9, 0.7, 0.5, seed=5), "Open, by R@10: no one-stage arm"),
+        (arm(1.9, 0.95, 0.3, seed=5), "Open, by R@10: no one-stage arm .* of transfusion in drawing"),
     ],
 )
 def test_the_rule_asks_for_reading_and_for_drawing(pixels: Items, expected: str):
     assert re.match(expected, decision(all_arms(pixels)))
+
+
+@pytest.mark.parametrize(
+    ("recall", "pixels", "expected"),
+    [
+        (0.12, arm(1.9, 0.95, 0.3, seed=5, shapes=0.7), "Closed, by drawn shapes: pixels reads"),
+        (0.12, arm(1.9, 0.95, 0.3, seed=5, shapes=0.4), "Open, by drawn shapes: no one-stage arm"),
+        (0.01, arm(1.9, 0.95, 0.3, seed=5, shapes=0.7), "Closed, by drawn shapes: pixels reads"),
+        (0.2, arm(1.9, 0.95, 0.1, seed=5, shapes=0.7), "Open, by R@10: no one-stage arm"),
+    ],
+)
+def test_where_drawings_find_captions_no_better_than_the_nearest_captions_pictures_shapes_decide(
+    recall: float, pixels: Items, expected: str
+):
+    assert re.match(expected, decision(all_arms(pixels, recall)))
 
 
 def test_without_an_arm_that_the_rule_compares_nothing_is_decided():
@@ -150,6 +165,8 @@ def test_every_arm_trains_reads_and_draws(
     monkeypatch.setattr(tradeoff, "BATCH", 16)
     monkeypatch.setattr("vlm_jax.evals.likelihood.NOISE_DRAWS", 16)
     monkeypatch.setattr(tradeoff, "QUESTIONS", {"easy_vqa": "test[:12]", "mosaic": "test[:12]"})
+    monkeypatch.setattr(tradeoff, "SHAPES", ("easy_vqa/captions", "test[:12]"))
+    monkeypatch.setattr("vlm_jax.evals.recognition.DRAWS", 1)
     path, preset = runs / f"tradeoff-{name}-0", f"tradeoff-{name}"
     for start in small[preset].start:
         first = Path(start.workdir).name
@@ -167,5 +184,5 @@ def test_every_arm_trains_reads_and_draws(
     assert np.isfinite(found["caption_nats"]).all() and (found["caption_tokens"] > 0).all()
     assert len(found["easy_vqa_right"]) == len(found["easy_vqa_blind_right"]) == 12
     assert len(found["curve_nats"]) == 2 and np.isfinite(found["curve_nats"]).all()
-    assert ("near_copies" in found) == (name not in tradeoff.READERS)
+    assert ("shapes_found_by_run" in found) == ("near_copies" in found) == (name not in tradeoff.READERS)
     assert len(cells_of(found, 2.0)) == len(tradeoff.HEAD) - 1

@@ -9,6 +9,7 @@ from vlm_jax.evals import (
     kid,
     likelihood,
     perplexity,
+    recognition,
     reconstruction,
     retrieval,
     vqa,
@@ -32,6 +33,7 @@ EVALUATIONS: tuple[Evaluation, ...] = (
     kid.EVALUATION,
     clip_score.EVALUATION,
     generation.EVALUATION,
+    recognition.EVALUATION,
 )
 
 __all__ = ["EVALUATIONS", "Evaluation", "Judge", "Labelled", "Lessons", "Pictures", "Subject", "written"]

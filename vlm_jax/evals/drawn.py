@@ -49,7 +49,8 @@ def parts(subject: Subject, most: int | None = None) -> list[Beside]:
         real = first(subject.pictures.held_out(), most)
         if sum(map(len, real)) < 2:
             raise UserError("one image has no covariance: choose a larger split")
-        draw = painter(subject, len(real[0]))
+        captions = captions_of(subject)
+        draw = painter(subject, None if captions is None else [each[0] for each in captions], len(real[0]))
         missing = tqdm(range(len(kept), len(real)), "drawing", leave=False, disable=None)
         kept.extend(Beside(real[index], draw(index)[: len(real[index])]) for index in missing)
         if most is None:
@@ -68,15 +69,17 @@ def first(batches: Iterable[UInt8[np.ndarray, "B H W C"]], most: int | None) -> 
     return found
 
 
-def painter(subject: Subject, together: int) -> Callable[[int], UInt8[np.ndarray, "B H W C"]]:
-    """What draws the images of a number, so many at a time.
+def painter(
+    subject: Subject, captions: Sequence[str] | None, together: int
+) -> Callable[[int], UInt8[np.ndarray, "B H W C"]]:
+    """What draws the images of a number, so many at a time, of as many captions in order; None: of nothing.
 
     Raises:
       UserError: the tokenizer makes ids that the model cannot be told.
     """
     assert subject.model.sample is not None
     sample = jax.jit(partial(subject.model.sample, num=together, sampling=subject.sampling))
-    told = told_of(subject, together)
+    told = told_of(subject, captions, together)
 
     def draw(index: int) -> UInt8[np.ndarray, "B H W C"]:
         given = {} if told is None else told[index]
@@ -85,15 +88,12 @@ def painter(subject: Subject, together: int) -> Callable[[int], UInt8[np.ndarray
     return draw
 
 
-def told_of(subject: Subject, together: int) -> list[dict[str, np.ndarray]] | None:
+def told_of(subject: Subject, captions: Sequence[str] | None, together: int) -> list[dict[str, np.ndarray]] | None:
     """What the model is told, for so many images at a time; None: nothing."""
-    if "tokens" not in subject.model.conditions or subject.tokenizer is None:
-        return None
-    captions = captions_of(subject)
-    if captions is None:
+    if "tokens" not in subject.model.conditions or subject.tokenizer is None or captions is None:
         return None
     spec = subject.model.conditions["tokens"]
-    tokens = subject.tokenizer.encode([each[0] for each in captions], spec.shape[0])
+    tokens = subject.tokenizer.encode(captions, spec.shape[0])
     # Under `jax.jit` the model would not see what it cannot read.
     tokens = check_batch({"tokens": spec}, {"tokens": tokens})["tokens"]
     filled = np.pad(tokens, ((0, -len(tokens) % together), (0, 0)), mode="edge")  # so that all parts have one shape

@@ -45,6 +45,24 @@ class Judge:
         They are scaled as training's are, to the judge's size and range. The first batch is the largest.
         """
         see = self.model.embed_image if self.sees == "embeddings" else self.model.image_features
+        return self._look(see, _means, batches, levels)
+
+    def statistics(self, batches: Iterable[UInt8[np.ndarray, "B H W C"]], levels: int) -> Float[np.ndarray, "N K"]:
+        """The mean, the largest and the standard deviation over all parts of an image of each of its features.
+
+        They tell what is somewhere in an image, which embeddings that were learned of other images need not. Of a judge
+        without features they are its embeddings. Images are as those of `embeddings`.
+        """
+        see = self.model.image_features or self.model.embed_image
+        return self._look(see, _moments, batches, levels)
+
+    def _look(
+        self,
+        see: Callable[..., jax.Array] | None,
+        pooled: Callable[[jax.Array], jax.Array],
+        batches: Iterable[UInt8[np.ndarray, "B H W C"]],
+        levels: int,
+    ) -> Float[np.ndarray, "N D"]:
         spec = self.model.inputs["image"]
         # Each level by that of its share of the whole range.
         scaled = np.round(np.arange(levels) * (((spec.limit or 256) - 1) / (levels - 1))).astype(np.uint8)
@@ -53,15 +71,28 @@ class Judge:
             shown = np.stack([_shown(scaled[image], spec) for image in batch])
             together = max(together, len(shown))
             filled = np.pad(shown, ((0, together - len(shown)), *[(0, 0)] * 3), mode="edge")  # all have one shape
-            vectors.append(np.asarray(_seen(see, self.variables, filled))[: len(shown)])
+            vectors.append(np.asarray(_seen(see, pooled, self.variables, filled))[: len(shown)])
         return np.concatenate(vectors)
 
 
-@partial(jax.jit, static_argnums=0)
-def _seen(see: Callable[..., jax.Array], variables: Variables, image: UInt8[Array, "B H W C"]) -> Float[Array, "B D"]:
-    """A vector of each image; of features [B, T, D] their mean."""
+@partial(jax.jit, static_argnums=(0, 1))
+def _seen(
+    see: Callable[..., jax.Array],
+    pooled: Callable[[jax.Array], jax.Array],
+    variables: Variables,
+    image: UInt8[Array, "B H W C"],
+) -> Float[Array, "B D"]:
+    """A vector of each image, of features pooled over its parts."""
     vectors = see(variables, image)
-    return vectors if vectors.ndim == 2 else jnp.mean(vectors, axis=1)
+    return vectors if vectors.ndim == 2 else pooled(vectors)
+
+
+def _means(features: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+    return jnp.mean(features, axis=1)
+
+
+def _moments(features: Float[Array, "B T D"]) -> Float[Array, "B K"]:
+    return jnp.concatenate([of(features, axis=1) for of in (jnp.mean, jnp.max, jnp.std)], axis=1)
 
 
 def by_each(judges: Sequence[Judge], measure: Callable[[Judge], Mapping[str, float | None]]) -> dict[str, float | None]:

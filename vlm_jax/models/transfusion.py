@@ -62,8 +62,10 @@ class Config:
     images: int = 1
     """Of a row, at most."""
     image_weight: float = 5.0
-    """Of the squared error of a patch, where the negative log-likelihood of a token weighs 1 (section 4.1). The loss is
-    a mean over both, which for as many patches as tokens is half of the paper's sum of two means."""
+    """Of the squared error of a patch, where the negative log-likelihood of a token weighs 1. The loss is a mean over
+    both, for which micro-steps are exact. The paper's is the mean over tokens and 5 times that over images (equation 4
+    and section 4.1): of rows with T target tokens and P patches that is the same for a weight of 5 T / P, which is 5 of
+    the paper's data, half of which are tokens of texts. The metric `text_share` is T / (T + P)."""
 
     def __post_init__(self) -> None:
         if self.images < 1:
