@@ -12,7 +12,8 @@ from experiments.presets import presets
 from tools import tradeoff
 from tools.compute import spent_flops, step_flops
 from tools.evaluate import load_judges
-from tools.tradeoff import ARMS, Items, cells_of, decision, draw, measure, reached, table, train
+from tools.tradeoff import measure, train
+from tools.verdict import ARMS, HEAD, READERS, Items, cells_of, decision, draw, reached, table
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.sharding import MeshShape, make_mesh
@@ -184,5 +185,5 @@ def test_every_arm_trains_reads_and_draws(
     assert np.isfinite(found["caption_nats"]).all() and (found["caption_tokens"] > 0).all()
     assert len(found["easy_vqa_right"]) == len(found["easy_vqa_blind_right"]) == 12
     assert len(found["curve_nats"]) == 2 and np.isfinite(found["curve_nats"]).all()
-    assert ("shapes_found_by_run" in found) == ("near_copies" in found) == (name not in tradeoff.READERS)
-    assert len(cells_of(found, 2.0)) == len(tradeoff.HEAD) - 1
+    assert ("shapes_found_by_run" in found) == ("near_copies" in found) == (name not in READERS)
+    assert len(cells_of(found, 2.0)) == len(HEAD) - 1
