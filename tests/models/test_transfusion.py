@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.special
 
@@ -520,6 +521,54 @@ def test_gradients_reach_all_but_the_first_stage(kind, variables):
     )
     still = {path for path, leaf in leaves_by_path(gradient).items() if not np.abs(leaf).any()}
     assert still == {path for path in leaves_by_path(gradient) if path.startswith("image/first/")}
+
+
+@pytest.mark.slow
+def test_of_wide_patches_it_is_the_image_that_a_narrow_model_can_predict():
+    """Of 256 pixels with a width of 8, images of two dimensions: noise has too many, and so has what holds noise
+    (2511.13720, figure 2). The twins differ in what is predicted alone: the loss is one error of the velocity."""
+    place = 2 * np.pi * np.random.default_rng(0).uniform(size=(16, 16, 1))
+    directions = np.stack([np.cos(place), np.sin(place)]).reshape(2, -1)
+    count, span = 64, 3
+    blank = {
+        "tokens": np.full((count, 8), PAD, np.int32),
+        "target": np.tile(np.arange(8) < 1 + span, (count, 1)) & (np.arange(8) > 0),
+        "segment": np.tile(np.int32(np.arange(8) < 1 + span), (count, 1)),
+        "image_at": np.ones((count, 1), np.int32),
+    }
+    blank["tokens"][:, 0] = BOS
+
+    def unlike_images(predict: Any) -> float:
+        """The root mean square of what of drawings lies at a right angle to all images, of 256 levels."""
+        patches = LinearPatches(patch_size=16)
+        pixels = Pixels(image_size=16, channels=1, patches=patches, predict=predict, read_noise_share=0.0)
+        model = models.build(
+            replace(CONFIG, image=pixels, images=1, language=replace(CONFIG.language, context_length=8))
+        )
+        params = model.init(KEY, {**blank, "image": np.zeros((count, 1, 16, 16, 1), np.uint8)})["params"]
+        optimizer = optax.adam(3e-3)
+
+        @jax.jit
+        def step(params: Any, state: Any, image: Any, key: Any) -> tuple[Any, Any]:
+            def loss(params: Any) -> Any:
+                return model.loss({"params": params}, {**blank, "image": image}, key, jnp.zeros((), int), train=True)[0]
+
+            updates, state = optimizer.update(jax.grad(loss)(params), state)
+            return optax.apply_updates(params, updates), state
+
+        state, random = optimizer.init(params), np.random.default_rng(1)
+        for index in range(300):
+            angle = 2 * np.pi * random.uniform(size=(count, 1))
+            image = 127.5 + 80 * (np.cos(angle) * directions[0] + np.sin(angle) * directions[1])
+            image = np.round(image).astype(np.uint8).reshape(count, 1, 16, 16, 1)
+            params, state = step(params, state, image, jax.random.fold_in(KEY, index))
+        drawn = model.sample({"params": params}, KEY, {}, num=count, sampling=Sampling(steps=10, solver="heun"))
+        drawn = np.asarray(drawn, float).reshape(count, -1) - 127.5
+        within = drawn @ np.linalg.pinv(directions) @ directions
+        return float(np.sqrt(np.mean(np.square(drawn - within))))
+
+    assert unlike_images("x") < 2
+    assert unlike_images("velocity") > 40 and unlike_images("eps") > 40
 
 
 @pytest.mark.parametrize(
