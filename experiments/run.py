@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
@@ -17,7 +17,8 @@ from vlm_jax.commandline import command
 from vlm_jax.contract import Batch, check_batch, check_sampling
 from vlm_jax.data import (
     Packed,
-    Records,
+    Source,
+    Staged,
     Tokenizer,
     check_tokenizer,
     evaluation_batches,
@@ -112,17 +113,20 @@ def run(preset: str, experiment: Experiment) -> None:
                 write_tokenizer(workdir, tokenizer)
 
         begin = beginning(experiment, facts, mesh)
-        sets: list[Records] = [rows_of(each, data, model.inputs, tokenizer, seed=training.seed) for each in sources]
+        splits = (*sources, *(() if held_out is None else (held_out,)))
+        kept: Sequence[Source | Staged] = splits
+        read = data
+        if experiment.cached:
+            kept, read = with_stages(experiment, model, splits, data_dir, facts, begin)
+        own, others = kept[: len(sources)], kept[len(sources) :]
+        sets = [rows_of(each, read, trained.inputs, tokenizer, seed=training.seed) for each in own]
         for each in sets:
             if first and isinstance(each, Packed):
                 say(str(each))
         scored = None if held_out is None else rows_of(held_out, data, model.inputs, tokenizer)
-        validated: Records | None = scored
-        read = data
+        validated = scored
         if experiment.cached:
-            splits = (*sources, *(() if held_out is None else (held_out,)))
-            stages, read = with_stages(experiment, model, splits, data_dir, facts, begin)
-            sets, validated = [*stages[: len(sources)]], None if held_out is None else stages[-1]
+            validated = next((rows_of(each, read, trained.inputs, tokenizer) for each in others), None)
 
         def batches(rows: Rows, start: int) -> Iterator[dict[str, np.ndarray]]:
             return train_batches(

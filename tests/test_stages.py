@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 
 from experiments import run
-from experiments.data import DIGITS, TINY
+from experiments.data import DIGITS, OPENMOJI, TINY
+from experiments.presets import presets
 from smallest import DIT, PYRAMID
 from vlm_jax.data import Image
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import autoencoder, build, latent_diffusion, probability_flow, vae
+from vlm_jax.nn.image_patches import ConvolutionalPatches
 from vlm_jax.stages import STAGES, staged
 from vlm_jax.start import Start
 
 FIRST = autoencoder.Config(image_size=8, channels=1, levels=17, network=replace(PYRAMID, dropout=0.0), latent=2)
 OPTIMIZER = replace(TINY.optimizer, schedule="constant")
+FEW = replace(OPENMOJI, train="train[:2%]", test="test[:2%]")
 TRAINING = replace(TINY, optimizer=OPTIMIZER, steps=3, batch_size=16, log_every=1, checkpoint_every=3)
 
 
@@ -89,6 +92,59 @@ def test_images_that_would_be_encoded_otherwise_next_time_are_refused(
     experiment = replace(second, cached=True, workdir=str(tmp_path / "run"), **change)
     with pytest.raises(UserError, match=message):
         run.run("second", experiment)
+
+
+def mixed(name: str, directory: Path, data_dir: Path, **settings: Any) -> Experiment:
+    """A decoder of texts and images of a few emoji, and what it begins with, of no steps but one."""
+    preset = presets()[f"{name}-tiny"][1]
+    (start,) = preset.start
+    begun = Path(start.workdir).name
+    small = replace(presets()[begun][1], data=replace(FEW, text=None), data_dir=str(data_dir))
+    first = replace(small.model, image_size=32)
+    if not (directory / begun).exists():
+        training = replace(small.training, steps=1, batch_size=8, checkpoint_every=1, micro_steps=1)
+        run.run(begun, replace(small, model=first, training=training, workdir=str(directory / begun)))
+    decoder = replace(preset.model.language.decoder, width=16, depth=1, heads=2, kv_heads=2, head_width=8, mlp=16)
+    model: Any = replace(preset.model, language=replace(preset.model.language, decoder=decoder))
+    if name == "chameleon":
+        model = replace(model, first=first)
+    else:
+        patches = ConvolutionalPatches(widths=(8, 16), blocks=1, groups=2)
+        model = replace(model, image=replace(model.image, first=first, patches=patches))
+    return replace(
+        preset,
+        model=model,
+        data=replace(FEW, fields=preset.data.fields, text=preset.data.text, validation="test[:2%]", **settings),
+        data_dir=str(data_dir),
+        training=replace(TRAINING, seed=1, batch_size=8, log_every=1),
+        start=(replace(start, workdir=str(directory / begun)),),
+        workdir=str(directory / "run"),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "pack"), [("chameleon", False), ("chameleon", True), ("transfusion", False)])
+def test_rows_with_images_hold_the_stage_of_each(
+    name: str, pack: bool, tmp_path_factory: pytest.TempPathFactory, data_dir: Path, tmp_path: Path
+):
+    """Of several images a row where they are packed; codes as they are, and latents drawn anew each time."""
+    own = tmp_path / "data"
+    own.mkdir()
+    for each in data_dir.glob("*"):
+        if each.name != STAGES:
+            (own / each.name).symlink_to(each)
+    plain = mixed(name, tmp_path_factory.getbasetemp() / "mixed", own)
+    if pack:
+        model = replace(plain.model, images=3, language=replace(plain.model.language, context_length=240))
+        plain = replace(plain, model=model, data=replace(plain.data, fields=plain.data.fields[:1], pack=True))
+    plain, cached = (
+        replace(plain, cached=cached, workdir=str(tmp_path / f"cached-{cached}")) for cached in (False, True)
+    )
+    run.run(name, plain)
+    run.run(name, cached)
+    found, expected = (np.array(losses(tmp_path / f"cached-{each}"), float) for each in (True, False))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert len(list((own / STAGES).iterdir())) == 2
 
 
 def test_a_model_whose_loss_reads_images_is_refused():

@@ -23,7 +23,7 @@ from vlm_jax.data import (
     Data,
     Interleaved,
     Label,
-    Packed,
+    Records,
     Source,
     class_names,
     evaluation_batches,
@@ -216,7 +216,7 @@ def reader(
     loaded: Loaded,
     batch_size: int,
     sharding: jax.sharding.Sharding,
-    rows: Source | Packed,
+    rows: Records,
     data: Data,
     inputs: Inputs,
 ) -> Callable[[], Iterator[tuple[Batch, int]]]:
@@ -338,7 +338,7 @@ def choose(subject: Subject, names: tuple[str, ...]) -> list[Evaluation]:
 
 
 def on_device(
-    rows: Source | Packed,
+    rows: Records,
     data: Data,
     loaded: Loaded,
     batch_size: int,

@@ -6,6 +6,7 @@ images has another file. What is kept is what `loss` would make of the image, so
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +33,8 @@ BATCH = 256
 """Images that are encoded at once."""
 STAGES = "stages"
 """The directory of the files, in that of the data sets."""
-FIRST = "first"
-"""The part of a model that makes them, and the field of its `Config`."""
+PLACES = ("first", "image/first")
+"""Where models have the part that makes them: its place among the variables, and that of its `Config` in theirs."""
 
 
 def staged(model: Model) -> Model:
@@ -80,13 +81,13 @@ def with_stages(
       UserError: images are augmented, or are encoded by what trains, or there are several processes and no file.
     """
     data = experiment.data
+    place, first = first_of(experiment)
     starts = zip(experiment.start, facts, strict=True)
-    taken = [{"take": start.take, **fact} for start, fact in starts if start.into in ("", FIRST)]
-    told = {"first": to_json(experiment)["model"].get(FIRST), "taken": taken}
+    taken = [{"take": start.take, **fact} for start, fact in starts if start.into in ("", place)]
+    told = {"first": first, "taken": taken}
     found = []
     for source in sources:
-        (field,) = (each for each in chosen(data.fields, source.keys, {"image": model.inputs["image"]}))
-        assert isinstance(field, Image)
+        field = image_of(data, source, model)
         if field.augments:
             raise UserError(
                 "cached stages are of each image as it is: set flip to False, crop_min_area to 1.0 and no redraw"
@@ -97,9 +98,33 @@ def with_stages(
         if not path.is_file():
             if jax.process_count() > 1:
                 raise UserError(f"{path} is not there: begin the run in one process, which makes it, and then in all")
-            write(path, model, held(experiment, model, begin), source, data)
+            write(path, model, held(experiment, model, begin), source, field)
         found.append(Staged(source, np.load(path, mmap_mode="r")))
     return tuple(found), replace(data, fields=(*data.fields, Stage()))
+
+
+def first_of(experiment: Experiment) -> tuple[str, Any]:
+    """Of the part that makes stages its place and its `Config`, as JSON values."""
+    for place in PLACES:
+        config = to_json(experiment)["model"]
+        for name in place.split("/"):
+            config = config.get(name) if isinstance(config, Mapping) else None
+        if config is not None:
+            return place, config
+    raise AssertionError("a model with `stage` has a part that makes it")
+
+
+def image_of(data: Data, source: Source, model: Model) -> Image:
+    """How the images of a split are read, alone or in their places in rows.
+
+    Raises:
+      UserError: it has none.
+    """
+    for field in chosen(data.fields, source.keys, model.inputs):
+        reader = getattr(field, "image", field)
+        if isinstance(reader, Image):
+            return reader
+    raise UserError(f"{source.name} has no images to make stages of: set cached to False, or leave it out")
 
 
 def held(
@@ -110,25 +135,38 @@ def held(
     settings: dict[str, Any] = {"frozen": experiment.frozen, "frozen_dtype": experiment.frozen_dtype}
     abstract, _, _ = programs(model, training, mesh, **settings)
     given = begin(abstract)
-    first = assembled({FIRST: part({"params": abstract.frozen, **abstract.collections}, FIRST)})
+    names, _ = first_of(experiment)
+    first: Variables = {"params": abstract.frozen, **abstract.collections}
+    for name in names.split("/"):
+        first = part(first, name)
+    for name in reversed(names.split("/")):
+        first = assembled({name: first})
     return map_with_path(lambda path, _: given[path], first)
 
 
-def write(path: Path, model: Model, variables: Variables, source: Source, data: Data) -> None:
+def write(path: Path, model: Model, variables: Variables, source: Source, field: Image) -> None:
     """The stages of all records, into a file that is there when all of it is."""
-    assert model.stage is not None
-    image = {"image": model.inputs["image"]}
-    size = min(BATCH, len(source))
+    make, spec = model.stage, model.inputs["image"]
+    assert make is not None
+    one = spec._replace(shape=spec.shape[-3:])
+
+    def stage(variables: Variables, image: jax.Array) -> jax.Array:
+        """Of images one by one, of which the model reads rows."""
+        made: jax.Array = make(variables, image.reshape(-1, *spec.shape))
+        return made.reshape(len(image), *made.shape[len(spec.shape) - 2 :])
+
+    together = math.prod(spec.shape[:-3])
+    image, size = {"image": one}, -(-min(BATCH, len(source)) // together) * together
     try:
-        spec = jax.eval_shape(model.stage, variables, abstract_batch(image, size)["image"])
+        kept = jax.eval_shape(stage, variables, abstract_batch(image, size)["image"])
     except Exception as error:  # linen's and Python's own, of a part that is not there
         raise UserError("cached stages are made by parts that do not train: freeze all that encodes images") from error
-    encode = jax.jit(model.stage)
+    encode = jax.jit(stage)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
-    array = np.lib.format.open_memmap(temporary, "w+", spec.dtype, (len(source), *spec.shape[1:]))
+    array = np.lib.format.open_memmap(temporary, "w+", kept.dtype, (len(source), *kept.shape[1:]))
     say(f"encoding {len(source)} images of {source.full_name}, {source.split}, once: {path}")
-    batches = evaluation_batches(source, data, image, None, batch_size=size)
+    batches = evaluation_batches(source, Data(name=source.name, fields=(field,)), image, None, batch_size=size)
     for index, (batch, valid) in enumerate(tqdm(batches, total=-(-len(source) // size), unit="batch", leave=False)):
         array[index * size : index * size + valid] = encode(variables, batch["image"])[:valid]
     array.flush()

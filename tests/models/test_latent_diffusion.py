@@ -122,8 +122,8 @@ def test_a_prompt_changes_what_is_drawn_and_no_prompt_is_untold():
         ),
         ({"prior": replace(CONFIG.prior, levels=3)}, "and the prior models uint8[1, 1, 2]"),
         ({"first": VAE}, "the first stage makes latents float32[2]"),
-        ({"first": VQVAE}, "the first stage makes latents int32[1, 1]"),
-        ({"first": CLIP}, "the first stage does not encode images as one array and decode it"),
+        ({"first": VQVAE}, "the first stage does not encode images as one array of real numbers and decode it"),
+        ({"first": CLIP}, "the first stage does not encode images as one array of real numbers and decode it"),
     ],
 )
 def test_stages_that_do_not_fit_are_refused(change: dict[str, Any], message: str):

@@ -116,6 +116,12 @@ def rows(kind: str, *documents: list[Any]) -> dict[str, np.ndarray]:
     return {name: np.stack([each[name] for each in found]) for name in found[0]}
 
 
+def seen(kind: str, variables: Any, image: Any) -> jax.Array:
+    """What is noised of images, the mean of latents."""
+    images = noised(CONFIGS[kind].image)
+    return images.drawn(images.stage(variables, image))
+
+
 class Reader(MixedNetwork):
     """All that is said of a row, without a cache."""
 
@@ -158,9 +164,7 @@ def marked(kind: str, batch: Any, told: Any = None) -> dict[str, Any]:
 
 
 def read(kind: str, variables: Any, batch: Any) -> jax.Array:
-    images = noised(CONFIGS[kind].image)
-    flat = jnp.asarray(batch["image"]).reshape(-1, *batch["image"].shape[2:])
-    x = images.read(variables, flat)
+    x = seen(kind, variables, jnp.asarray(batch["image"]).reshape(-1, *batch["image"].shape[2:]))
     return x.reshape(*batch["image"].shape[:2], *x.shape[1:])
 
 
@@ -378,7 +382,7 @@ class Document:
         self.kind, self.variables = kind, variables
         tokens, images = laid(kind, parts)
         self.tokens, self.at = tokens.tokens.tolist(), tokens.image_at.tolist()
-        self.x = [np.asarray(noised(CONFIGS[kind].image).read(variables, each[None])[0]) for each in images]
+        self.x = [np.asarray(seen(kind, variables, each[None])[0]) for each in images]
 
     def said(
         self, x: list[Any], places: list[int], tokens: list[int], times: list[Any], told: Any = None
@@ -445,7 +449,7 @@ class Document:
         image = images.show(self.variables, x)
         self.at.append(len(self.tokens))
         self.tokens += [PAD] * SPAN[self.kind]
-        self.x.append(np.asarray((x if self.kind == "latents" else images.read(self.variables, image))[0]))
+        self.x.append(np.asarray((x if self.kind == "latents" else seen(self.kind, self.variables, image))[0]))
         return np.asarray(image[0])
 
 

@@ -10,7 +10,7 @@ import abc
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -160,7 +160,7 @@ def encoded(run: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> list[tuple
 class ConversationReader(TextReader):
     """`tokens`, `target` and `segment` [T] of conversations, and of a model that sees `image` and `image_at`."""
 
-    gives = ("tokens", "target", "segment", "image", "image_at")
+    gives: ClassVar[tuple[str, ...]] = ("tokens", "target", "segment", "image", "image_at")
 
     template: str | None
     """The chat template; None: the tokenizer's own."""
@@ -208,9 +208,9 @@ class Dialogue(ConversationReader):
 
 
 class ImageReader(TextReader):
-    """Documents with an image each in their places."""
+    """Documents with an image each in their places, or with what a frozen part of the model made of it (`stage`)."""
 
-    gives = ConversationReader.gives
+    gives: ClassVar[tuple[str, ...]] = (*ConversationReader.gives, "stage")
 
     image: Image
 
@@ -223,14 +223,20 @@ class ImageReader(TextReader):
         self.image.check(one_image(inputs))
 
     def images(self, records: Sequence[Record], inputs: Inputs, rng: Rng) -> Example:
-        found = np.zeros(inputs["image"].shape, inputs["image"].dtype)
+        name = "stage" if "stage" in inputs else "image"
+        found = np.zeros(inputs[name].shape, inputs[name].dtype)
         for place, record in zip(found, records, strict=False):
-            place[...] = self.image.read(record, one_image(inputs), None, rng)["image"]
-        return {"image": found}
+            made = (
+                record["stage"] if name == "stage" else self.image.read(record, one_image(inputs), None, rng)["image"]
+            )
+            place[...] = made
+        return {name: found}
 
 
 class VisualReader(ImageReader, ConversationReader):
     """Conversations about one image each."""
+
+    gives = ImageReader.gives
 
 
 def one_image(inputs: Inputs) -> Inputs:

@@ -9,7 +9,7 @@ from typing import Any
 from vlm_jax.data.config import Data, named
 from vlm_jax.data.fields import Inputs, Label, TextReader, chosen, known
 from vlm_jax.data.packing import Packed, packed
-from vlm_jax.data.source import Source, open_source
+from vlm_jax.data.source import Source, Staged, open_source
 from vlm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.paths import local_path
@@ -118,8 +118,8 @@ def make_tokenizer(data: Data, sources: Sequence[Source]) -> Tokenizer | None:
 
 
 def rows_of(
-    source: Source, data: Data, inputs: Inputs, tokenizer: Tokenizer | None, *, seed: int = 0
-) -> Source | Packed:
+    source: Source | Staged, data: Data, inputs: Inputs, tokenizer: Tokenizer | None, *, seed: int = 0
+) -> Source | Staged | Packed:
     """What the examples of a split are made of: its records, or rows of its texts, which are read and planned here.
 
     Args:

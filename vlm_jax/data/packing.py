@@ -7,7 +7,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from vlm_jax.data.fields import Example, Inputs, Record, Rng, TextReader, Tokens, row
-from vlm_jax.data.source import Source
+from vlm_jax.data.source import Source, Staged
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import UserError
 
@@ -68,7 +68,7 @@ class Packed:
     each of its words would take longer than to train on them. Images are read when the row is.
     """
 
-    source: Source
+    source: Source | Staged
     reader: TextReader
     inputs: Inputs
     records: Int[np.ndarray, " N"]
@@ -121,7 +121,7 @@ INDEX = "row"
 """Under which a row says which it is, until its images are read."""
 
 
-def packed(source: Source, reader: TextReader, tokenizer: Tokenizer, inputs: Inputs, seed: int = 0) -> Packed:
+def packed(source: Source | Staged, reader: TextReader, tokenizer: Tokenizer, inputs: Inputs, seed: int = 0) -> Packed:
     """Reads all documents of a split and plans their rows.
 
     A document that is longer than a row becomes several, of which each but the last fills one, if its reader cuts it;

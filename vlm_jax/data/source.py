@@ -156,6 +156,14 @@ class Staged:
     arrays: np.ndarray
     """A stage for each record, in their order."""
 
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def split(self) -> str:
+        return self.source.split
+
     def __len__(self) -> int:
         return len(self.source)
 

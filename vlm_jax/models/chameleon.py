@@ -165,7 +165,7 @@ def build(config: Config) -> Model:
     ) -> tuple[Float[Array, ""], Aux]:
         """The cross-entropy in nats a target token, and `z_loss` times the mean of their (log Z)^2."""
         del step
-        codes = codes_of(variables, batch["image"])
+        codes = batch["stage"] if "stage" in batch else codes_of(variables, batch["image"])
         found, predicted = scores(variables, batch, codes, train=train, rngs={"dropout": key})
         value, metrics, weight = cross_entropy(found, predicted)
         drift = jnp.sum(jnp.where(predicted, found.log_normaliser**2, 0)) / jnp.maximum(weight, 1)
@@ -262,6 +262,7 @@ def build(config: Config) -> Model:
         init=init,
         loss=loss,
         rules=(*under("first", first.rules), *under("language", language.rules_of(c))),
+        stage=codes_of,
         conditions={"tokens": Input((c.context_length - span,), "int32", c.vocab_size, contains=c.eos_id)},
         sampling=Sampling(),
         sample=sample,

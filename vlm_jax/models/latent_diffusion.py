@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlm_jax import models
-from vlm_jax.contract import Aux, Batch, Input, Model, Variables
+from vlm_jax.contract import Aux, Batch, Model, Variables
 from vlm_jax.errors import UserError
-from vlm_jax.objectives.likelihood import gaussian_log_density, subpixels
+from vlm_jax.models.parts.real_latents import bound, bounded, check_first, drawn, moments
+from vlm_jax.objectives.likelihood import subpixels
 from vlm_jax.sampling.diffusion import OnStep
 from vlm_jax.sharding import under
 from vlm_jax.trees import assembled, part
@@ -33,9 +34,7 @@ class Config:
 
 def check_stages(first: Model, prior: Model) -> None:
     """Refuses two models of which the second is none of the first's latents."""
-    if not isinstance(first.latents, Input) or first.encode is None or first.decode is None:
-        raise UserError("the first stage does not encode images as one array and decode it: choose another for `first`")
-    made, modelled = first.latents, prior.inputs["image"]
+    made, modelled = check_first(first), prior.inputs["image"]
     if (made.shape, made.dtype) != (modelled.shape, modelled.dtype):
         raise UserError(
             f"the first stage makes latents {made.dtype}{list(made.shape)} and the prior models "
@@ -48,8 +47,8 @@ def build(config: Config) -> Model:
     first, prior = models.build(config.first), models.build(config.prior)
     check_stages(first, prior)
     # Of the Model of each, what is known to be there.
-    encode, decode, sample_prior, spec = first.encode, first.decode, prior.sample, first.latents
-    assert encode is not None and decode is not None and sample_prior is not None and isinstance(spec, Input)
+    encode, decode, sample_prior, spec = first.encode, first.decode, prior.sample, prior.inputs["image"]
+    assert encode is not None and decode is not None and sample_prior is not None
     told = {name: each for name, each in prior.inputs.items() if name != "image"}
 
     def init(key: Array, batch: Batch) -> Variables:
@@ -59,39 +58,29 @@ def build(config: Config) -> Model:
         return assembled({"first": first.init(first_key, {"image": batch["image"]}), "prior": drawn})
 
     def stage(variables: Variables, image: Int[Array, "B H W C"]) -> Float[Array, "B h w M"]:
-        """Mean and log-variance of the latents, one after the other; of a first stage that draws none, its latents."""
-        if first.posterior is None:
-            return encode(part(variables, "first"), image)
-        return jnp.concatenate(first.posterior(part(variables, "first"), image), axis=-1)
-
-    def drawn_from(moments: Float[Array, "B h w M"], key: Array) -> tuple[Float[Array, "B h w Z"], Float[Array, " B"]]:
-        """Latents, and log q of them."""
-        if first.posterior is None:
-            return moments, jnp.zeros(len(moments))
-        mean, log_variance = jnp.split(moments, 2, axis=-1)
-        z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
-        return z, jnp.sum(gaussian_log_density(z, mean, log_variance), axis=(1, 2, 3))
+        return moments(first, part(variables, "first"), image)
 
     def loss(
         variables: Variables, batch: Batch, key: Array, step: Array, *, train: bool
     ) -> tuple[Float[Array, ""], Aux]:
         """That of the prior, of latents drawn anew each time."""
         latent_key, prior_key = jax.random.split(key)
-        moments = batch["stage"] if "stage" in batch else stage(variables, batch["image"])
-        z, _ = drawn_from(jax.lax.stop_gradient(moments), latent_key)
+        kept = batch["stage"] if "stage" in batch else stage(variables, batch["image"])
+        z, _ = drawn(first, jax.lax.stop_gradient(kept), latent_key)
         value, aux = prior.loss(part(variables, "prior"), {**batch, "image": z}, prior_key, step, train=train)
-        kept = {collection: tree for collection, tree in variables.items() if collection != "params"}
-        state = {c: {**tree, "prior": aux.state[c]} if c in aux.state else tree for c, tree in kept.items()}
+        rest = {collection: tree for collection, tree in variables.items() if collection != "params"}
+        state = {c: {**tree, "prior": aux.state[c]} if c in aux.state else tree for c, tree in rest.items()}
         return value, aux._replace(state=state)
 
     def log_likelihood(variables: Variables, batch: Batch, key: Array) -> Float[Array, " B"]:
         """At one draw of the latents; a lower bound in expectation where that of the prior is one."""
         latent_key, prior_key = jax.random.split(key)
-        assert first.log_likelihood_given is not None and prior.log_likelihood is not None
-        z, log_posterior = drawn_from(stage(variables, batch["image"]), latent_key)
-        log_prob = first.log_likelihood_given(part(variables, "first"), batch["image"], z)
-        log_prior = prior.log_likelihood(part(variables, "prior"), {**batch, "image": z}, prior_key)
-        return log_prob - log_posterior + log_prior
+
+        def log_prior(z: Float[Array, "B h w Z"]) -> Float[Array, " B"]:
+            assert prior.log_likelihood is not None
+            return prior.log_likelihood(part(variables, "prior"), {**batch, "image": z}, prior_key)
+
+        return bound(first, part(variables, "first"), batch["image"], log_prior, latent_key)
 
     def sample(
         variables: Variables,
@@ -110,8 +99,6 @@ def build(config: Config) -> Model:
         latents = sample_prior(part(variables, "prior"), key, given, num=num, **told_so)
         return decode(part(variables, "first"), latents)
 
-    # Real latents have a density, and with it images a bound, where they are drawn.
-    measured = first.log_likelihood_given is not None and first.posterior is not None
     density: dict[str, Any] = {
         "log_likelihood": log_likelihood,
         "count": subpixels,
@@ -129,5 +116,5 @@ def build(config: Config) -> Model:
         conditions=prior.conditions,
         sampling=prior.sampling,
         sample=sample,
-        **(density if measured else {}),
+        **(density if bounded(first) else {}),
     )

@@ -137,11 +137,13 @@ def build(config: Config) -> Model:
         first = images.first.init(first_key, {"image": batch["image"][:, 0]})
         return merge(own, assembled({IMAGE: assembled({FIRST: first})}))
 
-    def read(
-        variables: Variables, image: Int[Array, "B N H W C"], key: Array | None = None
-    ) -> Float[Array, "B N h w c"]:
-        x = images.read(variables, image.reshape(-1, *image.shape[2:]), key)
-        return x.reshape(*image.shape[:2], *x.shape[1:])
+    def stage(variables: Variables, image: Int[Array, "B N H W C"]) -> Float[Array, "B N h w M"]:
+        kept = images.stage(variables, image.reshape(-1, *image.shape[2:]))
+        return kept.reshape(*image.shape[:2], *kept.shape[1:])
+
+    def drawn_of(kept: Float[Array, "B N h w M"], key: Array | None = None) -> Float[Array, "B N h w c"]:
+        x = images.drawn(kept.reshape(-1, *kept.shape[2:]), key)
+        return x.reshape(*kept.shape[:2], *x.shape[1:])
 
     def still(shape: int | tuple[int, ...]) -> Float[Array, "*N"]:
         """The time of images without noise."""
@@ -186,7 +188,7 @@ def build(config: Config) -> Model:
         Among the metrics are its two parts, and the share of what it is a mean over that are tokens.
         """
         latent_key, time_key, noise_key, mask_key, code_key, dropout_key = jax.random.split(key, 6)
-        x = read(variables, batch["image"], latent_key)
+        x = drawn_of(batch["stage"] if "stage" in batch else stage(variables, batch["image"]), latent_key)
         rows, flat = x.shape[:2], x.reshape(-1, *images.shape)
         t, learned = images.times(time_key, target_images(batch).reshape(-1), described(batch).reshape(-1), train=train)
         eps, learned = jax.random.normal(noise_key, flat.shape), learned.reshape(rows)
@@ -220,7 +222,7 @@ def build(config: Config) -> Model:
         """
         assert images.log_likelihood is not None
         blank = batch = marked(batch)
-        x, target = read(variables, batch["image"]), target_images(batch)
+        x, target = drawn_of(stage(variables, batch["image"])), target_images(batch)
         clean, everything = still(x.shape[:2]), predicted(batch)
         mine = None if coder is None else own_codes(variables, x)[0]
         found, _ = module.apply(variables, batch, x, clean)
@@ -327,14 +329,14 @@ def build(config: Config) -> Model:
             if start + span == len(plan.kind):
                 return state, tokens, image
             # Pixels are read as they are given out, latents as they were drawn.
-            x = images.read(variables, image) if images.first is None else x
+            x = images.stage(variables, image) if images.first is None else x
             if coder is not None:  # what is read is told none
                 state, _ = jax.lax.scan(untold, state, start + 1 + jnp.arange(codes))
             _, cache = decoding.fed(state, call("patches", x, still(rows))[0], first, inside=True)
             state = state._replace(cache=cache)
             return decoding.told(state, tokens[:, -1], start + span - 1), tokens, image
 
-        x = read(variables, batch["image"])
+        x = drawn_of(stage(variables, batch["image"]))
         at = batch["image_at"] + 1 + codes
         y, _ = call("patches", x.reshape(-1, *images.shape), still(at.size))
         inside = image_numbers(at, length, batch["tokens"].shape[1])
@@ -370,6 +372,7 @@ def build(config: Config) -> Model:
             *under("language", language.rules_of(c)),
             *(((r"^mask$", (None,)),) if module.masks else ()),
         ),
+        stage=None if images.first is None else stage,
         conditions={"tokens": Input((c.context_length - span,), "int32", c.vocab_size, contains=c.eos_id)},
         sampling=default_sampling(config.image),
         sample=sample,

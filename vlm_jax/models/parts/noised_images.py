@@ -15,13 +15,14 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from vlm_jax import models
 from vlm_jax.contract import Input, Model, Variables
 from vlm_jax.errors import UserError
+from vlm_jax.models.parts import real_latents
 from vlm_jax.models.parts.own_codes import OwnCodes
 from vlm_jax.nn.image_patches import Patches
 from vlm_jax.nn.images import Images
 from vlm_jax.nn.vision import check_patches
 from vlm_jax.objectives.chain import Chain
 from vlm_jax.objectives.diffusion import cosine_betas, discrete_gammas
-from vlm_jax.objectives.likelihood import from_unit_range, gaussian_log_density, to_unit_range
+from vlm_jax.objectives.likelihood import from_unit_range, to_unit_range
 from vlm_jax.objectives.straight import StraightPath
 from vlm_jax.sampling.diffusion import Solving
 from vlm_jax.trees import part
@@ -100,8 +101,10 @@ class Noised(NamedTuple):
     """Of what is noised."""
     path: Chain | StraightPath
     first: Model | None
-    read: Callable[..., Float[Array, "R h w c"]]
-    """`(variables, image, key=None) -> x`: what is noised, with a key a draw of it."""
+    stage: Callable[..., Float[Array, "R h w M"]]
+    """`(variables, image) -> kept`: what may be made of an image once for all epochs."""
+    drawn: Callable[..., Float[Array, "R h w c"]]
+    """`(kept, key=None) -> x`: what is noised; of latents, which are drawn, the mean without a key."""
     show: Callable[..., Int[Array, "R H W C"]]
     """`(variables, x) -> image`"""
     times: Callable[..., tuple[Num[Array, " R"], Bool[Array, " R"]]]
@@ -125,17 +128,12 @@ def own(variables: Variables) -> Variables:
 
 def of_latents(config: Latents) -> Noised:
     first = models.build(config.first)
-    spec, encode, decode = first.latents, first.encode, first.decode
-    if not isinstance(spec, Input) or spec.dtype != "float32" or encode is None or decode is None:
-        raise UserError(
-            "the first stage does not encode images as one array of real numbers and decode it: choose another for "
-            "`first`, such as an autoencoder"
-        )
-    side, _, channels = spec.shape
+    (side, _, channels), decode = real_latents.check_first(first).shape, first.decode
+    assert decode is not None
     path = Chain(discrete_gammas(cosine_betas(config.timesteps)), "eps")
 
-    def read(variables: Variables, image: Int[Array, "R H W C"], key: Array | None = None) -> Float[Array, "R h w c"]:
-        return jax.lax.stop_gradient(encode(own(variables), image, key))
+    def drawn(kept: Float[Array, "R h w M"], key: Array | None = None) -> Float[Array, "R h w c"]:
+        return jax.lax.stop_gradient(real_latents.drawn(first, kept, key)[0])
 
     def times(
         key: Array, target: Bool[Array, " R"], described: Bool[Array, " R"], *, train: bool
@@ -148,32 +146,28 @@ def of_latents(config: Latents) -> Noised:
     def log_likelihood(
         variables: Variables, image: Int[Array, "R H W C"], output: Callable[[Array, Array], Array], key: Array
     ) -> Float[Array, " R"]:
-        """E_q[log p(image | z) - log q(z | image) + log p(z)] at one draw, by the chain's bound."""
-        assert first.posterior is not None and first.log_likelihood_given is not None
         latent_key, chain_key = jax.random.split(key)
-        mean, log_variance = first.posterior(own(variables), image)
-        z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(latent_key, mean.shape)
-        log_posterior = jnp.sum(gaussian_log_density(z, mean, log_variance), axis=(1, 2, 3))
-        nats = path.bound(lambda x_t, t: path.prediction(output(x_t, t), x_t, t), z, z, chain_key)
-        return first.log_likelihood_given(own(variables), image, z) - log_posterior - nats
+
+        def log_prior(z: Float[Array, "R h w c"]) -> Float[Array, " R"]:
+            return -path.bound(lambda x_t, t: path.prediction(output(x_t, t), x_t, t), z, z, chain_key)
+
+        return real_latents.bound(first, own(variables), image, log_prior, latent_key)
 
     return Noised(
         image=first.inputs["image"],
         shape=(side, side, channels),
         path=path,
         first=first,
-        read=read,
+        stage=lambda variables, image: real_latents.moments(first, own(variables), image),
+        drawn=drawn,
         show=lambda variables, x: decode(own(variables), x),
         times=times,
-        log_likelihood=log_likelihood if first.posterior and first.log_likelihood_given else None,
+        log_likelihood=log_likelihood if real_latents.bounded(first) else None,
     )
 
 
 def of_pixels(config: Pixels) -> Noised:
     path = StraightPath(config.predict, config.logit_normal, config.shift)
-
-    def read(variables: Variables, image: Int[Array, "R H W C"], key: Array | None = None) -> Float[Array, "R H W C"]:
-        return to_unit_range(image, config.levels)
 
     def times(
         key: Array, target: Bool[Array, " R"], described: Bool[Array, " R"], *, train: bool
@@ -198,7 +192,8 @@ def of_pixels(config: Pixels) -> Noised:
         shape=config.shape,
         path=path,
         first=None,
-        read=read,
+        stage=lambda variables, image: to_unit_range(image, config.levels),
+        drawn=lambda kept, key=None: kept,
         show=lambda variables, x: from_unit_range(x, config.levels),
         times=times,
         log_likelihood=log_likelihood,
