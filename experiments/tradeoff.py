@@ -90,7 +90,7 @@ def tradeoff_transfusion() -> Experiment:
             image=Latents(first=autoencoder_tiny().model, patches=patches), language=text(WORDS + 2), **DRAWN
         ),
         draws=True,
-        sampling=transfusion.Sampling(solver="ddim", steps=50, guidance=3.0),
+        sampling=transfusion.Sampling(steps=100, guidance=3.0),
         start=(Start(workdir="runs/autoencoder-tiny", into="image/first"),),
         frozen=(r"^image/first/",),
     )

@@ -60,7 +60,7 @@ def transfusion_tiny() -> Experiment:
     return tiny(
         LATENTS,
         (Interleaved(caption_first=0.8), READ),
-        sampling=transfusion.Sampling(solver="ddim", steps=50, guidance=3.0),
+        sampling=transfusion.Sampling(steps=100, guidance=3.0),
         start=(Start(workdir="runs/autoencoder-tiny", into="image/first"),),
         frozen=(r"^image/first/",),
     )

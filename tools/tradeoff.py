@@ -14,7 +14,8 @@ R@10 decides nothing: then, for all arms, decides the share of drawn shapes, 20 
 that a probe of each judge takes for what their captions say (`vlm_jax.evals.recognition`).
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from vlm_jax.experiment import Experiment, from_record
 from vlm_jax.files import check_writable, write_output
 from vlm_jax.paths import local_path
 from vlm_jax.sharding import MeshShape, make_mesh
+from vlm_jax.sheets import Cell, write_sheet
 from vlm_jax.train.checkpoint import Checkpoints
 from vlm_jax.workdir import CHECKPOINTS, has_checkpoints, load, read_record
 
@@ -50,6 +52,8 @@ QUESTIONS = {"easy_vqa": "test[:2000]", "mosaic": "test[:2000]"}
 SHAPES = ("easy_vqa/captions", "test")
 """What is drawn beside emoji."""
 BATCH = 128
+COLUMNS = 8
+"""Of the sheet of an arm."""
 
 
 def tradeoff(
@@ -72,7 +76,7 @@ def tradeoff(
       flops: Of each arm in all: a gradient's matrix products and convolutions at every step, first stages included.
       workdir: Where the runs are, those that arms begin with among them.
       judge: The directories of runs that judge the drawings.
-      out: Directory for tradeoff.md, tradeoff.png and the items of each arm; None: WORKDIR/tradeoff-SEED.
+      out: Directory for tradeoff.md, tradeoff.png and the items and a sheet of each arm; None: WORKDIR/tradeoff-SEED.
       data_dir: Where prepared data sets are; None: where the presets have them.
 
     Raises:
@@ -97,7 +101,7 @@ def tradeoff(
             if name in arms:
                 train(f"tradeoff-{name}", known, path, workdir, data_dir, flops=flops, seed=seed)
                 with jax.set_mesh(mesh):
-                    measured = measure(path, judges or (), mesh, data_dir, seed=seed)
+                    measured = measure(path, judges or (), mesh, data_dir, seed=seed, sheet=out / f"{name}.png")
                 write_output(kept, partial(save, measured))
             if kept.is_file():
                 items[name] = dict(np.load(kept))
@@ -167,8 +171,10 @@ def train(
         run(preset, experiment)
 
 
-def measure(path: Path, judges: tuple[Judge, ...], mesh: Mesh, data_dir: str | None, *, seed: int) -> Items:
-    """Of an arm: its captions, its answers with the image and without, and its drawings."""
+def measure(
+    path: Path, judges: tuple[Judge, ...], mesh: Mesh, data_dir: str | None, *, seed: int, sheet: Path
+) -> Items:
+    """Of an arm: its captions, its answers with the image and without, and its drawings; a few of them on a sheet."""
     loaded = load(path, mesh=mesh)
     own, together = loaded.experiment.data, -(-BATCH // mesh.size) * mesh.size
     directory = local_path(data_dir or loaded.experiment.data_dir)
@@ -187,6 +193,7 @@ def measure(path: Path, judges: tuple[Judge, ...], mesh: Mesh, data_dir: str | N
         "caption_right": written.right,
         "caption_group": np.array(written.groups),
     }
+    lines = {"writes": cells(emoji, [text.written for text in written.written])}
     for name, split in QUESTIONS.items():
         data = replace(own, name=name, mixture=())
         asked = subject(data, split)
@@ -195,16 +202,29 @@ def measure(path: Path, judges: tuple[Judge, ...], mesh: Mesh, data_dir: str | N
             answers = texts(asked, asked.questions, blind=blind)
             found[f"{name}{way}_right"] = exact(answers)
             found[f"{name}_open"] = np.array([kind(answer.truth) != "yes_no" for answer in answers])
+            if not blind:
+                lines[f"answers {name}"] = cells(asked, [answer.written for answer in answers])
     steps, own_flops = steps_of(path), step_flops(loaded.experiment)
     # Of one subject, so that what it does is compiled once.
     curve = (caption_nats(replace(emoji, variables=load(path, step=step, mesh=mesh).variables)) for step in steps)
     found["curve_flops"] = found["first_stage_flops"][0] + own_flops * np.array(steps, float)
     found["curve_nats"] = np.array([each.sum() / tokens.sum() for each, tokens in curve])
     draws = any(isinstance(field, Interleaved) for field in own.fields)
-    if not draws:
-        return found
-    name, split = SHAPES
-    return found | drawn_items(emoji, subject(replace(own, name=name, mixture=()), split), judges)
+    if draws:
+        name, split = SHAPES
+        found |= drawn_items(emoji, subject(replace(own, name=name, mixture=()), split), judges)
+        drawn = generation.shown(emoji)
+        lines = {"draws": list(zip(drawn.drawn, drawn.asked, strict=True))[:COLUMNS]} | lines
+    write_sheet(list(lines.items()), sheet)
+    return found
+
+
+def cells(subject: Subject, said: Sequence[str]) -> list[Cell]:
+    """The first images of a split, each with what is asked of it and what was said."""
+    assert subject.pictures is not None and subject.records is not None
+    images = itertools.chain.from_iterable(subject.pictures.held_out())
+    asked = (record.get("question", "") for record in subject.records())
+    return [(image, f"{ask} {text}".strip()) for image, ask, text in zip(images, asked, said[:COLUMNS], strict=False)]
 
 
 def drawn_items(subject: Subject, shapes: Subject, judges: tuple[Judge, ...]) -> Items:

@@ -293,6 +293,19 @@ def test_images_are_noised_by_what_they_are_for():
         assert abs((t[1:] > 0).mean() - 0.1 * train) < 0.035
 
 
+def test_an_error_in_the_noise_at_the_end_of_the_chain_is_taken_for_no_latents_that_cannot_be():
+    """There latents are 1/20,000 of what is seen: 1% of the noise would be hundreds of deviations."""
+    path, eps = noised(replace(LATENTS.image, timesteps=1000)).path, jax.random.normal(KEY, (2, 4, 4, 1))
+    x, t = jnp.clip(jax.random.normal(jax.random.key(1), eps.shape), -3, 3), jnp.array([1000, 500])
+    x_t = path.noisy(x, t, eps)
+    wrong = path.data(0.99 * eps, x_t, t)
+    assert (
+        float(jnp.abs(wrong[0]).max()) == 8
+        and float(jnp.abs(path._replace(clip=None).data(0.99 * eps, x_t, t)).max()) > 100
+    )
+    np.testing.assert_allclose(path.data(eps, x_t, t)[1], x[1], atol=1e-5)
+
+
 def test_half_of_the_images_lose_up_to_half_of_their_patches():
     some = jnp.arange(4000).reshape(-1, 2) % 4 > 0
     masked = np.asarray(masked_patches(KEY, some, 64))
@@ -600,6 +613,7 @@ def test_a_model_that_cannot_be_is_refused(change: dict[str, Any], message: str)
     ("make", "message"),
     [
         (lambda: replace(CONFIG, images=0), "images is 0: a row must have room for 1 at least"),
+        (lambda: replace(LATENTS.image, clip=0.0), "clip is 0.0: it must be above 0"),
         (lambda: replace(CONFIG, image_weight=0.0), "image_weight is 0.0: it must be a number above 0"),
         (lambda: replace(PIXELS, even_share=1.5), "even_share is 1.5: a share lies in [0, 1]"),
         (lambda: replace(PIXELS, shift=0.0), "shift is 0.0: it must be above 0"),

@@ -181,7 +181,8 @@ def test_every_arm_trains_reads_and_draws(
         train(preset, small, runs / "poor", runs, str(data_dir), flops=spent / 1e99)
     mesh = make_mesh(MeshShape())
     judges = load_judges((clip_run,), mesh)
-    found = measure(path, judges or (), mesh, str(data_dir), seed=0)
+    found = measure(path, judges or (), mesh, str(data_dir), seed=0, sheet=runs / "sheet.png")
+    assert (runs / "sheet.png").read_bytes().startswith(b"\x89PNG")
     assert np.isfinite(found["caption_nats"]).all() and (found["caption_tokens"] > 0).all()
     assert len(found["easy_vqa_right"]) == len(found["easy_vqa_blind_right"]) == 12
     assert len(found["curve_nats"]) == 2 and np.isfinite(found["curve_nats"]).all()

@@ -91,7 +91,7 @@ def build(config: Config) -> Model:
     shape, network = config.shape, config.network
     betas = BETAS[config.betas](config.timesteps)
     gammas = discrete_gammas(zero_terminal(betas) if config.zero_terminal else betas)
-    chain = Chain(gammas, config.predict, config.variance, config.levels)
+    chain = Chain(gammas, config.predict, config.variance, config.levels, clip=None if config.levels is None else 1.0)
     reader = None if config.text is None else models.build(config.text)
     conditions = Conditions(network.classes, network.condition_dropout, reader)
 

@@ -41,6 +41,8 @@ class Chain(NamedTuple):
     variance: Literal["posterior", "forward", "learned"] = "posterior"
     levels: int | None = None
     """Of a sub-pixel; None: real vectors."""
+    clip: float | None = None
+    """The largest number of the data: what the network says of them beyond it is surely wrong. None: not known."""
 
     @property
     def steps(self) -> int:
@@ -91,8 +93,7 @@ class Chain(NamedTuple):
             mix = (fraction + 1) / 2
         level = Level(*(spread(jnp.broadcast_to(each, (len(x_t),)), x_t) for each in self.level(t)))
         data = to_data(output, x_t, level, self.predict)
-        # Where the range of the data is known, a prediction outside it is surely wrong.
-        return Prediction(output, data if self.levels is None else jnp.clip(data, -1, 1), mix)
+        return Prediction(output, data if self.clip is None else jnp.clip(data, -self.clip, self.clip), mix)
 
     def data(
         self, output: Float[Array, "B H W C"], x_t: Float[Array, "B H W C"], t: Int[Array, "*B"]
