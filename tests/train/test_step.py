@@ -15,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from smallest import CONFIGS as SMALLEST
 from vlm_jax.contract import Aux, Input, Model
 from vlm_jax.errors import UserError
-from vlm_jax.models import build, clip, language, vae
+from vlm_jax.models import build, chameleon, clip, language, vae
 from vlm_jax.nn.decoder import DecoderConfig
+from vlm_jax.nn.quantize import FSQ
 from vlm_jax.nn.transformer import Transformer
 from vlm_jax.nn.vision import VisionTransformer
 from vlm_jax.objectives.language import cross_entropy, token_scores
@@ -39,10 +40,18 @@ LANGUAGE = language.Config(
     decoder=DecoderConfig(width=16, depth=1, heads=4, kv_heads=2, head_width=4, mlp=32),
 )
 
-MIXED: dict[str, Any] = {
-    name: replace(config, language=replace(config.language, vocab_size=12))  # which two devices can split
-    for name, config in SMALLEST.items()
-    if name.startswith(("chameleon", "transfusion"))
+
+def split_by_two(config: Any) -> Any:
+    """With a vocabulary that two devices can split, and codes that are no means of a first batch: of so few images some
+    of those are the same but for rounding."""
+    config = replace(config, language=replace(config.language, vocab_size=12))
+    if not isinstance(config, chameleon.Config):
+        return config
+    return replace(config, first=replace(config.first, quantizer=FSQ(levels=(5,))))
+
+
+MIXED = {
+    name: split_by_two(config) for name, config in SMALLEST.items() if name.startswith(("chameleon", "transfusion"))
 }
 
 
