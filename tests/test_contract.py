@@ -28,7 +28,8 @@ from vlm_jax.train.step import init_train_state, train_state_shardings
 from vlm_jax.trees import leaves_by_path
 
 PRESETS = {name: experiment.model for name, (_, experiment) in presets().items()}
-TINY = [name for name in PRESETS if "tiny" in name]
+TINY = [*{model: name for name, model in reversed(PRESETS.items()) if "tiny" in name}.values()][::-1]
+"""The first of each model, of which some presets are other data for the same."""
 UNTRAINED = [name for name, config in SMALLEST.items() if family_of(config) in PARTS]
 CONFIGS = PRESETS | {name: SMALLEST[name] for name in UNTRAINED}
 COMPILED = SMALLEST | {name: PRESETS[name] for name in TINY}
