@@ -90,26 +90,25 @@ def tradeoff(
     out = workdir / f"tradeoff-{seed}" if out is None else local_path(out)
     check_writable(out / "tradeoff.md")
     known = {name: experiment for name, (_, experiment) in presets().items()}
+    kept = {name: out / f"{name}.npz" for name in ARMS}
+    items = {name: dict(np.load(path)) for name, path in kept.items() if path.is_file()}
     failures: dict[str, Exception] = {}
-    items: dict[str, Items] = {}
     mesh = make_mesh(MeshShape())
     with jax.set_mesh(mesh):
         judges = load_judges(judge, mesh)
-    for name in ARMS:
-        path, kept = workdir / f"tradeoff-{name}-{seed}", out / f"{name}.npz"
+    for name in (name for name in ARMS if name in arms):
+        path = workdir / f"tradeoff-{name}-{seed}"
         try:
-            if name in arms:
-                train(f"tradeoff-{name}", known, path, workdir, data_dir, flops=flops, seed=seed)
-                with jax.set_mesh(mesh):
-                    measured = measure(path, judges or (), mesh, data_dir, seed=seed, sheet=out / f"{name}.png")
-                write_output(kept, partial(save, measured))
-            if kept.is_file():
-                items[name] = dict(np.load(kept))
+            train(f"tradeoff-{name}", known, path, workdir, data_dir, flops=flops, seed=seed)
+            with jax.set_mesh(mesh):
+                items[name] = measure(path, judges or (), mesh, data_dir, seed=seed, sheet=out / f"{name}.png")
+            write_output(kept[name], partial(save, items[name]))
         except Exception as error:
             failures[name] = error
             tell(name, error)
-        written = table(items)
-        write_output(out / "tradeoff.md", partial(tell_all, written))
+        write_output(out / "tradeoff.md", partial(tell_all, table(items)))
+    written = table(items)
+    write_output(out / "tradeoff.md", partial(tell_all, written))
     figure = draw(items)
     write_output(out / "tradeoff.png", lambda place: figure.savefig(place, format="png", dpi=110))
     print(f"{written}\n\n{out}")
