@@ -279,14 +279,18 @@ def test_the_likelihood_of_texts_is_exact_whatever_images_are_drawn_beside(kind,
 def test_images_are_noised_by_what_they_are_for():
     """Those that texts follow, little; those that are read, not at all."""
     target, described = (jnp.tile(jnp.array(each), 1000) for each in ([True, True, False], [False, True, True]))
-    t, learned = noised(LATENTS.image).times(KEY, target, described, train=True)
+    t, learned, counts = noised(LATENTS.image).times(KEY, target, described, train=True)
     t = np.asarray(t).reshape(1000, 3).T
     assert set(t[0]) <= {*range(1, 21)} and t[0].max() > 15
     assert set(t[1]) == {*range(1, 11)}
-    assert not t[2].any() and np.array_equal(learned, target)
+    assert not t[2].any() and np.array_equal(learned, target) and (np.asarray(counts) == 1).all()
     image = replace(PIXELS, read_noise_share=0.1, even_share=0.15)
     for train in (True, False):
-        t, learned = noised(image).times(KEY, target, described, train=train)
+        t, learned, counts = noised(image).times(KEY, target, described, train=train)
+        even = np.asarray(counts) != 1
+        assert abs(even.mean() - 0.15) < 0.03
+        drawn = even & np.asarray(learned)
+        np.testing.assert_allclose(np.asarray(counts)[drawn], np.maximum(np.asarray(t)[drawn], 0.05) ** 2, rtol=1e-6)
         t = np.asarray(t).reshape(1000, 3).T
         assert (t[0] > 0).all() and np.array_equal(learned, target & ~described)
         assert t[1:].max() <= 0.1
