@@ -114,3 +114,8 @@ def test_signs_in_a_caption_are_drawn_and_not_read(tmp_path: Path, caption: str)
     sheet = pixels(tmp_path / "sheet.png", caption)
     with matplotlib.rc_context({"text.parse_math": False}):
         np.testing.assert_array_equal(sheet, pixels(tmp_path / "literal.png", caption))
+
+
+def test_what_has_no_glyph_is_marked(tmp_path: Path) -> None:
+    """As an untrained model of bytes writes; a warning would be an error here."""
+    np.testing.assert_array_equal(pixels(tmp_path / "a", "a\x1e\x00b"), pixels(tmp_path / "b", "a\ufffd\ufffdb"))

@@ -35,10 +35,15 @@ def draw(rows: Sequence[tuple[str, Sequence[Cell]]], levels: int) -> Figure:
     for axes in grid.flat:
         axes.axis("off")
     for line, (title, cells) in zip(grid, rows, strict=True):
-        line[0].text(0, 0.5, textwrap.fill(title, 18), va="center", fontsize=8)
+        line[0].text(0, 0.5, textwrap.fill(shown(title), 18), va="center", fontsize=8)
         for axes, (image, label) in zip(line[1:], cells, strict=False):
             grey = image.shape[-1] == 1
             pixels = np.repeat(image, 3, axis=-1) if grey else image
             axes.imshow(pixels.astype(float) / (levels - 1), interpolation="nearest")
-            axes.set_title(textwrap.fill(label, 20), fontsize=6)
+            axes.set_title(textwrap.fill(shown(label), 20), fontsize=6)
     return figure
+
+
+def shown(label: str) -> str:
+    """With a mark in the place of what has no glyph, such as the control characters that an untrained model writes."""
+    return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in label)
