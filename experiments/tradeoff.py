@@ -50,7 +50,7 @@ def arm(model: Any, *, draws: bool, **settings: Any) -> Experiment:
         ),
         training=replace(
             TINY,
-            optimizer=replace(TINY_OPTIMIZER, learning_rate=3e-3, warmup_steps=50, weight_decay=0.1, b2=0.95),
+            optimizer=replace(TINY_OPTIMIZER, learning_rate=1e-3, warmup_steps=50, weight_decay=0.1, b2=0.95),
             ema_decay=0.99,
             steps=600,
             batch_size=64,
