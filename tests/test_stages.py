@@ -43,6 +43,15 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     )
 
 
+def without_stages(data_dir: Path, into: Path) -> Path:
+    """The data that are there, without others' stages."""
+    into.mkdir()
+    for each in data_dir.glob("*"):
+        if each.name != STAGES:
+            (into / each.name).symlink_to(each)
+    return into
+
+
 def losses(workdir: Path) -> list[tuple[float, float | None]]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [(line["loss"], line.get("validation_loss")) for line in lines]
@@ -54,11 +63,7 @@ def test_the_steps_of_a_run_are_those_of_one_whose_stages_are_cached(
 ):
     """Loss, validation and all; a second run of the same first stage finds the file, and goes on with or without it."""
     data = replace(second.data, validation="test")
-    data_dir = tmp_path / "data"
-    data_dir.mkdir()
-    for each in Path(second.data_dir).expanduser().glob("*"):  # the data that is there, without others' stages
-        if each.name != STAGES:
-            (data_dir / each.name).symlink_to(each)
+    data_dir = without_stages(Path(second.data_dir).expanduser(), tmp_path / "data")
     plain = replace(second, data=data, workdir=str(tmp_path / "plain"))
     cached = replace(plain, cached=True, data_dir=str(data_dir), workdir=str(tmp_path / "cached"))
     run.run("second", plain)
@@ -128,11 +133,7 @@ def test_rows_with_images_hold_the_stage_of_each(
     name: str, pack: bool, tmp_path_factory: pytest.TempPathFactory, data_dir: Path, tmp_path: Path
 ):
     """Of several images a row where they are packed; codes as they are, and latents drawn anew each time."""
-    own = tmp_path / "data"
-    own.mkdir()
-    for each in data_dir.glob("*"):
-        if each.name != STAGES:
-            (own / each.name).symlink_to(each)
+    own = without_stages(data_dir, tmp_path / "data")
     plain = mixed(name, tmp_path_factory.getbasetemp() / "mixed", own)
     if pack:
         model = replace(plain.model, images=3, language=replace(plain.model.language, context_length=240))

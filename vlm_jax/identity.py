@@ -5,6 +5,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from vlm_jax.records import join
+
 RUN_FIELDS = (
     "cached",
     "watch",
@@ -49,10 +51,10 @@ def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 def as_begun(record: Any, absent: Collection[str], prefix: str = "") -> Any:
     """A record without the facts of these paths: those that the version which began the run did not know."""
     if isinstance(record, list):
-        return [as_begun(each, absent, _join(prefix, str(index))) for index, each in enumerate(record)]
+        return [as_begun(each, absent, join(prefix, index)) for index, each in enumerate(record)]
     if not isinstance(record, Mapping):
         return record
-    branches = {name: (each, _join(prefix, name)) for name, each in record.items()}
+    branches = {name: (each, join(prefix, name)) for name, each in record.items()}
     kept = {name: as_begun(each, absent, path) for name, (each, path) in branches.items() if path not in absent}
     return {name: each for name, each in kept.items() if each != {} or record[name] == {}}
 
@@ -70,9 +72,5 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
         return {prefix: json.dumps(value)}
     leaves: dict[str, str] = {}
     for name, branch in value.items():
-        leaves |= flatten(branch, _join(prefix, name))
+        leaves |= flatten(branch, join(prefix, name))
     return leaves
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name

@@ -70,9 +70,9 @@ def _write(declared: Any, value: Any, path: str) -> Any:
             raise _wrong(path, kind.__name__, declared)
         named = {} if len(kinds) == 1 else {IS: name_of(kind)}
         fields = _field_types(kind).items()
-        return named | {name: _write(of, getattr(value, name), _join(path, name)) for name, of in fields}
+        return named | {name: _write(of, getattr(value, name), join(path, name)) for name, of in fields}
     if isinstance(value, tuple):
-        return [_write(of, item, _join(path, i)) for i, (of, item) in enumerate(_items(declared, value, path))]
+        return [_write(of, item, join(path, i)) for i, (of, item) in enumerate(_items(declared, value, path))]
     return _leaf(declared, value, path)
 
 
@@ -83,13 +83,13 @@ def _read(declared: Any, data: Any, path: str) -> Any:
         kind = kinds[0] if len(kinds) == 1 else _named(declared, str(fields.pop(IS, None)), path)
         known = _field_types(kind)
         if unknown := [name for name in fields if name not in known]:
-            raise UserError(f"the record has the field {_join(path, unknown[0])}, which this version does not know")
-        values = {name: _read(known[name], value, _join(path, name)) for name, value in fields.items()}
+            raise UserError(f"the record has the field {join(path, unknown[0])}, which this version does not know")
+        values = {name: _read(known[name], value, join(path, name)) for name, value in fields.items()}
         if missing := [field.name for field in dataclasses.fields(kind) if field.name not in values and _due(field)]:
-            raise UserError(f"the record lacks the field {_join(path, missing[0])}")
+            raise UserError(f"the record lacks the field {join(path, missing[0])}")
         return kind(**values)
     if isinstance(data, list):
-        return tuple(_read(of, item, _join(path, i)) for i, (of, item) in enumerate(_items(declared, data, path)))
+        return tuple(_read(of, item, join(path, i)) for i, (of, item) in enumerate(_items(declared, data, path)))
     return _leaf(declared, data, path)
 
 
@@ -125,7 +125,7 @@ def _named(declared: Any, name: str, path: str) -> Any:
     by_name = {name_of(kind): kind for kind in _dataclasses(declared)}
     if name in by_name:
         return by_name[name]
-    where = f"{_join(path, IS)} is {name!r}"
+    where = f"{join(path, IS)} is {name!r}"
     if declared is not Any:
         raise UserError(f"{where}: it must be one of {', '.join(by_name)}")
     module, _, attribute = name.rpartition(".")
@@ -176,5 +176,6 @@ def _due(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _join(path: str, name: str | int) -> str:
+def join(path: str, name: str | int) -> str:
+    """A dotted path, one name longer."""
     return f"{path}.{name}" if path else str(name)

@@ -98,15 +98,16 @@ def with_stages(
         if not path.is_file():
             if jax.process_count() > 1:
                 raise UserError(f"{path} is not there: begin the run in one process, which makes it, and then in all")
-            write(path, model, held(experiment, model, begin), source, field)
+            write(path, model, held(experiment, model, begin, place), source, field)
         found.append(Staged(source, np.load(path, mmap_mode="r")))
     return tuple(found), replace(data, fields=(*data.fields, Stage()))
 
 
 def first_of(experiment: Experiment) -> tuple[str, Any]:
     """Of the part that makes stages its place and its `Config`, as JSON values."""
+    model = to_json(experiment)["model"]
     for place in PLACES:
-        config = to_json(experiment)["model"]
+        config = model
         for name in place.split("/"):
             config = config.get(name) if isinstance(config, Mapping) else None
         if config is not None:
@@ -128,19 +129,14 @@ def image_of(data: Data, source: Source, model: Model) -> Image:
 
 
 def held(
-    experiment: Experiment, model: Model, begin: Callable[[TrainState], Mapping[str, jax.Array]]
+    experiment: Experiment, model: Model, begin: Callable[[TrainState], Mapping[str, jax.Array]], place: str
 ) -> dict[str, Any]:
-    """The variables of the part that makes stages, those that do not train."""
+    """The variables of the part that makes stages, at its place, those that do not train."""
     training, mesh = experiment.training, make_mesh(experiment.training.mesh)
     settings: dict[str, Any] = {"frozen": experiment.frozen, "frozen_dtype": experiment.frozen_dtype}
     abstract, _, _ = programs(model, training, mesh, **settings)
     given = begin(abstract)
-    names, _ = first_of(experiment)
-    first: Variables = {"params": abstract.frozen, **abstract.collections}
-    for name in names.split("/"):
-        first = part(first, name)
-    for name in reversed(names.split("/")):
-        first = assembled({name: first})
+    first = assembled({place: part({"params": abstract.frozen, **abstract.collections}, place)})
     return map_with_path(lambda path, _: given[path], first)
 
 

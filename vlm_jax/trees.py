@@ -55,15 +55,21 @@ def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def part(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A part's own variables: of each collection that has one, the subtree of that name."""
-    return {collection: tree[name] for collection, tree in variables.items() if name in tree}
+def part(variables: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A part's own variables: of each collection that has one, the subtree of that path."""
+    for name in path.split("/"):
+        variables = {collection: tree[name] for collection, tree in variables.items() if name in tree}
+    return dict(variables)
 
 
 def assembled(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The inverse of `part`: the variables of a whole, from those of each part by its name."""
-    collections = {collection for variables in parts.values() for collection in variables}
-    return {c: {name: v[c] for name, v in parts.items() if c in v} for c in sorted(collections)}
+    """The inverse of `part`: the variables of a whole, from those of each part by its path."""
+    whole: dict[str, Any] = {}
+    for path, variables in parts.items():
+        for name in reversed(path.split("/")):
+            variables = {collection: {name: tree} for collection, tree in variables.items()}
+        whole = merge(whole, variables)
+    return {collection: whole[collection] for collection in sorted(whole)}
 
 
 def unstack(tree: Mapping[str, Any], stacked: str, layer: str) -> dict[str, Any]:

@@ -96,30 +96,31 @@ class Ranked(NamedTuple):
 
 def shown(subject: Subject) -> Shown:
     """The images, and what is drawn of their captions."""
-    if "shown" not in subject.shared:
+
+    def show() -> Shown:
         captions = captions_due(subject)[:IMAGES]
         images = zip(*parts(subject, IMAGES), strict=True)
-        subject.shared["shown"] = Shown(captions, *(np.concatenate(each)[:IMAGES] for each in images))
-    kept: Shown = subject.shared["shown"]
-    return kept
+        return Shown(captions, *(np.concatenate(each)[:IMAGES] for each in images))
+
+    return subject.once("shown", show)
 
 
 def ranked(subject: Subject, judge: Judge) -> Ranked:
     """By one judge that reads."""
-    name, pictures, looked = f"ranked by {judge.name}", subject.pictures, shown(subject)
+    pictures, looked = subject.pictures, shown(subject)
     assert pictures is not None and pictures.training is not None
-    if "nearest" not in subject.shared:
-        subject.shared["nearest"] = images_of_nearest(looked.asked, pictures.training())
-    if name not in subject.shared:
+    training = pictures.training
+    nearest = subject.once("nearest", lambda: images_of_nearest(looked.asked, training()))
+
+    def rank() -> Ranked:
         together = len(parts(subject, IMAGES)[0].real)
-        nearest = np.split(subject.shared["nearest"], range(together, len(looked.real), together))
+        batches = np.split(nearest, range(together, len(looked.real), together))
         texts, belongs = gallery(judge, looked.captions, alike(image.tobytes() for image in looked.real))
         both = seen(subject, judge, IMAGES)
-        vectors = {"": both.drawn, "real_": both.real, "nearest_caption_": judge.embeddings(nearest, pictures.levels)}
-        found = {kind: ranks(each @ texts.vectors.T, belongs) for kind, each in vectors.items()}
-        subject.shared[name] = Ranked(found, belongs)
-    kept: Ranked = subject.shared[name]
-    return kept
+        vectors = {"": both.drawn, "real_": both.real, "nearest_caption_": judge.embeddings(batches, pictures.levels)}
+        return Ranked({kind: ranks(each @ texts.vectors.T, belongs) for kind, each in vectors.items()}, belongs)
+
+    return subject.once(f"ranked by {judge.name}", rank)
 
 
 def images_of_nearest(

@@ -72,9 +72,7 @@ def summary(rows: Rows) -> dict[str, float | None]:
 
 def model_rows(subject: Subject) -> Rows:
     """Computed once, for both evaluations."""
-    if "rows" not in subject.shared:
-        subject.shared["rows"] = Rows(*map(np.concatenate, zip(*scored(subject), strict=True)))
-    return subject.shared["rows"]
+    return subject.once("rows", lambda: Rows(*map(np.concatenate, zip(*scored(subject), strict=True))))
 
 
 def scored(subject: Subject) -> Iterator[Rows]:

@@ -69,16 +69,31 @@ def recognised(subject: Subject, judge: Judge) -> Recognised:
     """
     names, pictures = classes(subject), subject.pictures
     assert names is not None and pictures is not None
-    learned, captions = lessons(pictures, names)
-    held_out = np.concatenate(list(pictures.held_out()))
-    first = [each[0] for each in captions_due(subject)]
-    images = np.concatenate([learned, drawings(subject, names), held_out])
+    looked = subject.once("of classes", lambda: shown(subject, names))
+    images = np.concatenate([looked.learned, looked.drawn, looked.held_out])
     seen = judge.statistics(np.split(images, range(TOGETHER, len(images), TOGETHER)), pictures.levels)
-    views = turned(*np.split(seen, [len(learned)]))
-    probe = multinomial(views.training, views.variances, np.eye(len(names))[numbers(names, captions)])
+    views = turned(*np.split(seen, [len(looked.learned)]))
+    probe = multinomial(views.training, views.variances, np.eye(len(names))[numbers(names, looked.captions)])
     told = probe.log_probs(views.held_out).argmax(axis=1)
-    right = told == numbers(names, [*np.repeat(names, DRAWS), *first])
-    return Recognised(*np.split(right, [DRAWS * len(names)]))
+    right = told == numbers(names, [*np.repeat(names, DRAWS), *(each[0] for each in captions_due(subject))])
+    return Recognised(*np.split(right, [len(looked.drawn)]))
+
+
+class Shown(NamedTuple):
+    """What all judges look at."""
+
+    learned: UInt8[np.ndarray, "L H W C"]
+    """Images of training."""
+    captions: list[str]
+    """Of these."""
+    drawn: UInt8[np.ndarray, "N H W C"]
+    held_out: UInt8[np.ndarray, "M H W C"]
+
+
+def shown(subject: Subject, names: Sequence[str]) -> Shown:
+    assert subject.pictures is not None
+    learned = lessons(subject.pictures, names)  # before anything is drawn: there may be none
+    return Shown(*learned, drawings(subject, names), np.concatenate(list(subject.pictures.held_out())))
 
 
 def numbers(names: Sequence[str], captions: Iterable[str]) -> Int[np.ndarray, " N"]:
@@ -115,14 +130,11 @@ def lessons(pictures: Pictures, names: Sequence[str]) -> tuple[UInt8[np.ndarray,
 
 def drawings(subject: Subject, names: Sequence[str]) -> UInt8[np.ndarray, "N H W C"]:
     """`DRAWS` of each, each of other noise."""
-    if "of classes" not in subject.shared:
-        asked = [str(name) for name in np.repeat(names, DRAWS)]
-        together = min(TOGETHER, len(asked))
-        draw = painter(subject, asked, together)
-        parts = tqdm(range(-(-len(asked) // together)), "drawing", leave=False, disable=None)
-        subject.shared["of classes"] = np.concatenate([draw(part) for part in parts])[: len(asked)]
-    kept: UInt8[np.ndarray, "N H W C"] = subject.shared["of classes"]
-    return kept
+    asked = [str(name) for name in np.repeat(names, DRAWS)]
+    together = min(TOGETHER, len(asked))
+    draw = painter(subject, asked, together)
+    parts = tqdm(range(-(-len(asked) // together)), "drawing", leave=False, disable=None)
+    return np.concatenate([draw(part) for part in parts])[: len(asked)]
 
 
 EVALUATION = Evaluation(

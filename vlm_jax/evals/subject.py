@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -12,6 +12,8 @@ from vlm_jax.contract import Batch, Input, Model, Variables
 from vlm_jax.data import Tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.evals.judge import Judge
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,13 @@ class Subject:
     """For evaluations of images by what other models see in them; None: there are none."""
     shared: dict[str, Any] = field(default_factory=dict, init=False)
     """What one evaluation of this subject has computed that another needs as well, by name."""
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives, which is kept under its name for who asks next."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        kept: T = self.shared[name]
+        return kept
 
 
 Batches = Callable[[], Iterator[tuple[Batch, int]]]

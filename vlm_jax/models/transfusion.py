@@ -22,7 +22,6 @@ from vlm_jax.models.parts.continuation import Decoding, State, drawn_token
 from vlm_jax.models.parts.mixed_network import MixedNetwork
 from vlm_jax.models.parts.noised_images import (
     FIRST,
-    IMAGE,
     CodedPixels,
     Latents,
     Pixels,
@@ -135,7 +134,7 @@ def build(config: Config) -> Model:
         if images.first is None:
             return own
         first = images.first.init(first_key, {"image": batch["image"][:, 0]})
-        return merge(own, assembled({IMAGE: assembled({FIRST: first})}))
+        return merge(own, assembled({FIRST: first}))
 
     def stage(variables: Variables, image: Int[Array, "B N H W C"]) -> Float[Array, "B N h w M"]:
         kept = images.stage(variables, image.reshape(-1, *image.shape[2:]))
@@ -368,7 +367,7 @@ def build(config: Config) -> Model:
         init=init,
         loss=loss,
         rules=(
-            *(() if images.first is None else under(f"{IMAGE}/{FIRST}", images.first.rules)),
+            *(() if images.first is None else under(FIRST, images.first.rules)),
             *under("reader", reader_rules(config.image.patches)),
             *under("writer", writer_rules(config.image.patches)),
             *under("language", language.rules_of(c)),

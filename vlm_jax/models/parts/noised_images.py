@@ -29,9 +29,9 @@ from vlm_jax.trees import part
 
 READ_NOISE = 0.1
 """The most noise of an image that is read (2604.24763)."""
-IMAGE, FIRST = "image", "first"
-"""The fields of the family's `Config` and of `Latents`, in whose subtree the variables of the first stage are: a
-`Start(workdir, into="image/first")` fills and `frozen` keeps them."""
+FIRST = "image/first"
+"""Where the variables of the first stage are, as it is in the family's `Config`: a `Start(workdir, into="image/first")`
+fills and `frozen` keeps them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ def noised(config: Latents | Pixels) -> Noised:
 
 def own(variables: Variables) -> Variables:
     """The first stage's."""
-    return part(part(variables, IMAGE), FIRST)
+    return part(variables, FIRST)
 
 
 def of_latents(config: Latents) -> Noised:
