@@ -19,7 +19,7 @@ from vlm_jax.models import chameleon, language, llava, transfusion
 from vlm_jax.models.parts.noised_images import CodedPixels, Latents, Pixels
 from vlm_jax.models.parts.own_codes import OwnCodes
 from vlm_jax.nn.decoder import DecoderConfig
-from vlm_jax.nn.image_patches import ConvolutionalPatches
+from vlm_jax.nn.image_patches import ConvolutionalPatches, LinearPatches
 from vlm_jax.start import Start
 
 WORDS, CODES = 1024, 512
@@ -52,9 +52,9 @@ def arm(model: Any, *, draws: bool, **settings: Any) -> Experiment:
             TINY,
             optimizer=replace(TINY_OPTIMIZER, learning_rate=1e-3, warmup_steps=50, weight_decay=0.1, b2=0.95),
             ema_decay=0.99,
-            steps=600,
-            batch_size=64,
-            checkpoint_every=100,
+            steps=1200,
+            batch_size=32,
+            checkpoint_every=200,
             keep_last=8,
         ),
         **settings,
@@ -84,11 +84,9 @@ def tradeoff_chameleon() -> Experiment:
 
 def tradeoff_transfusion() -> Experiment:
     """A decoder that reads and draws the latents of `autoencoder-tiny`, which is needed."""
-    patches = ConvolutionalPatches(widths=(32, 64), blocks=1, groups=8, dropout=0.1)
+    image = Latents(first=autoencoder_tiny().model, patches=LinearPatches(patch_size=2))
     return arm(
-        transfusion.Config(
-            image=Latents(first=autoencoder_tiny().model, patches=patches), language=text(WORDS + 2), **DRAWN
-        ),
+        transfusion.Config(image=image, language=text(WORDS + 2), **DRAWN),
         draws=True,
         sampling=transfusion.Sampling(steps=100, guidance=3.0),
         start=(Start(workdir="runs/autoencoder-tiny", into="image/first"),),
@@ -96,12 +94,7 @@ def tradeoff_transfusion() -> Experiment:
     )
 
 
-PIXELS = Pixels(
-    image_size=64,
-    patches=ConvolutionalPatches(widths=(8, 16, 32, 64), blocks=1, groups=8, dropout=0.1),
-    shift=0.5,
-    masked_from=360,
-)
+PIXELS = Pixels(image_size=64, patches=ConvolutionalPatches(patch_size=8, channels=16), shift=0.5, masked_from=900)
 
 
 def tradeoff_pixels() -> Experiment:

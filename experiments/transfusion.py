@@ -11,22 +11,15 @@ from vlm_jax.experiment import Experiment
 from vlm_jax.models import language, transfusion
 from vlm_jax.models.parts.noised_images import Latents, Pixels
 from vlm_jax.nn.decoder import DecoderConfig, SeparateDecoderConfig
-from vlm_jax.nn.image_patches import ConvolutionalPatches, LinearPatches
+from vlm_jax.nn.image_patches import ConvolutionalPatches, LinearPatches, UNetPatches
 from vlm_jax.start import Start
 from vlm_jax.train.optim import Optimizer
 from vlm_jax.train.plan import Training
 
 WORDS = 1024
 """Tokens of the tiny presets' texts."""
-LATENTS = Latents(
-    first=autoencoder_tiny().model, patches=ConvolutionalPatches(widths=(64, 128), blocks=1, groups=8, dropout=0.1)
-)
-PIXELS = Pixels(
-    image_size=64,
-    patches=ConvolutionalPatches(widths=(16, 32, 64, 128), blocks=1, groups=8, dropout=0.1),
-    shift=0.5,
-    masked_from=900,
-)
+LATENTS = Latents(first=autoencoder_tiny().model, patches=LinearPatches(patch_size=2))
+PIXELS = Pixels(image_size=64, patches=ConvolutionalPatches(patch_size=8, channels=16), shift=0.5, masked_from=900)
 READ = VisualCaption(template=ALONE)
 """How a caption is asked for."""
 
@@ -138,16 +131,14 @@ def published(
 
 FIRST = replace(autoencoder_kl_f8().model, latent=8, objective=None)
 LINEAR = Latents(first=FIRST, patches=LinearPatches(patch_size=2))
-CONVOLUTIONAL = Latents(
-    first=FIRST, patches=ConvolutionalPatches(widths=(640, 1280), blocks=2, groups=32, dtype="bfloat16")
-)
+CONVOLUTIONAL = Latents(first=FIRST, patches=UNetPatches(widths=(640, 1280), blocks=2, groups=32, dtype="bfloat16"))
 STAGED: dict[str, Any] = {
     "sampling": transfusion.Sampling(guidance=3.0),
     "start": (Start(workdir="runs/transfusion-autoencoder", into="image/first"),),
     "frozen": (r"^image/first/",),
     "frozen_dtype": "bfloat16",
 }
-PIXELS_256 = Pixels(image_size=256, patches=LinearPatches(patch_size=16, bottleneck=128))
+PIXELS_256 = Pixels(image_size=256, patches=ConvolutionalPatches(patch_size=16, bottleneck=128, channels=32))
 
 
 def transfusion_160m() -> Experiment:

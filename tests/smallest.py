@@ -37,7 +37,7 @@ from vlm_jax.nn.autoencoder import Pyramid
 from vlm_jax.nn.decoder import DecoderConfig, PostNormDecoderConfig, SeparateDecoderConfig
 from vlm_jax.nn.denoiser import Network
 from vlm_jax.nn.dit import DiT
-from vlm_jax.nn.image_patches import ConvolutionalPatches, LinearPatches
+from vlm_jax.nn.image_patches import ConvolutionalPatches, LinearPatches, UNetPatches
 from vlm_jax.nn.pixart import PixArt
 from vlm_jax.nn.quantize import EMA, FSQ, LFQ, Learned, Residual, SimVQ
 from vlm_jax.nn.t5 import T5
@@ -188,16 +188,14 @@ CONFIGS: dict[str, Any] = {
     "transfusion": TRANSFUSION,
     "transfusion of pixels": replace(
         TRANSFUSION,
-        image=Pixels(
-            **IMAGE, patches=ConvolutionalPatches(widths=(2, 4), blocks=1, groups=2, dropout=DROPOUT), masked_from=0
-        ),
+        image=Pixels(**IMAGE, patches=ConvolutionalPatches(patch_size=2, channels=2), masked_from=0),
         language=replace(TRANSFUSION.language, decoder=SeparateDecoderConfig(**vars(DECODER))),
     ),
     "transfusion of codes": replace(
         TRANSFUSION,
         image=CodedPixels(
             **IMAGE,
-            patches=LinearPatches(patch_size=2),
+            patches=UNetPatches(widths=(2, 4), blocks=1, groups=2, dropout=DROPOUT),
             codes=OwnCodes(code_at=7, size=3, pool=1),
             masked_from=0,
         ),

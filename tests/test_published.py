@@ -194,7 +194,9 @@ PARAMETERS = {
     "transfusion-760m": transfusion_parameters(1536, 24, 4096) + linear_patches(1536, 32) + LATENTS_OF_8,
     "transfusion-7b": transfusion_parameters(4096, 32, 11_008) + unet_patches(4096, 8, (640, 1280)) + LATENTS_OF_8,
     "pixel-transfusion-760m": (
-        transfusion_parameters(1536, 24, 4096, image_mlps=1) + linear_patches(1536, 768, bottleneck=128)
+        transfusion_parameters(1536, 24, 4096, image_mlps=1)
+        + linear_patches(1536, 768, bottleneck=128)
+        + 2 * (9 * 3 * 32 + 32 + 9 * 32 * 3 + 3)
     ),
     "chameleon-34b": chameleon_parameters(8192, 48, 64, 8, 22_016),
     # Of diffusers' AutoencoderKL and VQModel of these settings, on PyTorch's meta device; f8 is Stable Diffusion's.

@@ -16,7 +16,7 @@ from vlm_jax.data import Image
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import autoencoder, build, latent_diffusion, probability_flow, vae
-from vlm_jax.nn.image_patches import ConvolutionalPatches
+from vlm_jax.nn.image_patches import UNetPatches
 from vlm_jax.stages import STAGES, staged
 from vlm_jax.start import Start
 
@@ -114,7 +114,7 @@ def mixed(name: str, directory: Path, data_dir: Path, **settings: Any) -> Experi
     if name == "chameleon":
         model = replace(model, first=first)
     else:
-        patches = ConvolutionalPatches(widths=(8, 16), blocks=1, groups=2)
+        patches = UNetPatches(widths=(8, 16), blocks=1, groups=2)
         model = replace(model, image=replace(model.image, first=first, patches=patches))
     return replace(
         preset,

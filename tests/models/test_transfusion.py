@@ -25,7 +25,7 @@ from vlm_jax.models.parts.noised_images import CodedPixels, Latents, Pixels, mas
 from vlm_jax.models.parts.own_codes import OwnCodes, balanced, moved, nearest, pooled
 from vlm_jax.models.transfusion import Config, Sampling
 from vlm_jax.nn.decoder import SeparateDecoderConfig
-from vlm_jax.nn.image_patches import ConvolutionalPatches, LinearPatches
+from vlm_jax.nn.image_patches import ConvolutionalPatches, LinearPatches, UNetPatches
 from vlm_jax.nn.joint_vocabulary import guided
 from vlm_jax.nn.sequence import attention_mask, image_numbers, place_images, positions
 from vlm_jax.nn.vocabulary import token_logits
@@ -53,7 +53,7 @@ LATENTS = replace(
     CONFIG,
     image=Latents(
         first=replace(AUTOENCODER, image_size=8, channels=1),
-        patches=ConvolutionalPatches(widths=(4, 8), blocks=1, groups=2),
+        patches=UNetPatches(widths=(4, 8), blocks=1, groups=2),
         timesteps=20,
         described_timesteps=10,
     ),
@@ -633,9 +633,10 @@ def test_a_model_that_cannot_be_is_refused(change: dict[str, Any], message: str)
         (lambda: Sampling(steps=0), "sampling.steps is 0: it must be at least 1"),
         (lambda: Sampling(length=0), "sampling.length is 0: at least 1 token must be drawn"),
         (
-            lambda: ConvolutionalPatches(widths=(4,), groups=2, attention=(2,)),
+            lambda: UNetPatches(widths=(4,), groups=2, attention=(2,)),
             "attention is [2]: that of patches is the decoder's",
         ),
+        (lambda: ConvolutionalPatches(patch_size=2, channels=0), "channels is 0: convolutions need at least 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(make: Any, message: str):

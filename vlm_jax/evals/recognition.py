@@ -1,8 +1,9 @@
 """What a model draws of a few captions, such as "a teal circle": whether they are taken for what they are to be.
 
-Where the held-out images have few captions, and each of many images, a caption is a class. A linear probe (`probe`) of
-what a judge's features tell of training's images learns which, whatever captions the judge itself has read, and is
-shown as many drawings of each. Beside them stands what it makes of the held-out images (`real_`): all that it can tell.
+Where the held-out images have few captions, all of which training's images have too, a caption is a class. A linear
+probe (`probe`) of what a judge's features tell of training's images learns which, whatever captions the judge itself
+has read, and is shown as many drawings of each. Beside them stands what it makes of the held-out images (`real_`): all
+that it can tell.
 """
 
 import itertools
@@ -103,16 +104,28 @@ def numbers(names: Sequence[str], captions: Iterable[str]) -> Int[np.ndarray, " 
 
 
 def classes(subject: Subject) -> list[str] | None:
-    """The captions, in order of the alphabet; None: there are too many of them, or one alone."""
+    """The captions, in order of the alphabet; None: there are too many, or one alone, or training lacks one."""
+    return subject.once("classes", lambda: names_taught(subject))
+
+
+def names_taught(subject: Subject) -> list[str] | None:
+    assert subject.training_texts is not None
     names = sorted({each[0] for each in captions_due(subject)})
-    return names if 1 < len(names) <= CAPTIONS else None
+    if not 1 < len(names) <= CAPTIONS:
+        return None
+    untaught = set(names)
+    for text in subject.training_texts():
+        untaught.discard(text)
+        if not untaught:
+            return names
+    return None
 
 
 def lessons(pictures: Pictures, names: Sequence[str]) -> tuple[UInt8[np.ndarray, "N H W C"], list[str]]:
     """The first images of training that have one of these captions, each with that.
 
     Raises:
-      UserError: none has.
+      UserError: none has, or has it as another of several.
     """
     assert pictures.training is not None
     known = set(names)
@@ -124,7 +137,7 @@ def lessons(pictures: Pictures, names: Sequence[str]) -> tuple[UInt8[np.ndarray,
     )
     found = list(itertools.islice(of_them, LESSONS))
     if not found:
-        raise UserError(f"no image of training has one of the captions of the split, such as {names[0]!r}")
+        raise UserError(f"no image of training has one of the captions of the split as its first, such as {names[0]!r}")
     return np.stack([image for image, _ in found]), [caption for _, caption in found]
 
 

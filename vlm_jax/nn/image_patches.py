@@ -26,7 +26,23 @@ class LinearPatches:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvolutionalPatches(Sizes):
+class ConvolutionalPatches(LinearPatches):
+    """Linear layers between a stem and a head of convolutions, which see over the borders of patches.
+
+    Both are residual and begin as nothing, so that a small decoder learns to read by them as soon as by linear layers:
+    with a U-Net's blocks in their place, which draw without much of a decoder, it hardly did.
+    """
+
+    channels: int
+    """Between the two convolutions of each."""
+
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise UserError(f"channels is {self.channels}: convolutions need at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetPatches(Sizes):
     """The blocks of a U-Net's way down, and those of its way up, which see them: a patch is what the coarsest sees."""
 
     epsilon: ClassVar[float] = 1e-6
@@ -41,7 +57,19 @@ class ConvolutionalPatches(Sizes):
         return 2 ** (len(self.widths) - 1)
 
 
-Patches = LinearPatches | ConvolutionalPatches
+Patches = LinearPatches | ConvolutionalPatches | UNetPatches
+
+
+class Convolutions(nn.Module):
+    """An image beside what two 3x3 convolutions make of it; starts as the image."""
+
+    channels: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Image) -> Image:
+        y = nn.silu(nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_in")(x))
+        return x + nn.Conv(x.shape[-1], (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv_out")(y)
 
 
 class PatchReader(nn.Module):
@@ -55,6 +83,8 @@ class PatchReader(nn.Module):
     def __call__(self, x: Image, time: Time, *, train: bool = False) -> tuple[Float[Array, "B L D"], tuple[Array, ...]]:
         c = self.config
         if isinstance(c, LinearPatches):
+            if isinstance(c, ConvolutionalPatches):
+                x = Convolutions(c.channels, self.dtype, name="stem")(x)
             x = patchify(x, c.patch_size)
             time = Conditioning(x.shape[-1], TIME_FEATURES, False, dtype=self.dtype, name="conditioning")(time)
             x = x + time[:, None]
@@ -86,7 +116,8 @@ class PatchWriter(nn.Module):
         if isinstance(c, LinearPatches):
             p = c.patch_size
             x = nn.Dense(p * p * self.channels, kernel_init=nn.initializers.zeros, name="last")(x.astype(jnp.float32))
-            return unpatchify(x, p, self.channels)
+            x = unpatchify(x, p, self.channels)
+            return Convolutions(c.channels, "float32", name="head")(x) if isinstance(c, ConvolutionalPatches) else x
         condition, *skips = seen
         batch, height, width, channels = skips[-1].shape
         x = nn.Dense(channels, dtype=c.dtype, name="tokens")(x).reshape(batch, height, width, channels)
@@ -106,14 +137,21 @@ CONVOLUTIONS: tuple[Rule, ...] = (
 def reader_rules(config: Patches) -> tuple[Rule, ...]:
     """Sharding rules of a `PatchReader`."""
     patch: tuple[Rule, ...] = (*conditioning_rules(None), (r"patch/kernel$", (None, "embed")))
-    if isinstance(config, ConvolutionalPatches):
+    if isinstance(config, UNetPatches):
         return (*patch, *CONVOLUTIONS)
     bottleneck: tuple[Rule, ...] = ((r"bottleneck/kernel$", (None, None)),) if config.bottleneck is not None else ()
-    return (*patch, *bottleneck, (r"patch/bias$", (None,)))
+    return (*patch, *bottleneck, *beside(config, "stem"), (r"patch/bias$", (None,)))
 
 
 def writer_rules(config: Patches) -> tuple[Rule, ...]:
     """Sharding rules of a `PatchWriter`."""
-    if isinstance(config, ConvolutionalPatches):
+    if isinstance(config, UNetPatches):
         return ((r"tokens/kernel$", ("embed", None)), (r"last/kernel$", (None, None)), *CONVOLUTIONS)
-    return ((r"last/kernel$", ("embed", None)), (r"last/bias$", (None,)))
+    return (*beside(config, "head"), (r"last/kernel$", ("embed", None)), (r"last/bias$", (None,)))
+
+
+def beside(config: LinearPatches, name: str) -> tuple[Rule, ...]:
+    """Those of the convolutions of that name, which are small, where there are any."""
+    if not isinstance(config, ConvolutionalPatches):
+        return ()
+    return (rf"{name}/conv_(in|out)/kernel$", (None, None)), (rf"{name}/conv_(in|out)/bias$", (None,))
