@@ -24,7 +24,7 @@ from vlm_jax.start import Start
 
 WORDS, CODES = 1024, 512
 """Tokens of texts, and of `vqvae-tiny`'s images."""
-DECODER = DecoderConfig(width=192, depth=6, heads=6, kv_heads=6, head_width=32, mlp=512, qk_norm="layer", dropout=0.1)
+DECODER = DecoderConfig(width=192, depth=4, heads=6, kv_heads=6, head_width=32, mlp=512, qk_norm="layer", dropout=0.1)
 MARKS: dict[str, Any] = {"bos_id": 1, "begin_id": WORDS, "end_id": WORDS + 1}
 DRAWN: dict[str, Any] = {**MARKS, "image_weight": 0.65}
 """5 times the 0.13 target tokens that there are for a patch (see `transfusion.Config`)."""
@@ -42,7 +42,7 @@ def arm(model: Any, *, draws: bool, **settings: Any) -> Experiment:
         model=model,
         data=Data(
             name="openmoji",
-            mixture=(("easy_vqa/captions", 0.5), ("easy_vqa", 1.0), ("mosaic", 1.0)),
+            mixture=(("easy_vqa/captions", 2.0), ("easy_vqa", 1.0), ("mosaic", 0.5)),
             train="train[:95%]",
             validation="train[95%:]",
             fields=(Interleaved(), *ASKED) if draws else ASKED,
@@ -52,9 +52,9 @@ def arm(model: Any, *, draws: bool, **settings: Any) -> Experiment:
             TINY,
             optimizer=replace(TINY_OPTIMIZER, learning_rate=1e-3, warmup_steps=50, weight_decay=0.1, b2=0.95),
             ema_decay=0.99,
-            steps=1200,
+            steps=1800,
             batch_size=32,
-            checkpoint_every=200,
+            checkpoint_every=300,
             keep_last=8,
         ),
         **settings,
@@ -83,8 +83,11 @@ def tradeoff_chameleon() -> Experiment:
 
 
 def tradeoff_transfusion() -> Experiment:
-    """A decoder that reads and draws the latents of `autoencoder-tiny`, which is needed."""
-    image = Latents(first=autoencoder_tiny().model, patches=LinearPatches(patch_size=2))
+    """A decoder that reads and draws the latents of `autoencoder-tiny`, which is needed.
+
+    It predicts v: where it predicted the noise, as the paper's, its drawings were noise after as many steps.
+    """
+    image = Latents(first=autoencoder_tiny().model, patches=LinearPatches(patch_size=2), predict="v")
     return arm(
         transfusion.Config(image=image, language=text(WORDS + 2), **DRAWN),
         draws=True,
@@ -94,7 +97,7 @@ def tradeoff_transfusion() -> Experiment:
     )
 
 
-PIXELS = Pixels(image_size=64, patches=ConvolutionalPatches(patch_size=8, channels=16), shift=0.5, masked_from=900)
+PIXELS = Pixels(image_size=64, patches=ConvolutionalPatches(patch_size=8, channels=16), shift=0.5, masked_from=1400)
 
 
 def tradeoff_pixels() -> Experiment:

@@ -18,7 +18,7 @@ from vlm_jax.train.plan import Training
 
 WORDS = 1024
 """Tokens of the tiny presets' texts."""
-LATENTS = Latents(first=autoencoder_tiny().model, patches=LinearPatches(patch_size=2))
+LATENTS = Latents(first=autoencoder_tiny().model, patches=LinearPatches(patch_size=2), predict="v")
 PIXELS = Pixels(image_size=64, patches=ConvolutionalPatches(patch_size=8, channels=16), shift=0.5, masked_from=900)
 READ = VisualCaption(template=ALONE)
 """How a caption is asked for."""

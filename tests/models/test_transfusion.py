@@ -308,6 +308,10 @@ def test_an_error_in_the_noise_at_the_end_of_the_chain_is_taken_for_no_latents_t
         and float(jnp.abs(path._replace(clip=None).data(0.99 * eps, x_t, t)).max()) > 100
     )
     np.testing.assert_allclose(path.data(eps, x_t, t)[1], x[1], atol=1e-5)
+    path = noised(replace(LATENTS.image, timesteps=1000, predict="v")).path
+    alpha, sigma = (each[:, None, None, None] for each in path.level(t))
+    found = path.data(0.99 * (alpha * eps - sigma * x), x_t, t)
+    assert 0 < float(jnp.abs(found - x).max()) < 0.01 * 5
 
 
 def test_half_of_the_images_lose_up_to_half_of_their_patches():

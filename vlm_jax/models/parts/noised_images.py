@@ -36,11 +36,14 @@ fills and `frozen` keeps them."""
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:
-    """A first stage's latents, noised in the steps of a cosine's betas (2102.09672); the noise is predicted."""
+    """A first stage's latents, noised in the steps of a cosine's betas (2102.09672)."""
 
     first: Any
     """The `Config` of a family that has `encode`, `decode` and real `latents`, such as `autoencoder`."""
     patches: Patches
+    predict: Literal["eps", "v"] = "eps"
+    """What the loss is the squared error of: of the noise, as the paper's, or of v (2202.00512), by which little is
+    wrong of the latents where an error in the noise would be of many deviations."""
     timesteps: int = 1000
     described_timesteps: int = 500
     """The most noise of an image that a text about it follows, in training (2408.11039, section 4.1)."""
@@ -137,7 +140,7 @@ def of_latents(config: Latents) -> Noised:
     first = models.build(config.first)
     (side, _, channels), decode = real_latents.check_first(first).shape, first.decode
     assert decode is not None
-    path = Chain(discrete_gammas(cosine_betas(config.timesteps)), "eps", clip=config.clip)
+    path = Chain(discrete_gammas(cosine_betas(config.timesteps)), config.predict, clip=config.clip)
 
     def drawn(kept: Float[Array, "R h w M"], key: Array | None = None) -> Float[Array, "R h w c"]:
         return jax.lax.stop_gradient(real_latents.drawn(first, kept, key)[0])
