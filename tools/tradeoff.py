@@ -13,8 +13,8 @@ ten (R@10, the mean of the judges). Standard errors are over test items, of the 
 R@10 decides nothing: then, for all arms, decides the share of drawn shapes, 20 of each of the 24 captions of easy_vqa,
 that a probe of each judge takes for what their captions say (`vlm_jax.evals.recognition`).
 
-Written down after seed 0 of `transfusion` was trained, before another arm that draws was: its drawings are no better than
-chance by R@10, so that drawn shapes decide.
+Written down after seed 0 of `transfusion` was trained, before another arm that draws was: by R@10 its drawings are no
+better than chance, so that drawn shapes decide.
 """
 
 import itertools
