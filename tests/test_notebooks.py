@@ -23,6 +23,8 @@ def parameters(notebook: str, directory: Path) -> dict[str, object]:
         return {"STEPS": dict.fromkeys(families, 2)}
     if notebook == "latents":
         return {"FIRST_STEPS": 2, "SECOND_STEPS": 2, "CODE_STEPS": 2}
+    if notebook == "mixed_modal":
+        return {"STEPS": 2, "QUESTIONS": 8}
     config = replace(converted.CONFIG, context_length=256)
     weights = converted.write_llama(directory, config, converted.random_weights(config))
     (weights / "tokenizer_config.json").write_text(json.dumps({"chat_template": TURNS}))
