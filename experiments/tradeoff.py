@@ -8,18 +8,17 @@ each takes is the command's business, which counts FLOPs.
 from dataclasses import replace
 from typing import Any
 
-from experiments.autoencoder import autoencoder_tiny
 from experiments.clip import clip_small
 from experiments.data import TINY, TINY_OPTIMIZER
+from experiments.transfusion import LATENTS, PIXELS
 from experiments.vqvae import vqvae_tiny
 from vlm_jax.data import Data, Interleaved, Text, VisualCaption, VisualQuestion
 from vlm_jax.data.conversation import ALONE, LINE
 from vlm_jax.experiment import Experiment
 from vlm_jax.models import chameleon, language, llava, transfusion
-from vlm_jax.models.parts.noised_images import CodedPixels, Latents, Pixels
+from vlm_jax.models.parts.noised_images import CodedPixels
 from vlm_jax.models.parts.own_codes import OwnCodes
 from vlm_jax.nn.decoder import DecoderConfig
-from vlm_jax.nn.image_patches import ConvolutionalPatches, LinearPatches
 from vlm_jax.start import Start
 
 WORDS, CODES = 1024, 512
@@ -87,9 +86,8 @@ def tradeoff_transfusion() -> Experiment:
 
     It predicts v: where it predicted the noise, as the paper's, its drawings were noise after as many steps.
     """
-    image = Latents(first=autoencoder_tiny().model, patches=LinearPatches(patch_size=2), predict="v")
     return arm(
-        transfusion.Config(image=image, language=text(WORDS + 2), **DRAWN),
+        transfusion.Config(image=LATENTS, language=text(WORDS + 2), **DRAWN),
         draws=True,
         sampling=transfusion.Sampling(steps=100, guidance=3.0),
         start=(Start(workdir="runs/autoencoder-tiny", into="image/first"),),
@@ -97,13 +95,13 @@ def tradeoff_transfusion() -> Experiment:
     )
 
 
-PIXELS = Pixels(image_size=64, patches=ConvolutionalPatches(patch_size=8, channels=16), shift=0.5, masked_from=1400)
+LATE_MASKED = replace(PIXELS, masked_from=1400)
 
 
 def tradeoff_pixels() -> Experiment:
     """A decoder that reads pixels and predicts them from noisy ones, and needs no other model."""
     return arm(
-        transfusion.Config(image=PIXELS, language=text(WORDS + 2), **DRAWN),
+        transfusion.Config(image=LATE_MASKED, language=text(WORDS + 2), **DRAWN),
         draws=True,
         sampling=transfusion.Sampling(solver="heun", steps=25, guidance=3.0),
     )
@@ -111,13 +109,13 @@ def tradeoff_pixels() -> Experiment:
 
 def tradeoff_encoder_free() -> Experiment:
     """The same model, which only reads: a reader without an encoder of images."""
-    return arm(transfusion.Config(image=PIXELS, language=text(WORDS + 2), **MARKS), draws=False)
+    return arm(transfusion.Config(image=LATE_MASKED, language=text(WORDS + 2), **MARKS), draws=False)
 
 
 def tradeoff_coded_pixels() -> Experiment:
     """A decoder that names 16 codes of its own making before it draws pixels, and needs no other model either."""
     codes = OwnCodes(code_at=WORDS + 2, size=256)
-    image = CodedPixels(**vars(PIXELS), codes=codes)
+    image = CodedPixels(**vars(LATE_MASKED), codes=codes)
     return arm(
         transfusion.Config(image=image, language=text(codes.untold + 1, context_length=120), **DRAWN),
         draws=True,

@@ -131,7 +131,7 @@ def published(
 
 FIRST = replace(autoencoder_kl_f8().model, latent=8, objective=None)
 LINEAR = Latents(first=FIRST, patches=LinearPatches(patch_size=2))
-CONVOLUTIONAL = Latents(first=FIRST, patches=UNetPatches(widths=(640, 1280), blocks=2, groups=32, dtype="bfloat16"))
+UNET = Latents(first=FIRST, patches=UNetPatches(widths=(640, 1280), blocks=2, groups=32, dtype="bfloat16"))
 STAGED: dict[str, Any] = {
     "sampling": transfusion.Sampling(guidance=3.0),
     "start": (Start(workdir="runs/transfusion-autoencoder", into="image/first"),),
@@ -159,9 +159,7 @@ def transfusion_7b() -> Experiment:
 
     Needs --mesh.fsdp; else as 0.16B. How wide these blocks are is ours: they have 0.30B parameters.
     """
-    return published(
-        CONVOLUTIONAL, width=4096, depth=32, heads=32, mlp=11_008, steps=500_000, batch_size=1024, **STAGED
-    )
+    return published(UNET, width=4096, depth=32, heads=32, mlp=11_008, steps=500_000, batch_size=1024, **STAGED)
 
 
 def pixel_transfusion_760m() -> Experiment:
