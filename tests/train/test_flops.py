@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from smallest import VAE
 from vlm_jax.contract import Aux, Input, Model, abstract_batch
 from vlm_jax.models import autoregressive, vae
 from vlm_jax.models import build as build_model
@@ -117,6 +118,20 @@ def test_a_shard_mapped_body_counts_once_a_device_that_has_its_own_part() -> Non
     )
     with jax.set_mesh(mesh):
         assert count_flops(product, abstract(8, 5), abstract(5, 7)) == 2 * 8 * 5 * 7
+
+
+def test_the_count_is_that_of_any_device_whose_mesh_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accelerator's mesh is set where the count, which is of CPUs, is taken: here of CPUs that have another name."""
+    model = build_model(VAE)
+    batch = abstract_batch(model.inputs, jax.device_count())
+    variables = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), batch)
+    expected = model_flops(model, variables, batch)
+    named = partial(jax.sharding.AbstractDevice, device_kind="another")
+    monkeypatch.setattr(jax.sharding, "AbstractDevice", lambda device_kind, **kinds: named(**kinds))
+    with jax.set_mesh(make_mesh(MeshShape())):
+        assert model_flops(model, variables, batch) == expected
+        placed = model.init(jax.random.key(0), jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), batch))
+        assert model_flops(model, placed, batch) == expected
 
 
 def test_a_loop_of_unknown_length_is_refused_only_where_it_has_flops() -> None:

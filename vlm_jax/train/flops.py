@@ -56,9 +56,11 @@ def model_flops(
     """
     variables = dict(variables)
     still, live = partition(variables.pop("params"), frozen)
-    key = jax.random.key(0)
+    key = jax.eval_shape(lambda: jax.random.key(0))
 
-    def derivative(live: PyTree, tangents: PyTree, still: PyTree, collections: PyTree, batch: PyTree) -> PyTree:
+    def derivative(
+        live: PyTree, tangents: PyTree, still: PyTree, collections: PyTree, batch: PyTree, key: jax.Array
+    ) -> PyTree:
         def loss(live: PyTree) -> PyTree:
             return model.loss({"params": merge(live, still), **collections}, batch, key, np.int32(0), train=True)
 
@@ -66,7 +68,7 @@ def model_flops(
 
     # The gradient is the transpose of the forward-mode derivative, and a transpose has the products of its original.
     # Forward mode never computes anything again, so it is counted in the gradient's place.
-    return count_flops(derivative, live, live, still, variables, batch)
+    return count_flops(derivative, live, live, still, variables, batch, key)
 
 
 def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
