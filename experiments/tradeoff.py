@@ -27,7 +27,9 @@ DECODER = DecoderConfig(width=192, depth=4, heads=6, kv_heads=6, head_width=32, 
 MARKS: dict[str, Any] = {"bos_id": 1, "begin_id": WORDS, "end_id": WORDS + 1}
 DRAWN: dict[str, Any] = {**MARKS, "image_weight": 0.65}
 """5 times the 0.13 target tokens that there are for a patch (see `transfusion.Config`)."""
-ASKED = (VisualQuestion(template=LINE), VisualCaption(template=ALONE))
+READ = (VisualQuestion(template=LINE), VisualCaption(template=ALONE))
+DRAWN_AND_READ = (Interleaved(), VisualQuestion(template=LINE, prompt="<image>{}"), VisualCaption(template=ALONE))
+"""What draws is asked as its documents have it: the question on the line of the image."""
 
 
 def text(tokens: int, context_length: int = 104) -> language.Config:
@@ -44,7 +46,7 @@ def arm(model: Any, *, draws: bool, **settings: Any) -> Experiment:
             mixture=(("easy_vqa/captions", 2.0), ("easy_vqa", 1.0), ("mosaic", 0.5)),
             train="train[:95%]",
             validation="train[95%:]",
-            fields=(Interleaved(), *ASKED) if draws else ASKED,
+            fields=DRAWN_AND_READ if draws else READ,
             text=Text(vocab_size=WORDS),
         ),
         training=replace(

@@ -140,6 +140,8 @@ def test_a_run_is_asked_as_it_was_trained(tokenizer, pictures) -> None:
     fields = (VisualCaption(template=PLAIN, prompt="a red"), VisualQuestion(template=LINE), Dialogue(template=CHATML))
     asked = [Asked("dog?", images), Asked("dog?"), Asked("", images)]
     assert asked_tokens(tokenizer, fields, asked) == ["\ndog?", "user\ndog? \n assistant\n", "\na red"]
+    fields = (VisualQuestion(template=LINE, prompt="<image>{}"),)
+    assert asked_tokens(tokenizer, fields, [*asked[:2], Asked("a <image>dog?", images)]) == ["dog?", "dog?", "a  dog?"]
 
 
 def test_a_language_model_without_a_template_goes_on_with_the_text(tokenizer) -> None:

@@ -130,12 +130,13 @@ def spoken(speaker: Speaker, asked: Asked) -> tuple[str | None, str]:
         kinds = (VisualCaption, VisualQuestion, Dialogue)
     field = next((field for kind in kinds for field in speaker.fields if isinstance(field, kind)), None)
     template = getattr(field, "template", None)
-    captions = isinstance(field, VisualCaption) and not asked.prompt
+    prompt = asked.prompt
+    if isinstance(field, VisualCaption) and not prompt:
+        prompt = field.prompt
+    elif isinstance(field, VisualQuestion) and len(asked.images) == 1:
+        prompt = field.asked(prompt)
     assert speaker.tokenizer is not None
-    return (
-        speaker.tokenizer.chat_template if template is None else template,
-        field.prompt if captions and isinstance(field, VisualCaption) else asked.prompt,
-    )
+    return speaker.tokenizer.chat_template if template is None else template, prompt
 
 
 def chats(speaker: Speaker) -> bool:

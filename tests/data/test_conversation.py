@@ -189,6 +189,21 @@ def test_a_question_about_an_image_becomes_the_five_fields(tokenizer) -> None:
     assert found["tokens"][found["target"]][-1] == tokenizer.eos_id
 
 
+def test_the_prompt_says_how_a_question_is_asked_and_where_its_image_is(tokenizer) -> None:
+    def said(**settings) -> tuple[str, list[int]]:
+        row = read(VisualQuestion(template=LINE, **settings), SEES, tokenizer)
+        return tokenizer.tokenizer.decode(row["tokens"].tolist()), row["image_at"].tolist()
+
+    plain, line, after = said(), said(prompt="<image>{}"), said(prompt="answer {}<image>")
+    assert "\nwhat colour? red" in plain[0]  # as LLaVA: the image is on a line of its own
+    assert line == (plain[0].replace("\n", ""), plain[1])
+    assert "answer what colour?" in after[0] and after[1][0] > plain[1][0]
+    own = replace(VisualQuestion(prompt="answer {}"), template=LINE)
+    assert own.asked("is <image> red?") == "is <image> red?"
+    with pytest.raises(UserError, match="the prompt 'what' has no place for the question"):
+        VisualQuestion(prompt="what")
+
+
 def test_any_caption_is_learned_in_training_and_the_first_judged(tokenizer) -> None:
     field, rng = VisualCaption(template=PLAIN), np.random.default_rng(0)
     rows = [read(field, SEES, tokenizer, rng) for _ in range(40)]

@@ -236,7 +236,7 @@ def drawn_again(
                 last = number == len(order) - 1
                 for _ in range(length):
                     logits = next_logits(variables, [own])[0]
-                    token = max([*texts, EOS if last else BEGIN], key=lambda each: logits[each])
+                    token = max([*texts, BEGIN, *[EOS] * last], key=lambda each: logits[each])
                     if token == BEGIN:
                         break
                     own.append(token)

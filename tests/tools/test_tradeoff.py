@@ -14,8 +14,10 @@ from tools.compute import spent_flops, step_flops
 from tools.evaluate import load_judges
 from tools.tradeoff import measure, train
 from tools.verdict import ARMS, HEAD, READERS, Items, cells_of, decision, draw, reached, table
+from vlm_jax.data import Interleaved, train_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
+from vlm_jax.models import build
 from vlm_jax.sharding import MeshShape, make_mesh
 
 N = 400
@@ -110,6 +112,28 @@ def test_the_table_has_a_line_for_each_arm_and_marks_the_missing():
     assert cells[-2:] == ["1.500 ± 0.100 (lower)", "1.0e+14"]
     assert reached(arms["transfusion"], 2.0) is None
     assert draw(arms).axes and draw({}).axes
+
+
+@pytest.mark.parametrize("name", [name for name in ARMS if name not in READERS])
+def test_what_draws_is_asked_in_the_words_of_its_documents(name: str):
+    """Else it would be asked what it has never read: of an image on a line of its own it knows no answer."""
+    data, model = presets()[f"tradeoff-{name}"][1].data, build(presets()[f"tradeoff-{name}"][1].model)
+    documents, question, caption = data.fields
+    assert isinstance(documents, Interleaved)
+    record = {
+        "record": "a record",
+        "question": "what colour is it?",
+        "answer": "red",
+        "text": ("what colour is it? red",),
+    }
+    tokenizer = train_tokenizer([record["text"][0]], 300)
+    image_first = replace(documents, caption_first=0.0).arranged(
+        record["text"][0], model.inputs, tokenizer, np.random.default_rng(0)
+    )
+    for asked in (question, caption):
+        (found,) = asked.documents(record, model.inputs, tokenizer)
+        np.testing.assert_array_equal(found.tokens, image_first.tokens)
+        np.testing.assert_array_equal(found.image_at, image_first.image_at)
 
 
 def test_an_arm_that_there_is_not_is_refused():

@@ -47,7 +47,7 @@ LINE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
     "{{ ' ' + message.content + eos_token }}{% else %}{{ message.content }}{% endif %}{% endfor %}"
 )
-"""Question, space, answer, end."""
+"""Question, space, answer, end; after `<image>{}` a document of `Interleaved`."""
 
 
 class Message(NamedTuple):
@@ -246,17 +246,29 @@ def one_image(inputs: Inputs) -> Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class VisualQuestion(VisualReader):
-    """A question about an image, in front of it or where it says `<image>`; the answer and its end are predicted."""
+    """A question about an image; the answer and its end are predicted."""
 
     takes = ("image", "question", "answer")
 
     template: str | None = None
     """The chat template, in Jinja; None: the tokenizer's own."""
+    prompt: str = "{}"
+    """What is asked, the question in the place of {}, and the image in that of `<image>`, or, where neither this nor
+    the question says so, on a line of its own before it, as LLaVA has it. A question that says `<image>` is asked as it
+    stands."""
     image: Image = Image()
     """How the image is read."""
 
+    def __post_init__(self) -> None:
+        if "{}" not in self.prompt:
+            raise UserError(f"the prompt {self.prompt!r} has no place for the question: write {{}} there")
+
     def conversations(self, record: Record) -> list[list[Message]]:
-        return [[Message("user", record["question"]), Message("assistant", record["answer"])]]
+        return [[Message("user", self.asked(record["question"])), Message("assistant", record["answer"])]]
+
+    def asked(self, question: str) -> str:
+        """The question as it is asked."""
+        return question if IMAGE in question else self.prompt.replace("{}", question)
 
 
 @dataclass(frozen=True, kw_only=True)

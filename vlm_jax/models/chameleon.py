@@ -203,8 +203,8 @@ def build(config: Config) -> Model:
     ) -> dict[str, Array]:
         """Goes on with the last document of each row, which is padded on the left.
 
-        A text takes `sampling.length` tokens at most: the last ends with `eos_id`, one before an image where that
-        begins. Between the beginning of an image and its end codes alone can be drawn, and elsewhere none. What is
+        A text takes `sampling.length` tokens at most: each ends where an image begins, and the last with `eos_id`
+        too. Between the beginning of an image and its end codes alone can be drawn, and elsewhere none. What is
         drawn is the target; it follows the prompt without gaps, and padding follows it. Images that are drawn are the
         last ones of `image`.
         """

@@ -262,8 +262,8 @@ def build(config: Config) -> Model:
     ) -> dict[str, Array]:
         """Goes on with the last document of each row, which is padded on the left.
 
-        A text takes `sampling.length` tokens at most: the last ends with `eos_id`, one before an image where that
-        begins. What is drawn is the target; it follows the prompt without gaps, and padding follows it. Images that
+        A text takes `sampling.length` tokens at most: each ends where an image begins, and the last with `eos_id`
+        too. What is drawn is the target; it follows the prompt without gaps, and padding follows it. Images that
         are drawn are the last ones of `image`; `on_step` sees what is noised of them.
         """
         plan = planned(batch, order, context=c.context_length, length=sampling.length, codes=codes + length)

@@ -52,11 +52,12 @@ class JointVocabulary(NamedTuple):
         code = (token >= self.code_at) & (token < self.code_at + self.codes)
         begin, end, eos = (token == mark for mark in (self.begin_id, self.end_id, self.eos_id))
         word = ~(code | begin | end | eos | (token == self.bos_id))
-        return jnp.stack([word | begin, word | eos, begin, code, end])
+        return jnp.stack([word | begin, word | begin | eos, begin, code, end])
 
 
 TEXT, LAST_TEXT, BEGIN, CODE, END = range(5)
-"""Kinds of places to draw: of a text before an image and of the last, and of an image."""
+"""Kinds of places to draw: of a text before an image and of the last, which ends where an image would begin too; and of
+an image."""
 
 
 class Plan(NamedTuple):

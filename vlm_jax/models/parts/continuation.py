@@ -95,7 +95,7 @@ class Decoding(NamedTuple):
     def written(
         self, state: State, start: int, key: Array, *, temperature: float, sampling: Sampling
     ) -> tuple[State, Int[Array, "B n"]]:
-        """After the text that begins at `start`: until its end, or, before an image, the token that begins that."""
+        """After the text that begins at `start`: until its end, or the token that begins an image, not of it."""
         told: dict[str, Any] = {"temperature": temperature, "sampling": sampling}
         kind = self.plan.kind[start]
         allowed, v = self.vocabulary.legal()[kind], self.vocabulary
