@@ -1,7 +1,7 @@
 """What follows from what was measured of the arms of `tools.tradeoff`: its rule's answer, its table and its figure."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,13 +55,17 @@ def open_answers(items: Items) -> Float[np.ndarray, " N"]:
     return items["easy_vqa_right"][items["easy_vqa_open"]].astype(float)
 
 
+def missing(items: Mapping[str, Items]) -> list[str]:
+    """Arms that the rule compares and that are not there."""
+    return [name for name in ("reader", *TWO_STAGES, *ONE_STAGE) if name not in items]
+
+
 def decision(items: Mapping[str, Items]) -> str:
     """What the rule says, in a sentence or two."""
-    missing = [name for name in ("reader", *TWO_STAGES, *ONE_STAGE) if name not in items]
-    if missing:
-        return f"Undecided: there is no {' and no '.join(missing)} yet."
-    by, how = (f"R@{RANK}", "") if tells(items[FIRST]) else ("drawn shapes", DRAWN)
-    best = max(TWO_STAGES, key=lambda name: float(np.mean(found(items[name], how))))
+    if names := missing(items):
+        return f"Undecided: there is no {' and no '.join(names)} yet."
+    how, best = compared(items)
+    by = f"R@{RANK}" if how == "" else "drawn shapes"
     closed = [name for name in ONE_STAGE if closes(items[name], items["reader"], items[best], how)]
     if closed:
         return (
@@ -72,6 +76,12 @@ def decision(items: Mapping[str, Items]) -> str:
     )
 
 
+def compared(items: Mapping[str, Items]) -> tuple[str, str]:
+    """How the items begin by which drawings are compared, and the two-stage arm that is the best by them."""
+    how = "" if tells(items[FIRST]) else DRAWN
+    return how, max(TWO_STAGES, key=lambda name: float(np.mean(found(items[name], how))))
+
+
 def tells(items: Items) -> bool:
     """Whether the R@10 of an arm is more than chance and than the nearest caption's picture reaches."""
     own, nearest = found(items), found(items, "nearest_caption_")
@@ -79,14 +89,19 @@ def tells(items: Items) -> bool:
     return drawn.mean > RANK / len(own) + 2 * drawn.error and above.mean > 2 * above.error
 
 
-def closes(arm: Items, reader: Items, best: Items, how: str = "") -> bool:
-    """
+def apart(arm: Items, reader: Items, best: Items, how: str) -> tuple[Compared, Compared, Compared]:
+    """What an arm has more than the reader of nats and of right answers, and than the best two-stage arm of drawings.
+
     Args:
       how: the items by which drawings are compared begin.
     """
-    nats = nats_apart(arm, reader)
-    answers = mean_and_error(open_answers(arm) - open_answers(reader))
-    drawn = mean_and_error(found(arm, how) - found(best, how))
+    answers, drawn = open_answers(arm) - open_answers(reader), found(arm, how) - found(best, how)
+    return nats_apart(arm, reader), mean_and_error(answers), mean_and_error(drawn)
+
+
+def closes(arm: Items, reader: Items, best: Items, how: str) -> bool:
+    """Whether an arm is within a standard error of both, or better; arguments as `apart`."""
+    nats, answers, drawn = apart(arm, reader, best, how)
     return nats.mean <= nats.error and answers.mean >= -answers.error and drawn.mean >= -drawn.error
 
 
@@ -98,78 +113,128 @@ def reached(items: Items, nats: float) -> float | None:
 
 # Table and figure.
 
-HEAD = (
-    *("arm", "FLOPs: first stage", "in all", "captions: nats/token", "exact", "new combination"),
-    *("easy_vqa open", "blind", "mosaic", "blind"),
-    *(f"R@{RANK}", "new combination", "nearest caption's", "real", "shapes", "real", "near-copies", "bits/dim"),
-    "FLOPs to the reader's nats",
+READS = (
+    *("reads", "FLOPs of the first stage", "in all", "captions: nats/token", "exact", "of new combinations"),
+    *("easy_vqa, open", "blind", "mosaic", "blind", "FLOPs to the reader's nats"),
 )
+DRAWS = ("draws", f"R@{RANK}", "of new combinations", "shapes", "near-copies", "bits/dim")
+BESIDE = {"the nearest caption's image": "nearest_caption_", "the real image": "real_"}
+"""What stands beside drawings, and how the names of its items begin."""
+REPEATED = 20
+"""Drawings of each caption of shapes, whose chance is one in the number of those."""
 
 
 def table(items: Mapping[str, Items]) -> str:
-    """Markdown: what there is of each arm, and what the rule says."""
-    lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    """Markdown: how each arm reads, how it draws, how far apart are those that the rule compares, and what it says."""
     reader = items.get("reader")
     goal = None if reader is None else float(reader["caption_nats"].sum() / reader["caption_tokens"].sum())
-    for name in ARMS:
-        cells = ["not there"] + [""] * (len(HEAD) - 2) if name not in items else cells_of(items[name], goal)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", decision(items)])
+    read = [(name, reading(items[name], goal) if name in items else None) for name in ARMS]
+    drawn = [(name, drawing(items[name]) if name in items else None) for name in (*TWO_STAGES, *ONE_STAGE)]
+    return "\n\n".join(
+        [lines(READS, read), lines(DRAWS, [*drawn, *beside(items)]), *differences(items), decision(items)]
+    )
 
 
-def cells_of(items: Items, goal: float | None) -> list[str]:
-    new = items["caption_group"] == "new_combination"
+def lines(head: tuple[str, ...], rows: Sequence[tuple[str, Sequence[str] | None]]) -> str:
+    """Markdown of a table, in which rows of None are marked as missing."""
+    told = [(name, ["not there"] + [""] * (len(head) - 2) if cells is None else cells) for name, cells in rows]
+    body = (f"| {' | '.join([name, *cells])} |" for name, cells in told)
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *body])
+
+
+def share(values: np.ndarray | None) -> str:
+    """In percent, with its standard error."""
+    if values is None or not len(values):
+        return ""
+    mean, error = mean_and_error(values)
+    return f"{100 * mean:.1f} ± {100 * error:.1f}%"
+
+
+def reading(items: Items, goal: float | None) -> list[str]:
+    """The cells of an arm in `READS`."""
     opened = items["easy_vqa_open"]
-
-    def share(values: np.ndarray | None) -> str:
-        if values is None or not len(values):
-            return ""
-        mean, error = mean_and_error(values)
-        return f"{100 * mean:.1f} ± {100 * error:.1f}%"
-
-    nats = ratio_and_error(items["caption_nats"], items["caption_tokens"])
-    drawn = recall(items)
-    bits = items.get("bits_per_dim")
+    nats, error = ratio_and_error(items["caption_nats"], items["caption_tokens"])
     to_goal = None if goal is None else reached(items, goal)
     return [
         f"{items['first_stage_flops'][0]:.1e}",
         f"{items['flops'][0]:.1e}",
-        f"{nats[0]:.3f} ± {nats[1] or 0:.3f}",
+        f"{nats:.3f} ± {error or 0:.3f}",
         share(items["caption_right"]),
-        share(items["caption_right"][new]),
+        share(items["caption_right"][items["caption_group"] == "new_combination"]),
         share(items["easy_vqa_right"][opened]),
         share(items["easy_vqa_blind_right"][opened]),
         share(items["mosaic_right"]),
         share(items["mosaic_blind_right"]),
-        share(drawn),
-        "" if drawn is None else share(drawn[new[: len(drawn)]]),
-        share(recall(items, "nearest_caption_")),
-        share(recall(items, "real_")),
-        share(recall(items, DRAWN)),
-        share(recall(items, f"real_{DRAWN}")),
-        f"{100 * items['near_copies'][0]:.1f}%" if "near_copies" in items else "",
-        "" if bits is None else f"{bits[0]:.3f} ± {bits[1]:.3f} ({items['bound'][0]})",
         "" if to_goal is None else f"{to_goal:.1e}",
     ]
 
 
+def drawing(items: Items, name: str = "") -> list[str]:
+    """The cells in `DRAWS` of an arm, or of what stands beside its drawings."""
+    new, drawn = items["caption_group"] == "new_combination", recall(items, name)
+    bits = None if name else items.get("bits_per_dim")
+    copies = items.get(f"{name}near_copies")
+    return [
+        share(drawn),
+        "" if drawn is None else share(drawn[new[: len(drawn)]]),
+        share(recall(items, f"{name}{DRAWN}")),
+        "" if copies is None else f"{100 * copies[0]:.1f}%",
+        "" if bits is None else f"{bits[0]:.3f} ± {bits[1]:.3f} ({items['bound'][0]})",
+    ]
+
+
+def beside(items: Mapping[str, Items]) -> list[tuple[str, list[str]]]:
+    """The rows of what any arm's drawings are compared with, which are the same for all."""
+    arm = next((own for own in items.values() if recall(own) is not None), None)
+    if arm is None:
+        return []
+    guessed = RANK / len(found(arm)), REPEATED / len(found(arm, DRAWN))
+    chance = [f"{100 * guessed[0]:.1f}%", "", f"{100 * guessed[1]:.1f}%", "", ""]
+    return [("chance", chance), *((name, drawing(arm, kind)) for name, kind in BESIDE.items())]
+
+
+def differences(items: Mapping[str, Items]) -> list[str]:
+    """In words, how far each one-stage arm is from what the rule compares it with."""
+    if missing(items):
+        return []
+    how, best = compared(items)
+    what = "R@10" if how == "" else "shapes"
+    told = []
+    for name in ONE_STAGE:
+        nats, answers, drawn = apart(items[name], items["reader"], items[best], how)
+        told.append(
+            f"{name}: {nats.mean:+.3f} ± {nats.error:.3f} nats and {percent(answers)} of open answers beside the "
+            f"reader's, {percent(drawn)} of {what} beside {best}'s."
+        )
+    return ["\n".join(f"- {each}" for each in told)]
+
+
+def percent(difference: Compared) -> str:
+    return f"{100 * difference.mean:+.1f} ± {100 * difference.error:.1f}%"
+
+
 def draw(items: Mapping[str, Items]) -> Figure:
     """How well each arm reads against how well it draws, and how its captions become likelier with compute."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    plane, curves = figure.subplots(1, 2)
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    emoji, shapes, curves = figure.subplots(1, 3)
     for name, own in items.items():
-        nats, drawn = own["caption_nats"].sum() / own["caption_tokens"].sum(), recall(own)
-        if drawn is not None:
-            plane.errorbar(nats, 100 * drawn.mean(), yerr=100 * mean_and_error(drawn).error, fmt="o", label=name)
-        else:
-            plane.axvline(nats, label=name, linestyle="dotted", color="black" if name == "reader" else "grey")
+        nats = own["caption_nats"].sum() / own["caption_tokens"].sum()
+        for plane, kind in ((emoji, ""), (shapes, DRAWN)):
+            drawn = recall(own, kind)
+            if drawn is not None:
+                plane.errorbar(nats, 100 * drawn.mean(), yerr=100 * mean_and_error(drawn).error, fmt="o", label=name)
+            else:
+                plane.axvline(nats, label=name, linestyle="dotted", color="black" if name == "reader" else "grey")
         curves.plot(own["curve_flops"], own["curve_nats"], marker=".", label=name)
-    plane.set_xlabel("nats a token of held-out captions")
-    plane.set_ylabel(f"drawings that find their caption among {RANK}, %")
-    plane.invert_xaxis()
-    curves.set_xlabel("training FLOPs, first stages included")
+    emoji.set_ylabel(f"drawings that find their caption among {RANK}, %")
+    shapes.set_ylabel("drawn shapes that are what their captions say, %")
     curves.set_ylabel("nats a token of held-out captions")
-    for axes in (plane, curves):
-        if items:
+    curves.set_xlabel("training FLOPs, first stages included")
+    for plane in (emoji, shapes):
+        plane.set_xlabel("nats a token of held-out captions")
+        plane.invert_xaxis()
+        plane.set_ylim(bottom=0)
+    if items:
+        for axes in (emoji, shapes, curves):
             axes.legend(frameon=False, fontsize="small")
     return figure

@@ -13,7 +13,21 @@ from tools import tradeoff
 from tools.compute import spent_flops, step_flops
 from tools.evaluate import load_judges
 from tools.tradeoff import measure, train
-from tools.verdict import ARMS, HEAD, READERS, Items, cells_of, decision, draw, reached, table
+from tools.verdict import (
+    ARMS,
+    BESIDE,
+    ONE_STAGE,
+    READERS,
+    READS,
+    TWO_STAGES,
+    Items,
+    apart,
+    decision,
+    draw,
+    drawing,
+    reading,
+    table,
+)
 from vlm_jax.data import Interleaved, train_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
@@ -102,16 +116,26 @@ def test_without_an_arm_that_the_rule_compares_nothing_is_decided():
 def test_the_table_has_a_line_for_each_arm_and_marks_the_missing():
     arms = all_arms(arm(2.0, 0.9, 0.5, seed=5))
     del arms["encoder-free"]
-    lines = table(arms).splitlines()
-    assert [re.match(r"\| ([\w-]+) \|", line)[1] for line in lines[2:-2]] == list(ARMS)
-    assert lines[3].startswith("| encoder-free | not there |")
-    assert len({line.count("|") for line in lines[:-2]}) == 1
-    cells = cells_of(arms["transfusion"], 2.2)
-    assert cells[:3] == ["3.0e+13", "1.0e+14", "2.200 ± 0.001"]
-    assert cells[9] == "40.0 ± 1.7%"  # of two judges, whose votes are independent
-    assert cells[-2:] == ["1.500 ± 0.100 (lower)", "1.0e+14"]
-    assert reached(arms["transfusion"], 2.0) is None
+    halves = [each.splitlines() for each in table(arms).split("\n\n")[:2]]
+    for half, names in zip(halves, (ARMS, (*TWO_STAGES, *ONE_STAGE, "chance", *BESIDE)), strict=True):
+        assert [line.split(" | ")[0][2:] for line in half[2:]] == list(names)
+        assert len({line.count("|") for line in half}) == 1
+    assert halves[0][3].startswith("| encoder-free | not there |")
+    assert reading(arms["transfusion"], 2.2)[:3] == ["3.0e+13", "1.0e+14", "2.200 ± 0.001"]
+    assert reading(arms["transfusion"], 2.2)[-1] == "1.0e+14" and not reading(arms["transfusion"], 2.0)[-1]
+    assert drawing(arms["transfusion"])[0] == "40.0 ± 1.7%"  # of two judges, whose votes are independent
+    assert drawing(arms["transfusion"])[-1] == "1.500 ± 0.100 (lower)"
     assert draw(arms).axes and draw({}).axes
+
+
+def test_beneath_the_table_stands_how_far_apart_are_those_that_the_rule_compares():
+    arms = all_arms(arm(2.1, 0.95, 0.5, seed=5))
+    told = table(arms).split("\n\n")[2].splitlines()
+    assert [line.split(":")[0] for line in told] == [f"- {name}" for name in ONE_STAGE]
+    nats, answers, drawn = apart(arms["pixels"], arms["reader"], arms["transfusion"], "")
+    assert nats.mean == pytest.approx(0.1, abs=0.01) and drawn.mean == pytest.approx(0.1, abs=0.05)
+    assert told[0].startswith(f"- pixels: {nats.mean:+.3f} ± {nats.error:.3f} nats and {100 * answers.mean:+.1f} ± ")
+    assert told[0].endswith("% of R@10 beside transfusion's.")
 
 
 @pytest.mark.parametrize("name", [name for name in ARMS if name not in READERS])
@@ -211,4 +235,4 @@ def test_every_arm_trains_reads_and_draws(
     assert len(found["easy_vqa_right"]) == len(found["easy_vqa_blind_right"]) == 12
     assert len(found["curve_nats"]) == 2 and np.isfinite(found["curve_nats"]).all()
     assert ("shapes_found_by_run" in found) == ("near_copies" in found) == (name not in READERS)
-    assert len(cells_of(found, 2.0)) == len(HEAD) - 1
+    assert len(reading(found, 2.0)) == len(READS) - 1
