@@ -34,18 +34,26 @@ def ids(text: str) -> list[int]:
 
 
 def model(answers: Sequence[str], blindly: str) -> Model:
-    """Of an image of value i it writes `answers[i]`, of none `blindly`; each token costs one nat."""
-    table = np.zeros((len(answers) + 1, CONTEXT), np.int32)
-    for row, text in zip(table, [*answers, blindly], strict=True):
-        tokens = [*ids(text), TOKENIZER.eos_id]
-        row[: len(tokens)] = tokens
+    """Of an image of value i it writes `answers[i]`, of none `blindly`; each token costs one nat.
+
+    Where a text is over without the token of the end, what follows is padding, whatever stands there.
+    """
+    table = np.full((len(answers) + 1, CONTEXT), ids("x")[0], np.int32)
+    written = np.zeros(table.shape, bool)
+    for row, target, text in zip(table, written, [*answers, blindly], strict=True):
+        tokens = ids(text)
+        row[: len(tokens)], target[: len(tokens)] = tokens, True
 
     def generate(variables: Any, key: Any, batch: Any, *, order: Any, temperature: float, sampling: Sampling) -> Any:
         assert temperature == 0 and sampling.length is not None
         sees = batch["image_at"][:, 0] < batch["tokens"].shape[1]
         which = jnp.where(sees, batch["image"][:, 0, 0, 0, 0], len(answers))
-        drawn = jnp.asarray(table)[which, : sampling.length]
-        return {**batch, "tokens": jnp.concatenate([batch["tokens"], drawn], axis=1)}
+        drawn, target = (jnp.asarray(each)[which, : sampling.length] for each in (table, written))
+        return {
+            **batch,
+            "tokens": jnp.concatenate([batch["tokens"], drawn], axis=1),
+            "target": jnp.concatenate([jnp.zeros_like(batch["target"]), target], axis=1),
+        }
 
     return Model(
         inputs=INPUTS,

@@ -58,11 +58,11 @@ def texts(
         lengths = rows["target"].sum(axis=1)
         prompts = prompts_of(rows, model.inputs, tokenizer.pad_id, room * int(lengths.max()), blind=blind)
         write = writer(model.generate, replace(model.sampling, length=prompts.draw))
-        drawn = np.asarray(write(subject.variables, prompts.batch))
+        tokens, drawn = map(np.asarray, write(subject.variables, prompts.batch))
         for row in range(valid):
             truth = tokenizer.decode(rows["tokens"][row][rows["target"][row]])
             picture = pictures.setdefault(rows["image"][row].tobytes(), len(pictures))
-            found.append(Text(ended(tokenizer.decode(drawn[row]), truth), truth.strip(), picture))
+            found.append(Text(ended(tokenizer.decode(tokens[row][drawn[row]]), truth), truth.strip(), picture))
     return found
 
 
@@ -73,12 +73,18 @@ def ended(text: str, example: str) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def writer(generate: Callable[..., Batch], sampling: Any) -> Callable[..., Int[Array, "B L"]]:
-    """`(variables, prompts) -> tokens`: the likeliest continuations; compiled once, however often a run is watched."""
+def writer(
+    generate: Callable[..., Batch], sampling: Any
+) -> Callable[..., tuple[Int[Array, "B L"], Bool[Array, "B L"]]]:
+    """`(variables, prompts) -> (tokens, drawn)`: the likeliest continuations, and which of their places are no padding.
 
-    def drawn(variables: Variables, batch: Batch) -> Int[Array, "B L"]:
+    Compiled once, however often a run is watched.
+    """
+
+    def drawn(variables: Variables, batch: Batch) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
         following = generate(variables, jax.random.key(0), batch, temperature=0.0, sampling=sampling)
-        return following["tokens"][:, batch["tokens"].shape[1] :]
+        given = batch["tokens"].shape[1]
+        return following["tokens"][:, given:], following["target"][:, given:]
 
     return jax.jit(drawn)
 
