@@ -38,7 +38,7 @@ def model(answers: Sequence[str], blindly: str) -> Model:
 
     Where a text is over without the token of the end, what follows is padding, whatever stands there.
     """
-    table = np.full((len(answers) + 1, CONTEXT), ids("x")[0], np.int32)
+    table = np.full((len(answers) + 1, CONTEXT), ids("x")[-1], np.int32)
     written = np.zeros(table.shape, bool)
     for row, target, text in zip(table, written, [*answers, blindly], strict=True):
         tokens = ids(text)
