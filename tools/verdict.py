@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
+from vlm_jax.evals import recognition
 from vlm_jax.evals.likelihood import ratio_and_error
 
 READERS, TWO_STAGES, ONE_STAGE = ("reader", "encoder-free"), ("chameleon", "transfusion"), ("pixels", "coded-pixels")
@@ -120,8 +121,6 @@ READS = (
 DRAWS = ("draws", f"R@{RANK}", "of new combinations", "shapes", "near-copies", "bits/dim")
 BESIDE = {"the nearest caption's image": "nearest_caption_", "the real image": "real_"}
 """What stands beside drawings, and how the names of its items begin."""
-REPEATED = 20
-"""Drawings of each caption of shapes, whose chance is one in the number of those."""
 
 
 def table(items: Mapping[str, Items]) -> str:
@@ -188,7 +187,7 @@ def beside(items: Mapping[str, Items]) -> list[tuple[str, list[str]]]:
     arm = next((own for own in items.values() if recall(own) is not None), None)
     if arm is None:
         return []
-    guessed = RANK / len(found(arm)), REPEATED / len(found(arm, DRAWN))
+    guessed = RANK / len(found(arm)), recognition.DRAWS / len(found(arm, DRAWN))
     chance = [f"{100 * guessed[0]:.1f}%", "", f"{100 * guessed[1]:.1f}%", "", ""]
     return [("chance", chance), *((name, drawing(arm, kind)) for name, kind in BESIDE.items())]
 

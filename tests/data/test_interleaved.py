@@ -1,11 +1,13 @@
 """Documents of an image and its caption, in either order."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from experiments.presets import presets
 from smallest import CHAMELEON
 from vlm_jax.contract import Input
 from vlm_jax.data import Image, Interleaved, open_source, train_tokenizer
@@ -110,3 +112,25 @@ def test_a_model_that_reads_no_images_in_a_sequence_is_refused():
 def test_shares_lie_between_0_and_1(name):
     with pytest.raises(UserError, match=rf"{name} is 1\.5: a share lies in \[0, 1\]"):
         Interleaved(**{name: 1.5})
+
+
+PRESETS = {
+    name: experiment
+    for name, (_, experiment) in presets().items()
+    if any(isinstance(field, Interleaved) for field in experiment.data.fields)
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_asked_in_the_words_of_the_documents_that_it_learns(name: str):
+    """Of what stands otherwise, such as an image on a line of its own, it knows no answer."""
+    text = "what colour is it? red"
+    example = {"record": "a record", "question": "what colour is it?", "answer": "red", "text": (text,)}
+    documents, *asked = PRESETS[name].data.fields
+    inputs, tokenizer = build(PRESETS[name].model).inputs, train_tokenizer([text], 300)
+    assert isinstance(documents, Interleaved) and asked
+    image_first = replace(documents, caption_first=0.0).arranged(text, inputs, tokenizer, np.random.default_rng(0))
+    for field in asked:
+        (found,) = field.documents(example, inputs, tokenizer)
+        np.testing.assert_array_equal(found.tokens, image_first.tokens)
+        np.testing.assert_array_equal(found.image_at, image_first.image_at)

@@ -28,10 +28,8 @@ from tools.verdict import (
     reading,
     table,
 )
-from vlm_jax.data import Interleaved, train_tokenizer
 from vlm_jax.errors import UserError
 from vlm_jax.experiment import Experiment
-from vlm_jax.models import build
 from vlm_jax.sharding import MeshShape, make_mesh
 
 N = 400
@@ -136,28 +134,6 @@ def test_beneath_the_table_stands_how_far_apart_are_those_that_the_rule_compares
     assert nats.mean == pytest.approx(0.1, abs=0.01) and drawn.mean == pytest.approx(0.1, abs=0.05)
     assert told[0].startswith(f"- pixels: {nats.mean:+.3f} ± {nats.error:.3f} nats and {100 * answers.mean:+.1f} ± ")
     assert told[0].endswith("% of R@10 beside transfusion's.")
-
-
-@pytest.mark.parametrize("name", [name for name in ARMS if name not in READERS])
-def test_what_draws_is_asked_in_the_words_of_its_documents(name: str):
-    """Else it would be asked what it has never read: of an image on a line of its own it knows no answer."""
-    data, model = presets()[f"tradeoff-{name}"][1].data, build(presets()[f"tradeoff-{name}"][1].model)
-    documents, question, caption = data.fields
-    assert isinstance(documents, Interleaved)
-    record = {
-        "record": "a record",
-        "question": "what colour is it?",
-        "answer": "red",
-        "text": ("what colour is it? red",),
-    }
-    tokenizer = train_tokenizer([record["text"][0]], 300)
-    image_first = replace(documents, caption_first=0.0).arranged(
-        record["text"][0], model.inputs, tokenizer, np.random.default_rng(0)
-    )
-    for asked in (question, caption):
-        (found,) = asked.documents(record, model.inputs, tokenizer)
-        np.testing.assert_array_equal(found.tokens, image_first.tokens)
-        np.testing.assert_array_equal(found.image_at, image_first.image_at)
 
 
 def test_an_arm_that_there_is_not_is_refused():
