@@ -176,8 +176,13 @@ def train(
 def measure(
     path: Path, judges: tuple[Judge, ...], mesh: Mesh, data_dir: str | None, *, seed: int, sheet: Path
 ) -> Items:
-    """Of an arm: its captions, its answers with the image and without, and its drawings; a few of them on a sheet."""
-    loaded = load(path, mesh=mesh)
+    """Of an arm: its captions, its answers with the image and without, and its drawings; a few of them on a sheet.
+
+    Of its last checkpoint, which has had all the compute. By validation an earlier one of `coded-pixels` is the best:
+    its codes become harder to name as they come to tell more.
+    """
+    steps = steps_of(path)
+    loaded = load(path, step=steps[-1], mesh=mesh)
     own, together = loaded.experiment.data, -(-BATCH // mesh.size) * mesh.size
     directory = local_path(data_dir or loaded.experiment.data_dir)
 
@@ -206,7 +211,7 @@ def measure(
             found[f"{name}_open"] = np.array([kind(answer.truth) != "yes_no" for answer in answers])
             if not blind:
                 lines[f"answers {name}"] = cells(asked, [answer.written for answer in answers])
-    steps, own_flops = steps_of(path), step_flops(loaded.experiment)
+    own_flops = step_flops(loaded.experiment)
     # Of one subject, so that what it does is compiled once.
     curve = (caption_nats(replace(emoji, variables=load(path, step=step, mesh=mesh).variables)) for step in steps)
     found["curve_flops"] = found["first_stage_flops"][0] + own_flops * np.array(steps, float)

@@ -214,17 +214,18 @@ def percent(difference: Compared) -> str:
 
 def draw(items: Mapping[str, Items]) -> Figure:
     """How well each arm reads against how well it draws, and how its captions become likelier with compute."""
-    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    figure = Figure(figsize=(14, 4), layout="constrained")
     emoji, shapes, curves = figure.subplots(1, 3)
     for name, own in items.items():
+        told = {"label": name, "color": f"C{ARMS.index(name)}"}
         nats = own["caption_nats"].sum() / own["caption_tokens"].sum()
         for plane, kind in ((emoji, ""), (shapes, DRAWN)):
             drawn = recall(own, kind)
             if drawn is not None:
-                plane.errorbar(nats, 100 * drawn.mean(), yerr=100 * mean_and_error(drawn).error, fmt="o", label=name)
+                plane.errorbar(nats, 100 * drawn.mean(), yerr=100 * mean_and_error(drawn).error, fmt="o", **told)
             else:
-                plane.axvline(nats, label=name, linestyle="dotted", color="black" if name == "reader" else "grey")
-        curves.plot(own["curve_flops"], own["curve_nats"], marker=".", label=name)
+                plane.axvline(nats, linestyle="dotted", **told)
+        curves.plot(own["curve_flops"], own["curve_nats"], marker=".", **told)
     emoji.set_ylabel(f"drawings that find their caption among {RANK}, %")
     shapes.set_ylabel("drawn shapes that are what their captions say, %")
     curves.set_ylabel("nats a token of held-out captions")

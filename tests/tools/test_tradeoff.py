@@ -210,5 +210,7 @@ def test_every_arm_trains_reads_and_draws(
     assert np.isfinite(found["caption_nats"]).all() and (found["caption_tokens"] > 0).all()
     assert len(found["easy_vqa_right"]) == len(found["easy_vqa_blind_right"]) == 12
     assert len(found["curve_nats"]) == 2 and np.isfinite(found["curve_nats"]).all()
+    last = found["caption_nats"].sum() / found["caption_tokens"].sum()  # of the checkpoint that had all the compute
+    assert found["curve_nats"][-1] == pytest.approx(last, rel=1e-5)
     assert ("shapes_found_by_run" in found) == ("near_copies" in found) == (name not in READERS)
     assert len(reading(found, 2.0)) == len(READS) - 1
