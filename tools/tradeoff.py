@@ -179,7 +179,7 @@ def measure(
     """Of an arm: its captions, its answers with the image and without, and its drawings; a few of them on a sheet.
 
     Of its last checkpoint, which has had all the compute. By validation an earlier one of `coded-pixels` is the best:
-    its codes become harder to name as they come to tell more.
+    in its loss are codes that it makes itself and that change with it.
     """
     steps = steps_of(path)
     loaded = load(path, step=steps[-1], mesh=mesh)
