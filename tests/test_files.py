@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlm_jax.errors import UserError
 from vlm_jax.files import check_writable, replace_file, write_output
-from vlm_jax.sheets import write_sheet
+from vlm_jax.sheets import draw, write_sheet
 
 
 class Killed(BaseException):
@@ -114,6 +114,10 @@ def test_signs_in_a_caption_are_drawn_and_not_read(tmp_path: Path, caption: str)
     sheet = pixels(tmp_path / "sheet.png", caption)
     with matplotlib.rc_context({"text.parse_math": False}):
         np.testing.assert_array_equal(sheet, pixels(tmp_path / "literal.png", caption))
+    figure = draw([(caption, [(np.zeros((2, 2, 1), np.uint8), caption)])], 256)
+    figure.savefig(tmp_path / "shown.png", format="png", dpi=110)  # as a notebook does
+    with Image.open(tmp_path / "shown.png") as image:
+        np.testing.assert_array_equal(sheet, np.asarray(image))
 
 
 def test_what_has_no_glyph_is_marked(tmp_path: Path) -> None:

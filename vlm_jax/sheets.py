@@ -3,8 +3,8 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -12,6 +12,8 @@ from vlm_jax.files import write_output
 
 Cell = tuple[np.ndarray, str]
 """An image, uint8 [H, W, C], and the label above it."""
+LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
+"""Captions are text, not formulae, wherever the figure is rendered."""
 
 
 def write_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], path: Path, *, levels: int = 256) -> None:
@@ -23,24 +25,24 @@ def write_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], path: Path, *, level
     Raises:
       UserError: the file cannot be written.
     """
-    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):  # captions are text, not formulae
-        figure = draw(rows, levels)
-        write_output(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    figure = draw(rows, levels)
+    write_output(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def draw(rows: Sequence[tuple[str, Sequence[Cell]]], levels: int) -> Figure:
+    """The figure of a sheet, for a notebook to show; arguments as `write_sheet`."""
     columns = max(len(cells) for _, cells in rows)
     figure = Figure(figsize=(1.2 * columns + 1.8, 1.3 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=[1.5, *[1] * columns])
     for axes in grid.flat:
         axes.axis("off")
     for line, (title, cells) in zip(grid, rows, strict=True):
-        line[0].text(0, 0.5, textwrap.fill(shown(title), 18), va="center", fontsize=8)
+        line[0].text(0, 0.5, textwrap.fill(shown(title), 18), va="center", fontsize=8, **LITERAL)
         for axes, (image, label) in zip(line[1:], cells, strict=False):
             grey = image.shape[-1] == 1
             pixels = np.repeat(image, 3, axis=-1) if grey else image
             axes.imshow(pixels.astype(float) / (levels - 1), interpolation="nearest")
-            axes.set_title(textwrap.fill(shown(label), 20), fontsize=6)
+            axes.set_title(textwrap.fill(shown(label), 20), fontsize=6, **LITERAL)
     return figure
 
 
