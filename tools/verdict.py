@@ -46,6 +46,11 @@ def mean_and_error(values: Float[np.ndarray, " N"] | Bool[np.ndarray, " N"]) -> 
     return Compared(float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))))
 
 
+def nats_a_token(items: Items) -> float:
+    """Of held-out captions."""
+    return float(items["caption_nats"].sum() / items["caption_tokens"].sum())
+
+
 def nats_apart(one: Items, other: Items) -> Compared:
     """Nats a token that one arm needs more than another for the same captions."""
     mean, error = ratio_and_error(one["caption_nats"] - other["caption_nats"], other["caption_tokens"])
@@ -126,7 +131,7 @@ BESIDE = {"the nearest caption's image": "nearest_caption_", "the real image": "
 def table(items: Mapping[str, Items]) -> str:
     """Markdown: how each arm reads, how it draws, how far apart are those that the rule compares, and what it says."""
     reader = items.get("reader")
-    goal = None if reader is None else float(reader["caption_nats"].sum() / reader["caption_tokens"].sum())
+    goal = None if reader is None else nats_a_token(reader)
     read = [(name, reading(items[name], goal) if name in items else None) for name in ARMS]
     drawn = [(name, drawing(items[name]) if name in items else None) for name in (*TWO_STAGES, *ONE_STAGE)]
     return "\n\n".join(
@@ -197,7 +202,7 @@ def differences(items: Mapping[str, Items]) -> list[str]:
     if missing(items):
         return []
     how, best = compared(items)
-    what = "R@10" if how == "" else "shapes"
+    what = f"R@{RANK}" if how == "" else "shapes"
     told = []
     for name in ONE_STAGE:
         nats, answers, drawn = apart(items[name], items["reader"], items[best], how)
@@ -218,7 +223,7 @@ def draw(items: Mapping[str, Items]) -> Figure:
     emoji, shapes, curves = figure.subplots(1, 3)
     for name, own in items.items():
         told = {"label": name, "color": f"C{ARMS.index(name)}"}
-        nats = own["caption_nats"].sum() / own["caption_tokens"].sum()
+        nats = nats_a_token(own)
         for plane, kind in ((emoji, ""), (shapes, DRAWN)):
             drawn = recall(own, kind)
             if drawn is not None:

@@ -4,16 +4,16 @@ An evaluation counts what is written, not what is likely: one pass over given an
 right one, and nothing of the others that people gave. Prompts are as short as they are, so that it takes no longer.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
-from vlm_jax.contract import Batch, Input, Variables
+from vlm_jax.chat import writer
+from vlm_jax.contract import Batch, Input
 from vlm_jax.data.fields import Tokens, left_padded
 from vlm_jax.evals.likelihood import ratio_and_error
 from vlm_jax.evals.subject import Subject
@@ -57,8 +57,9 @@ def texts(
         rows = {name: np.asarray(values) for name, values in batch.items()}
         lengths = rows["target"].sum(axis=1)
         prompts = prompts_of(rows, model.inputs, tokenizer.pad_id, room * int(lengths.max()), blind=blind)
-        write = writer(model.generate, replace(model.sampling, length=prompts.draw))
-        tokens, drawn = map(np.asarray, write(subject.variables, prompts.batch))
+        write = writer(model.generate, 0.0, replace(model.sampling, length=prompts.draw))
+        written, given = write(subject.variables, jax.random.key(0), prompts.batch), prompts.batch["tokens"].shape[1]
+        tokens, drawn = (np.asarray(written[name])[:, given:] for name in ("tokens", "target"))
         for row in range(valid):
             truth = tokenizer.decode(rows["tokens"][row][rows["target"][row]])
             picture = pictures.setdefault(rows["image"][row].tobytes(), len(pictures))
@@ -70,23 +71,6 @@ def ended(text: str, example: str) -> str:
     """A text up to where one ends that the model learned: the token of the end, or what white space `example` has."""
     end = example[len(example.rstrip()) :]
     return (text.partition(end)[0] if end else text).strip()
-
-
-@functools.lru_cache(maxsize=16)
-def writer(
-    generate: Callable[..., Batch], sampling: Any
-) -> Callable[..., tuple[Int[Array, "B L"], Bool[Array, "B L"]]]:
-    """`(variables, prompts) -> (tokens, drawn)`: the likeliest continuations, and which of their places are no padding.
-
-    Compiled once, however often a run is watched.
-    """
-
-    def drawn(variables: Variables, batch: Batch) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
-        following = generate(variables, jax.random.key(0), batch, temperature=0.0, sampling=sampling)
-        given = batch["tokens"].shape[1]
-        return following["tokens"][:, given:], following["target"][:, given:]
-
-    return jax.jit(drawn)
 
 
 class Prompts(NamedTuple):
